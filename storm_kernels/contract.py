@@ -134,7 +134,7 @@ class Backend(Protocol):
         """grad (batch, T'*H'*W', C) -> (batch, T*H*W, C) in grad's dtype."""
 
     def norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """LayerNorm of ``x + residual``, both (rows, C) -> (normed (rows, C), sum (rows, C), both in x's dtype; mean (rows,), rstd (rows,) float32)."""
+        """LayerNorm of ``x + residual``, both (rows, C) -> (normed, sum: (rows, C) in x's dtype; mean, rstd: (rows,) float32)."""
 
     def norm_backward(
         self, grad_normed: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor

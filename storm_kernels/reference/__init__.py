@@ -1,0 +1,25 @@
+"""The truth in plain PyTorch: each public function under its own name, and the reference projector."""
+
+from .functions import (
+    Direction,
+    bidirectional_causal_conv1d,
+    bidirectional_selective_scan,
+    causal_conv1d,
+    reduce_tokens,
+    residual_layer_norm,
+    selective_scan,
+)
+from .modules import MixerLayer, ReferenceMixer, ReferenceTemporalProjector
+
+__all__ = [
+    "Direction",
+    "MixerLayer",
+    "ReferenceMixer",
+    "ReferenceTemporalProjector",
+    "bidirectional_causal_conv1d",
+    "bidirectional_selective_scan",
+    "causal_conv1d",
+    "reduce_tokens",
+    "residual_layer_norm",
+    "selective_scan",
+]

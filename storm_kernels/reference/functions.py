@@ -1,0 +1,222 @@
+"""The plain-PyTorch truth: every public function, to be read beside SPEC.md. Slow, differentiable, right in float64.
+
+Symbols: batch; L tokens; E = d_inner channels; S = d_state; G groups of channels that share B and C; K = d_conv;
+L' tokens after the reduction. States, decays and sums are float32, or float64 when any operand is, whatever the activations' dtype.
+The scan is Mamba's (arXiv 2312.00752, algorithm 2), the token reduction STORM's (arXiv 2503.04130, eqs. 6-8).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..tokens import TokenGrid, TokenReduction
+
+
+class Direction(NamedTuple):
+    """The operands of one direction of a scan, in the sequence's own order."""
+
+    u: Tensor  # (batch, L, E)
+    delta: Tensor  # (batch, L, E)
+    A: Tensor  # (E, S)
+    B: Tensor  # (batch, L, S) or (batch, L, G, S)
+    C: Tensor  # (batch, L, S) or (batch, L, G, S)
+    D: Tensor | None = None  # (E,)
+    delta_bias: Tensor | None = None  # (E,)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    *,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    grid: TokenGrid | None = None,
+    reduction: TokenReduction | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Plain twin of :func:`storm_kernels.selective_scan`; same arguments, less ``backend``."""
+    direction = Direction(u, delta, A, B, C, D, delta_bias)
+    y, final_state = _scan_sequences(direction, delta_softplus, reverse, initial_state, cu_seqlens)
+    out = _gate_and_reduce(y, z, grid, reduction).to(u.dtype)
+    return (out, final_state) if return_final_state else out
+
+
+def bidirectional_selective_scan(
+    forward: Direction,
+    backward: Direction,
+    z: Tensor | None = None,
+    *,
+    delta_softplus: bool = False,
+    cu_seqlens: Tensor | None = None,
+    grid: TokenGrid | None = None,
+    reduction: TokenReduction | None = None,
+) -> Tensor:
+    """Plain twin of :func:`storm_kernels.bidirectional_selective_scan`: ``reduce((y_forward + y_backward) * SiLU(z))``."""
+    y_forward, _ = _scan_sequences(forward, delta_softplus, False, None, cu_seqlens)
+    y_backward, _ = _scan_sequences(backward, delta_softplus, True, None, cu_seqlens)
+    return _gate_and_reduce(y_forward + y_backward, z, grid, reduction).to(forward.u.dtype)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    reverse: bool = False,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Plain twin of :func:`storm_kernels.causal_conv1d`; same arguments, less ``backend``."""
+    outs, states = [], []
+    for i, part in enumerate(_sequences(x, cu_seqlens)):
+        history = None if initial_state is None else initial_state if cu_seqlens is None else initial_state[i : i + 1]
+        out, state = _conv_sequence(part, weight, bias, activation, reverse, history)
+        outs.append(out)
+        states.append(state)
+    out = torch.cat(outs, 1)
+    return (out, torch.cat(states)) if return_final_state else out
+
+
+def bidirectional_causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_b: Tensor,
+    bias_b: Tensor | None,
+    *,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Plain twin of :func:`storm_kernels.bidirectional_causal_conv1d`."""
+    forward = causal_conv1d(x, weight, bias, activation=activation, cu_seqlens=cu_seqlens)
+    backward = causal_conv1d(x, weight_b, bias_b, activation=activation, reverse=True, cu_seqlens=cu_seqlens)
+    return forward, backward
+
+
+def reduce_tokens(x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:
+    """Plain twin of :func:`storm_kernels.reduce_tokens`: (batch, T*H*W, C) -> (batch, T'*H'*W', C), STORM eqs. 6-8."""
+    if reduction.is_identity:
+        return x
+    batch, _, channels = x.shape
+    video = x.to(_accumulate(x)).reshape(batch, grid.frames, grid.height, grid.width, channels).movedim(-1, 1)
+    # A block larger than the side averages the whole side.
+    block = [
+        min(pool, side)
+        for pool, side in (
+            (reduction.temporal_pool, grid.frames),
+            (reduction.spatial_pool, grid.height),
+            (reduction.spatial_pool, grid.width),
+        )
+    ]
+    pooled = F.avg_pool3d(video, block, block, ceil_mode=True, count_include_pad=False)
+    kept = pooled[:, :, :: reduction.temporal_stride]
+    return kept.movedim(1, -1).reshape(batch, -1, channels).to(x.dtype)
+
+
+def residual_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """Plain twin of :func:`storm_kernels.residual_layer_norm`: (LayerNorm(x + residual), x + residual), each (..., C) in x's dtype."""
+    acc = _accumulate(x)
+    summed = x if residual is None else (x.to(acc) + residual.to(acc)).to(x.dtype)
+    normed = F.layer_norm(summed.to(acc), weight.shape, weight.to(acc), None if bias is None else bias.to(acc), eps)
+    return normed.to(x.dtype), summed
+
+
+def _accumulate(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of states and sums: float64 if any operand is, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
+    """The packed sequences of x (1, L, ...), or x itself."""
+    if cu_seqlens is None:
+        return [x]
+    bounds = cu_seqlens.tolist()
+    return [x[:, start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def _scan_sequences(
+    direction: Direction, delta_softplus: bool, reverse: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y (batch, L, E) before gate and rounding, and the final states (n, E, S)."""
+    parts = zip(*(_sequences(t, cu_seqlens) for t in (direction.u, direction.delta, direction.B, direction.C)), strict=True)
+    ys, states = [], []
+    for i, (u, delta, B, C) in enumerate(parts):
+        h = None if initial_state is None else initial_state if cu_seqlens is None else initial_state[i : i + 1]
+        y, h = _scan_sequence(direction._replace(u=u, delta=delta, B=B, C=C), delta_softplus, reverse, h)
+        ys.append(y)
+        states.append(h)
+    return torch.cat(ys, 1), torch.cat(states)
+
+
+def _scan_sequence(direction: Direction, delta_softplus: bool, reverse: bool, h: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The recurrence of SPEC.md, Mixer, one token after the other."""
+    acc = _accumulate(*direction, h)
+    u, delta, A, B, C, D, delta_bias = (None if t is None else t.to(acc) for t in direction)
+    if delta_bias is not None:
+        delta = delta + delta_bias
+    if delta_softplus:
+        delta = F.softplus(delta)  # the identity above 20, as in SPEC.md
+    batch, length, channels = u.shape
+    states = A.shape[1]
+    groups = B.shape[2] if B.dim() == 4 else 1
+    in_groups = (groups, channels // groups)
+    A = A.unflatten(0, in_groups)  # (G, E/G, S)
+    B, C = (t.reshape(batch, length, groups, 1, states) for t in (B, C))
+    h = u.new_zeros(batch, channels, states) if h is None else h.to(acc)
+    h = h.unflatten(1, in_groups)  # (batch, G, E/G, S)
+    step, drive = (t.unflatten(2, in_groups).unsqueeze(-1) for t in (delta, delta * u))  # (batch, L, G, E/G, 1)
+
+    y = [None] * length
+    for t in reversed(range(length)) if reverse else range(length):
+        h = torch.exp(step[:, t] * A) * h + drive[:, t] * B[:, t]
+        y[t] = (h * C[:, t]).sum(-1)
+    y = torch.stack(y, 1).flatten(2) if length else u
+    return (y if D is None else y + D * u), h.flatten(1, 2)
+
+
+def _gate_and_reduce(y: Tensor, z: Tensor | None, grid: TokenGrid | None, reduction: TokenReduction | None) -> Tensor:
+    """reduce(y * SiLU(z)); z may hold only the tokens of ``reduction.kept(grid)``."""
+    reducing = reduction is not None and not reduction.is_identity
+    if z is not None and z.shape[1] != y.shape[1]:
+        kept = torch.tensor(reduction.kept_frames(grid), device=y.device)
+        y = y.unflatten(1, (grid.frames, grid.tokens_per_frame)).index_select(1, kept).flatten(1, 2)
+        grid = reduction.kept(grid)
+        reduction = TokenReduction(reduction.temporal_pool, reduction.spatial_pool)
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    return reduce_tokens(y, grid, reduction) if reducing else y
+
+
+def _conv_sequence(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, reverse: bool, history: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One sequence's convolution (batch, L, E) and its last K-1 inputs in scan order (batch, E, K-1); in reverse nothing but the weight turns."""
+    acc = _accumulate(x, weight, bias, history)
+    channels, width = weight.shape
+    inputs = x.to(acc).transpose(1, 2)  # (batch, E, L)
+    history = inputs.new_zeros(x.shape[0], channels, width - 1) if history is None else history.to(acc)
+    if reverse:
+        inputs, kernel = torch.cat([inputs, history.flip(-1)], -1), weight.flip(-1)
+        state = inputs[..., : width - 1].flip(-1)
+    else:
+        inputs, kernel = torch.cat([history, inputs], -1), weight
+        state = inputs[..., inputs.shape[-1] - (width - 1) :]
+    if x.shape[1] == 0:
+        return x, state
+    out = F.conv1d(inputs, kernel.to(acc).unsqueeze(1), None if bias is None else bias.to(acc), groups=channels)
+    out = F.silu(out) if activation is not None else out
+    return out.transpose(1, 2).to(x.dtype), state

@@ -1,0 +1,215 @@
+"""The plain-PyTorch projector of STORM: the truth that the fused one is compared with, and whose parameters it inherits.
+
+The mixer is Vim's bimamba v2 (arXiv 2401.09417), the projector STORM's (arXiv 2503.04130, eqs. 3, 5-8); see SPEC.md.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..profiling import stage
+from ..tokens import TokenGrid, TokenReduction
+from .functions import Direction, bidirectional_selective_scan, causal_conv1d, reduce_tokens, selective_scan
+
+
+class ReferenceMixer(nn.Module):
+    """Bidirectional Mamba-1 mixer, Vim's bimamba v2 with Vim's parameter names (SPEC.md, Mixer); ``bidirectional=False`` is plain Mamba-1.
+
+    ``A_log``, ``D``, the bias of ``dt_proj`` and their backward twins stay float32 when the module is moved to a half precision.
+
+    Args:
+        d_model: width D of the input and the output.
+        d_state, d_conv, expand: S, K and E / D.
+        dt_rank: R, or "auto" for ceil(D / 16).
+        bidirectional: with the second direction (names ending in ``_b``) or without.
+        bias, conv_bias: whether in_proj and out_proj, and the convolutions, have a bias.
+        if_divide_out: halve the sum of the two directions, Vim's option.
+        dt_min, dt_max, dt_init_floor: the range in which softplus(dt_proj.bias) starts, log-uniform (arXiv 2312.00752, 3.6).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | str = "auto",
+        bidirectional: bool = True,
+        bias: bool = False,
+        conv_bias: bool = True,
+        if_divide_out: bool = False,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
+        self.d_inner = expand * d_model
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        self.bidirectional, self.if_divide_out = bidirectional, if_divide_out
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
+        self.suffixes = ("", "_b") if bidirectional else ("",)
+        for suffix in self.suffixes:
+            conv = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **factory)
+            dt_proj = nn.Linear(self.dt_rank, self.d_inner, **factory)
+            _init_dt(dt_proj, self.dt_rank, dt_min, dt_max, dt_init_floor)
+            rows = torch.arange(1, d_state + 1, dtype=torch.float32, device=device).expand(self.d_inner, -1)
+            self.add_module(f"conv1d{suffix}", conv)
+            self.add_module(f"x_proj{suffix}", nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **factory))
+            self.add_module(f"dt_proj{suffix}", dt_proj)
+            self.register_parameter("A_b_log" if suffix else "A_log", nn.Parameter(rows.log()))
+            self.register_parameter(f"D{suffix}", nn.Parameter(torch.ones(self.d_inner, dtype=torch.float32, device=device)))
+        for parameter in self._float32_parameters():
+            parameter._no_weight_decay = True
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
+
+    def forward(self, x: Tensor, grid: TokenGrid | None = None, reduction: TokenReduction | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """x (batch, L, D) -> (batch, L', D) in x's dtype; with a reduction, ``grid`` says where the tokens sit."""
+        with stage("in_proj"):
+            x, z = self.in_proj(x).chunk(2, dim=-1)
+        directions = []
+        for suffix in self.suffixes:
+            conv = getattr(self, f"conv1d{suffix}")
+            with stage("conv"):
+                u = causal_conv1d(x, conv.weight.squeeze(1), conv.bias, activation="silu", reverse=bool(suffix), cu_seqlens=cu_seqlens)
+            directions.append(self._direction(u, suffix))
+        with stage("scan"):
+            y = self._scan(directions, z, cu_seqlens)
+        with stage("out_proj"):
+            out = self.out_proj(y)
+        return out if reduction is None else reduce_tokens(out, grid, reduction)
+
+    def _scan(self, directions: list[Direction], z: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        if not self.bidirectional:
+            (one,) = directions
+            return selective_scan(*one[:6], z=z, delta_bias=one.delta_bias, delta_softplus=True, cu_seqlens=cu_seqlens)
+        y = bidirectional_selective_scan(*directions, z=z, delta_softplus=True, cu_seqlens=cu_seqlens)
+        return y / 2 if self.if_divide_out else y
+
+    def _direction(self, u: Tensor, suffix: str) -> Direction:
+        """The scan's operands from the convolved input u (batch, L, E)."""
+        dt_proj = getattr(self, f"dt_proj{suffix}")
+        with stage("x_proj"):
+            projected = getattr(self, f"x_proj{suffix}")(u)
+            dt_raw, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        with stage("dt_proj"):
+            delta = F.linear(dt_raw, dt_proj.weight)
+        A = -torch.exp(self.A_b_log if suffix else self.A_log)
+        return Direction(u, delta, A, B, C, getattr(self, f"D{suffix}"), dt_proj.bias)
+
+    def _float32_parameters(self) -> list[nn.Parameter]:
+        per_direction = [(self.A_b_log if s else self.A_log, getattr(self, f"D{s}"), getattr(self, f"dt_proj{s}").bias) for s in self.suffixes]
+        return [parameter for one in per_direction for parameter in one]
+
+    def _apply(self, fn, recurse=True):
+        """Moves as nn.Module does, but gives the float32 parameters their values back where a half precision was asked for."""
+        before = [p.data for p in self._float32_parameters()]
+        super()._apply(fn, recurse)
+        for parameter, data in zip(self._float32_parameters(), before, strict=True):
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = data.to(parameter.device)
+        return self
+
+
+def _init_dt(dt_proj: nn.Linear, dt_rank: int, dt_min: float, dt_max: float, floor: float) -> None:
+    """Start softplus(bias) log-uniform in [dt_min, dt_max]; the bias is float32 (arXiv 2312.00752, 3.6)."""
+    nn.init.uniform_(dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
+    low, high = math.log(dt_min), math.log(dt_max)
+    dt = torch.exp(torch.rand(dt_proj.out_features, dtype=torch.float32, device=dt_proj.weight.device) * (high - low) + low).clamp(min=floor)
+    dt_proj.bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+    dt_proj.bias._no_reinit = True
+
+
+class MixerLayer(nn.Module):
+    """``X + Mixer(LayerNorm(X))``, one layer of the projector (STORM eq. 5)."""
+
+    def __init__(self, mixer: ReferenceMixer, **factory):
+        super().__init__()
+        self.norm = nn.LayerNorm(mixer.d_model, **factory)
+        self.mixer = mixer
+
+
+class ReferenceTemporalProjector(nn.Module):
+    """STORM's projector: 2x2 downsample, linear, M bidirectional mixers over all frames' tokens, token reduction (SPEC.md, Projector).
+
+    Args:
+        vision_width: Dv, the width of the image encoder's tokens.
+        d_model: D, the LLM's hidden size.
+        layers: M, the number of mixers.
+        bidirectional: False for the streaming, forward-only form.
+        mixer_options: further arguments of the mixer (d_state, d_conv, expand, dt_rank, ...).
+    """
+
+    mixer_class: type[ReferenceMixer] = ReferenceMixer
+
+    def __init__(
+        self,
+        vision_width: int,
+        d_model: int,
+        layers: int = 1,
+        bidirectional: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **mixer_options,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.proj = nn.Linear(4 * vision_width, d_model, **factory)
+        mixers = (self.mixer_class(d_model, bidirectional=bidirectional, **mixer_options, **factory) for _ in range(layers))
+        self.layers = nn.ModuleList(MixerLayer(mixer, **factory) for mixer in mixers)
+
+    def forward(self, features: Tensor, reduction: TokenReduction = TokenReduction(), lengths: list[int] | None = None) -> Tensor:
+        """features (batch, T, h, w, vision_width) -> (batch, tokens, D).
+
+        ``lengths`` gives each video's number of frames where the batch is padded at the end; each video then comes out as if it ran alone,
+        followed by zeros.
+        """
+        tokens, grid = self.embed(features)
+        return run_padded(self.mix, tokens, grid, reduction, lengths)
+
+    def embed(self, features: Tensor) -> tuple[Tensor, TokenGrid]:
+        """Downsample and project: (batch, T, h, w, vision_width) -> (batch, T*H*W, D) and its grid (STORM eq. 3)."""
+        with stage("downsample"):
+            blocks = downsample(features)
+            grid = TokenGrid(*blocks.shape[1:4])
+            return self.proj(blocks).flatten(1, 3), grid
+
+    def mix(self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction, cu_seqlens: Tensor | None) -> Tensor:
+        """The layers and the reduction: (batch, L, D) -> (batch, L', D); packed videos (``cu_seqlens``) are not reduced."""
+        for layer in self.layers:
+            with stage("norm"):
+                normed = layer.norm(x)
+            x = x + layer.mixer(normed, cu_seqlens=cu_seqlens)
+        with stage("reduce"):
+            return reduce_tokens(x, grid, reduction)
+
+
+def downsample(features: Tensor) -> Tensor:
+    """2x2 pixel shuffle (batch, T, h, w, c) -> (batch, T, ceil(h/2), ceil(w/2), 4c), row-major in the block, odd sides zero-padded at the end."""
+    height, width = features.shape[2:4]
+    padded = F.pad(features, (0, 0, 0, width % 2, 0, height % 2))
+    return padded.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4).flatten(4, 6)
+
+
+def run_padded(mix, x: Tensor, grid: TokenGrid, reduction: TokenReduction, lengths: list[int] | None) -> Tensor:
+    """Run ``mix`` over whole videos x (batch, T*N, D), or, with ``lengths`` in frames, over the valid tokens packed one after the other."""
+    if lengths is None:
+        return mix(x, grid, reduction, None)
+    if len(lengths) != x.shape[0]:
+        raise ValueError(f"lengths must name one number of frames for each of the {x.shape[0]} videos, got {len(lengths)}: {list(lengths)}")
+    if any(not 1 <= n <= grid.frames for n in lengths):
+        raise ValueError(f"lengths must be between 1 and {grid.frames}, the frames of the batch, got {list(lengths)}")
+    tokens = [n * grid.tokens_per_frame for n in lengths]
+    packed = torch.cat([video[:n] for video, n in zip(x, tokens, strict=True)])
+    bounds = torch.tensor([0, *tokens], device=x.device).cumsum(0)
+    mixed = mix(packed[None], None, TokenReduction(), bounds)[0].split(tokens)
+    grids = (TokenGrid(n, grid.height, grid.width) for n in lengths)
+    reduced = [reduce_tokens(video[None], own, reduction)[0] for video, own in zip(mixed, grids, strict=True)]
+    return nn.utils.rnn.pad_sequence(reduced, batch_first=True)
