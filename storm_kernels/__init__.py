@@ -1,6 +1,37 @@
 """Fused kernels for the temporal projector of STORM (arXiv 2503.04130): bidirectional selective scan and token reduction."""
 
+from . import reference
+from .dispatch import BackendError, SlowPathWarning, stats, strict, use_backend, why_not
+from .modules import BiMambaMixer, TemporalProjector
+from .ops import (
+    bidirectional_causal_conv1d,
+    bidirectional_selective_scan,
+    causal_conv1d,
+    reduce_tokens,
+    residual_layer_norm,
+    selective_scan,
+)
+from .reference import Direction
 from .tokens import TokenGrid, TokenReduction
 
 __version__ = "0.1.0"
-__all__ = ["TokenGrid", "TokenReduction"]
+__all__ = [
+    "BackendError",
+    "BiMambaMixer",
+    "Direction",
+    "SlowPathWarning",
+    "TemporalProjector",
+    "TokenGrid",
+    "TokenReduction",
+    "bidirectional_causal_conv1d",
+    "bidirectional_selective_scan",
+    "causal_conv1d",
+    "reduce_tokens",
+    "reference",
+    "residual_layer_norm",
+    "selective_scan",
+    "stats",
+    "strict",
+    "use_backend",
+    "why_not",
+]

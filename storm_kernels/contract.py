@@ -7,7 +7,8 @@ K taps; n sequences (batch, or len(cu_seqlens) - 1 when sequences are packed and
 Activations (u, delta, B, C, z, x and their gradients) are float32, bfloat16 or float16, each its own; float64 too in the "torch" backend.
 Parameters and states (A, D, delta_bias, weights, biases, states) are float32 (float64 there). Sums and states are kept in float32.
 Activations have any strides, unit innermost unless that axis has one element; parameters are contiguous. Offsets can pass 2^31.
-Gradients come back contiguous, in the shape and dtype of what they are gradients of. Incoming gradients have any strides, zero included.
+Results are contiguous and share no memory with an input. Gradients come back contiguous, in the shape and dtype of what they are gradients of.
+Incoming gradients have any strides, zero included. No axis is empty: ops.py leaves that to the torch backend.
 """
 
 from __future__ import annotations

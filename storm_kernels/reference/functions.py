@@ -176,7 +176,7 @@ def _scan_sequence(direction: Direction, delta_softplus: bool, reverse: bool, h:
     in_groups = (groups, channels // groups)
     A = A.unflatten(0, in_groups)  # (G, E/G, S)
     B, C = (t.reshape(batch, length, groups, 1, states) for t in (B, C))
-    h = u.new_zeros(batch, channels, states) if h is None else h.to(acc)
+    h = u.new_zeros(batch, channels, states) if h is None else h.to(acc).clone()
     h = h.unflatten(1, in_groups)  # (batch, G, E/G, S)
     step, drive = (t.unflatten(2, in_groups).unsqueeze(-1) for t in (delta, delta * u))  # (batch, L, G, E/G, 1)
 
@@ -184,7 +184,7 @@ def _scan_sequence(direction: Direction, delta_softplus: bool, reverse: bool, h:
     for t in reversed(range(length)) if reverse else range(length):
         h = torch.exp(step[:, t] * A) * h + drive[:, t] * B[:, t]
         y[t] = (h * C[:, t]).sum(-1)
-    y = torch.stack(y, 1).flatten(2) if length else u
+    y = torch.stack(y, 1).flatten(2) if length else torch.zeros_like(u)
     return (y if D is None else y + D * u), h.flatten(1, 2)
 
 
@@ -216,7 +216,7 @@ def _conv_sequence(
         inputs, kernel = torch.cat([history, inputs], -1), weight
         state = inputs[..., inputs.shape[-1] - (width - 1) :]
     if x.shape[1] == 0:
-        return x, state
+        return torch.empty_like(x), state
     out = F.conv1d(inputs, kernel.to(acc).unsqueeze(1), None if bias is None else bias.to(acc), groups=channels)
     out = F.silu(out) if activation is not None else out
     return out.transpose(1, 2).to(x.dtype), state

@@ -1,0 +1,92 @@
+"""Drop-ins for the reference mixer and projector: the same parameters and state_dict, a faster forward.
+
+What they do beside calling the kernels is SPEC.md's algebra: reduction is linear, so in the last layer the scan writes only reduced y and out_proj
+runs on what survives; frames that sampling drops get no gate.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops import bidirectional_causal_conv1d, bidirectional_selective_scan, causal_conv1d, reduce_tokens, selective_scan
+from .profiling import stage
+from .reference import Direction, ReferenceMixer, ReferenceTemporalProjector
+from .tokens import TokenGrid, TokenReduction
+
+
+class BiMambaMixer(ReferenceMixer):
+    """:class:`storm_kernels.reference.ReferenceMixer` on the kernels: same arguments, parameters and results."""
+
+    def forward(self, x: Tensor, grid: TokenGrid | None = None, reduction: TokenReduction | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """x (batch, L, D) -> (batch, L', D) in x's dtype; with a reduction, ``grid`` says where the tokens sit."""
+        if reduction is not None and reduction.is_identity:
+            grid = reduction = None
+        with stage("in_proj"):
+            inner, z = self._in_proj(x, grid, reduction)
+        with stage("conv"):
+            convolved = self._conv(inner, cu_seqlens)
+        directions = [self._direction(u, suffix) for u, suffix in zip(convolved, self.suffixes, strict=True)]
+        with stage("scan"):
+            y = self._fused_scan(directions, z, cu_seqlens, grid, reduction)
+        with stage("out_proj"):
+            return self.out_proj(y)
+
+    def _in_proj(self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction | None) -> tuple[Tensor, Tensor]:
+        """The scan's input for every token, the gate for the surviving frames' tokens only."""
+        if reduction is None or reduction.temporal_stride == 1:
+            return self.in_proj(x).chunk(2, dim=-1)
+        kept = kept_tokens(x, grid, reduction)
+        half = self.d_inner
+        weight, bias = self.in_proj.weight, self.in_proj.bias
+        inner = F.linear(x, weight[:half], None if bias is None else bias[:half])
+        return inner, F.linear(kept, weight[half:], None if bias is None else bias[half:])
+
+    def _conv(self, x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+        options = {"activation": "silu", "cu_seqlens": cu_seqlens}
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        if not self.bidirectional:
+            return (causal_conv1d(x, weight, bias, **options),)
+        return bidirectional_causal_conv1d(x, weight, bias, self.conv1d_b.weight.squeeze(1), self.conv1d_b.bias, **options)
+
+    def _fused_scan(
+        self, directions: list[Direction], z: Tensor, cu_seqlens: Tensor | None, grid: TokenGrid | None, reduction: TokenReduction | None
+    ) -> Tensor:
+        options = {"delta_softplus": True, "cu_seqlens": cu_seqlens, "grid": grid, "reduction": reduction}
+        if not self.bidirectional:
+            (one,) = directions
+            return selective_scan(*one[:6], z=z, delta_bias=one.delta_bias, **options)
+        y = bidirectional_selective_scan(*directions, z=z, **options)
+        return y / 2 if self.if_divide_out else y
+
+
+class TemporalProjector(ReferenceTemporalProjector):
+    """:class:`storm_kernels.reference.ReferenceTemporalProjector` on the kernels: same arguments, parameters and results."""
+
+    mixer_class = BiMambaMixer
+
+    def mix(self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction, cu_seqlens: Tensor | None) -> Tensor:
+        """The layers and the reduction; the last layer writes reduced tokens only: ``reduce(X) + Mixer(LayerNorm(X), reduction)``."""
+        for index, layer in enumerate(self.layers):
+            with stage("norm"):
+                normed = layer.norm(x)
+            if index + 1 < len(self.layers) or reduction.is_identity:
+                x = x + layer.mixer(normed, cu_seqlens=cu_seqlens)
+                continue
+            with stage("reduce"):
+                x = reduce_tokens(x, grid, reduction)
+            x = x + layer.mixer(normed, grid, reduction)
+        return x if self.layers else reduce_tokens(x, grid, reduction)
+
+
+def kept_tokens(x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:
+    """The tokens of the frames that survive: (batch, T*N, C) -> (batch, kept tokens, C), a copy of those rows."""
+    pool, period = reduction.temporal_pool, reduction.temporal_pool * reduction.temporal_stride
+    frames = x.unflatten(1, (grid.frames, grid.tokens_per_frame))
+    full, rest = divmod(grid.frames, period)
+    whole = frames[:, : full * period].unflatten(1, (full, period))[:, :, :pool].flatten(1, 3)
+    if rest == 0:
+        return whole
+    last = frames[:, full * period : full * period + min(pool, rest)].flatten(1, 2)
+    return torch.cat([whole, last], 1)

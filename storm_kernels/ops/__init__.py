@@ -1,0 +1,15 @@
+"""The public functions: argument checks, operator schemas, fake kernels and autograd; the only door to the kernels."""
+
+from .conv import bidirectional_causal_conv1d, causal_conv1d
+from .norm import residual_layer_norm
+from .reduce import reduce_tokens
+from .scan import bidirectional_selective_scan, selective_scan
+
+__all__ = [
+    "bidirectional_causal_conv1d",
+    "bidirectional_selective_scan",
+    "causal_conv1d",
+    "reduce_tokens",
+    "residual_layer_norm",
+    "selective_scan",
+]

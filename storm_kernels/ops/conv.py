@@ -1,0 +1,206 @@
+"""causal_conv1d and bidirectional_causal_conv1d: checks, schema, fake kernel and autograd (SPEC.md, Mixer)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dispatch
+from ..contract import ConvFilter
+from . import checks
+from .normalise import accumulator, parameter, unit_innermost
+
+_DIFFERENTIABLE = ("x", "weight", "bias", "weight_b", "bias_b", "initial_state")
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    reverse: bool = False,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Depthwise convolution over time in which a token meets itself and the K - 1 before it (after it with ``reverse``), then SiLU.
+
+    Args:
+        x: (batch, L, E), float32, bfloat16, float16 or float64.
+        weight: (E, K); tap K - 1 meets the token itself.
+        bias: (E,).
+        activation: None, "silu" or "swish", which is the same.
+        reverse: anti-causal; in scan order the sequence then begins at its last token. Nothing is copied.
+        initial_state: (n, E, K - 1), the inputs before the first in scan order, oldest first; zeros where None.
+        return_final_state: also return the last K - 1 inputs in scan order, (n, E, K - 1) in x's dtype.
+        cu_seqlens: (n + 1,) integers: bounds of sequences packed in a batch of 1.
+        backend: as in :func:`selective_scan`.
+
+    Returns:
+        (batch, L, E) in x's dtype; and the final state where asked for.
+
+    Raises:
+        TypeError, ValueError, BackendError: as :func:`selective_scan`.
+    """
+    _check(x, weight, bias, activation, "")
+    sequences = checks.packed(cu_seqlens, x)
+    channels, width = weight.shape
+    checks.state("initial_state", initial_state, (sequences, channels, width - 1), "(sequences, E, K-1)", x)
+    out = _run(x, weight, bias, None, None, initial_state, cu_seqlens, activation, reverse, backend)[0]
+    return (out, _final_state(x, width, reverse, initial_state, cu_seqlens)) if return_final_state else out
+
+
+def bidirectional_causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_b: Tensor,
+    bias_b: Tensor | None,
+    *,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The causal convolution with (weight, bias) and the anti-causal one with (weight_b, bias_b), from one read of x.
+
+    Shapes, dtypes and errors as in :func:`causal_conv1d`; the two weights have one shape. Returns two tensors (batch, L, E).
+    """
+    _check(x, weight, bias, activation, "")
+    _check(x, weight_b, bias_b, activation, "_b")
+    checks.shape("weight_b", weight_b, tuple(weight.shape), "weight's")
+    checks.packed(cu_seqlens, x)
+    return _run(x, weight, bias, weight_b, bias_b, None, cu_seqlens, activation, False, backend)
+
+
+def _check(x, weight, bias, activation, suffix: str) -> None:
+    checks.tensor("x", x, 3)
+    checks.tensor(f"weight{suffix}", weight, 2, x)
+    channels, width = x.shape[2], weight.shape[1]
+    if channels == 0 or width == 0:
+        raise ValueError(f"weight{suffix} must have at least one channel and one tap, got shape {tuple(weight.shape)}")
+    checks.shape(f"weight{suffix}", weight, (channels, width), "(E, K)")
+    if bias is not None:
+        checks.tensor(f"bias{suffix}", bias, 1, x)
+        checks.shape(f"bias{suffix}", bias, (channels,), "(E,)")
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(f"activation must be None, 'silu' or 'swish', got {activation!r}")
+
+
+def _run(x, weight, bias, weight_b, bias_b, initial_state, cu_seqlens, activation, reverse, backend) -> tuple[Tensor, Tensor]:
+    acc = accumulator(x)
+    parameters = (parameter(t, acc) for t in (weight, bias, weight_b, bias_b, initial_state))
+    return torch.ops.storm_kernels.conv(x, *parameters, cu_seqlens, activation is not None, reverse, dispatch.requested(backend))
+
+
+def _final_state(x: Tensor, width: int, reverse: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The last K - 1 inputs in scan order, (n, E, K - 1): a slice, or a gather where sequences are packed."""
+    tail = width - 1
+    if cu_seqlens is None:
+        recent = x[:, :tail].flip(1) if reverse else x[:, max(x.shape[1] - tail, 0) :]
+        recent = recent.transpose(1, 2)
+        missing = tail - recent.shape[-1]
+        if missing == 0:
+            return recent.contiguous()
+        before = F.pad(recent, (missing, 0)) if initial_state is None else None
+        return before if before is not None else torch.cat([initial_state[..., recent.shape[-1] :].to(x.dtype), recent], -1)
+    start, end = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
+    age = torch.arange(tail - 1, -1, -1, device=x.device)  # 0 is the newest
+    index = start + age if reverse else end - 1 - age
+    inside = ((index >= start) & (index < end)).unsqueeze(1)
+    recent = x[0].index_select(0, index.clamp(0, max(x.shape[1] - 1, 0)).flatten()).unflatten(0, index.shape).transpose(1, 2)
+    if initial_state is None:
+        return recent.masked_fill(~inside, 0)
+    shifted = (torch.arange(tail, device=x.device) + (end - start)).clamp(max=max(tail - 1, 0))  # an older input moves up by the sequence's length
+    older = initial_state.to(x.dtype).gather(2, shifted.unsqueeze(1).expand(-1, x.shape[2], -1))
+    return torch.where(inside, recent, older)
+
+
+@torch.library.custom_op("storm_kernels::conv", mutates_args=())
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_b: Tensor | None,
+    bias_b: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """-> one output for each filter; without a second one an empty tensor."""
+    checks.bounds(cu_seqlens, x.shape[1])
+    filters = _filters(weight, bias, weight_b, bias_b, reverse)
+    checks.memory("the convolution's result", x.device, x.numel() * len(filters), x.element_size())
+    module = dispatch.choose("conv", backend, x, d_conv=weight.shape[1])
+    dispatch.count("conv", module)
+    outs = module.conv(unit_innermost(x), filters, silu=silu, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    return outs[0], outs[1] if len(outs) == 2 else x.new_empty(0)
+
+
+@_conv.register_fake
+def _(x, weight, bias, weight_b, *_):
+    return x.new_empty(x.shape), x.new_empty(0 if weight_b is None else x.shape)
+
+
+@torch.library.custom_op("storm_kernels::conv_backward", mutates_args=())
+def _conv_backward(
+    grad: Tensor | None,
+    grad_b: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_b: Tensor | None,
+    bias_b: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+    reverse: bool,
+    needs: str,
+    backend: str,
+) -> list[Tensor]:
+    """-> the gradients of the operands that ``needs`` names, separated by spaces, in its order."""
+    filters = _filters(weight, bias, weight_b, bias_b, reverse)
+    module = dispatch.choose("conv", backend, x, d_conv=weight.shape[1])
+    dispatch.count("conv_backward", module)
+    grads = tuple(torch.zeros_like(x) if g is None else g for g in (grad, grad_b))[: len(filters)]
+    names = needs.split()
+    wanted = frozenset(name.removesuffix("_b") for name in names)
+    options = {"silu": silu, "initial_state": initial_state, "cu_seqlens": cu_seqlens, "needs": wanted}
+    grad_x, per_filter, grad_state = module.conv_backward(grads, unit_innermost(x), filters, **options)
+    found = {"x": grad_x, "initial_state": grad_state}
+    for suffix, (grad_weight, grad_bias) in zip(("", "_b"), per_filter, strict=False):
+        found |= {f"weight{suffix}": grad_weight, f"bias{suffix}": grad_bias}
+    return [found[name] for name in names]
+
+
+@_conv_backward.register_fake
+def _(grad, grad_b, *rest):
+    operands, needs = dict(zip(_DIFFERENTIABLE, rest, strict=False)), rest[-2]
+    return [torch.empty_like(operands[name], memory_format=torch.contiguous_format) for name in needs.split()]
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:7])
+    ctx.options = inputs[7:9]
+    ctx.backend = inputs[9]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, grad_b):
+    needs = [name for name, wanted in zip(_DIFFERENTIABLE, ctx.needs_input_grad, strict=False) if wanted]
+    found = torch.ops.storm_kernels.conv_backward(grad, grad_b, *ctx.saved_tensors, *ctx.options, " ".join(needs), ctx.backend)
+    grads = dict(zip(needs, found, strict=True))
+    return (*(grads.get(name) for name in _DIFFERENTIABLE), *(None,) * 4)
+
+
+_conv.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _filters(weight, bias, weight_b, bias_b, reverse: bool) -> tuple[ConvFilter, ...]:
+    if weight_b is None:
+        return (ConvFilter(weight, bias, reverse),)
+    return ConvFilter(weight, bias, False), ConvFilter(weight_b, bias_b, True)

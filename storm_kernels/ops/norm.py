@@ -1,0 +1,91 @@
+"""residual_layer_norm: checks, schema, fake kernel and autograd (the projector's ``X + Mixer(LayerNorm(X))``, STORM eq. 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from . import checks
+from .normalise import accumulator, parameter, unit_innermost
+
+
+def residual_layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm of a residual sum, in one pass.
+
+    Args:
+        x: (..., C), float32, bfloat16, float16 or float64.
+        residual: like x, or None for none.
+        weight, bias: (C,); the bias may be None.
+        eps: added to the variance.
+        backend: as in :func:`selective_scan`.
+
+    Returns:
+        LayerNorm(x + residual) and x + residual, both (..., C) in x's dtype; the sum is rounded before it is normalised.
+
+    Raises:
+        TypeError, ValueError, BackendError: as :func:`selective_scan`.
+    """
+    checks.tensor("x", x, tuple(range(1, 9)))
+    channels = x.shape[-1]
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None or name == "weight":
+            checks.tensor(name, value, 1, x)
+            checks.shape(name, value, (channels,), "(C,)")
+    if residual is not None:
+        checks.tensor("residual", residual, x.dim(), x)
+        checks.shape("residual", residual, tuple(x.shape), "x's")
+        residual = residual.to(x.dtype).reshape(-1, channels)
+    acc = accumulator(x)
+    weight = parameter(weight, acc)
+    bias = torch.zeros_like(weight) if bias is None else parameter(bias, acc)
+    normed, summed, _, _ = torch.ops.storm_kernels.norm(x.reshape(-1, channels), residual, weight, bias, eps, dispatch.requested(backend))
+    return normed.view(x.shape), summed.view(x.shape)
+
+
+@torch.library.custom_op("storm_kernels::norm", mutates_args=())
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    module = dispatch.choose("norm", backend, x)
+    dispatch.count("norm", module)
+    return module.norm(unit_innermost(x), unit_innermost(residual), weight, bias, eps)
+
+
+@_norm.register_fake
+def _(x, residual, weight, bias, eps, backend):
+    per_row = weight.new_empty(x.shape[0])
+    return x.new_empty(x.shape), x.new_empty(x.shape), per_row, torch.empty_like(per_row)
+
+
+@torch.library.custom_op("storm_kernels::norm_backward", mutates_args=())
+def _norm_backward(
+    grad_normed: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    module = dispatch.choose("norm", backend, summed)
+    dispatch.count("norm_backward", module)
+    return module.norm_backward(grad_normed, grad_sum, summed, weight, mean, rstd)
+
+
+@_norm_backward.register_fake
+def _(grad_normed, grad_sum, summed, weight, mean, rstd, backend):
+    return summed.new_empty(summed.shape), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _setup_context(ctx, inputs, output):
+    _, residual, weight, _, _, backend = inputs
+    _, summed, mean, rstd = output
+    ctx.save_for_backward(summed, weight, mean, rstd)
+    ctx.has_residual, ctx.backend = residual is not None, backend
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_normed, grad_sum, *_):
+    summed, weight, mean, rstd = ctx.saved_tensors
+    if grad_normed is None:
+        grad_normed = torch.zeros_like(summed)
+    grad, grad_weight, grad_bias = torch.ops.storm_kernels.norm_backward(grad_normed, grad_sum, summed, weight, mean, rstd, ctx.backend)
+    return grad, grad if ctx.has_residual else None, grad_weight, grad_bias, None, None
+
+
+_norm.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,73 @@
+"""reduce_tokens: checks, schema, fake kernel and autograd (STORM, arXiv 2503.04130, eqs. 6-8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..tokens import TokenGrid, TokenReduction
+from . import checks
+from .normalise import unit_innermost
+
+
+def reduce_tokens(x: Tensor, grid: TokenGrid, reduction: TokenReduction, *, backend: str | None = None) -> Tensor:
+    """Average over blocks of frames and tokens, then keep every s-th pooled frame (SPEC.md, Token reduction), in one pass.
+
+    Args:
+        x: (batch, T*H*W, C), float32, bfloat16, float16 or float64; averaged in float32 (float64).
+        grid: T, H and W.
+        reduction: k, p and s. A last block that is not full averages what it has.
+        backend: as in :func:`selective_scan`.
+
+    Returns:
+        (batch, T'*H'*W', C) in x's dtype; x itself where nothing is reduced.
+
+    Raises:
+        TypeError, ValueError, BackendError: as :func:`selective_scan`.
+    """
+    checks.tensor("x", x, 3)
+    grid, reduction = checks.placed(x.shape[1], grid, reduction)
+    if reduction is None:
+        return x
+    where = [grid.frames, grid.height, grid.width]
+    how = [reduction.temporal_pool, reduction.spatial_pool, reduction.temporal_stride]
+    return torch.ops.storm_kernels.reduce(x, where, how, dispatch.requested(backend))
+
+
+@torch.library.custom_op("storm_kernels::reduce", mutates_args=())
+def _reduce(x: Tensor, grid: Sequence[int], reduction: Sequence[int], backend: str) -> Tensor:
+    module = dispatch.choose("reduce", backend, x)
+    dispatch.count("reduce", module)
+    return module.reduce(unit_innermost(x), TokenGrid(*grid), TokenReduction(*reduction))
+
+
+@_reduce.register_fake
+def _(x, grid, reduction, backend):
+    tokens = TokenReduction(*reduction).reduced(TokenGrid(*grid)).tokens
+    return x.new_empty(x.shape[0], tokens, x.shape[2])
+
+
+@torch.library.custom_op("storm_kernels::reduce_backward", mutates_args=())
+def _reduce_backward(grad: Tensor, grid: Sequence[int], reduction: Sequence[int], backend: str) -> Tensor:
+    module = dispatch.choose("reduce", backend, grad)
+    dispatch.count("reduce_backward", module)
+    return module.reduce_backward(grad, TokenGrid(*grid), TokenReduction(*reduction))
+
+
+@_reduce_backward.register_fake
+def _(grad, grid, reduction, backend):
+    return grad.new_empty(grad.shape[0], TokenGrid(*grid).tokens, grad.shape[2])
+
+
+def _setup_context(ctx, inputs, output):
+    _, *ctx.where = inputs
+
+
+def _backward(ctx, grad):
+    return torch.ops.storm_kernels.reduce_backward(grad, *ctx.where), None, None, None
+
+
+_reduce.register_autograd(_backward, setup_context=_setup_context)
