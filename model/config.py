@@ -1,4 +1,4 @@
-"""The models to compare: presets (which sizes) and variants (which projector, which token reduction). SPEC.md, "Presets" and "The models to compare"."""
+"""The models to compare: presets (sizes) and variants (projector and token reduction). SPEC.md, "Presets" and "The models to compare"."""
 
 from __future__ import annotations
 
