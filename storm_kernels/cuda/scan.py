@@ -1,0 +1,174 @@
+"""Selective scan, forward: launch code of src/scan.cu, and what its backward shares."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..contract import ScanInputs, ScanResult
+from ..tokens import TokenGrid, TokenReduction
+from .launcher import THREADS, current
+from .tokens import FORMATS, TokenMap, sum_terms, token_map
+
+LARGEST_STATE = 512
+_SAVED_BYTES = 64 * 1024  # of states the backward keeps in shared memory: two blocks fit on a multiprocessor of every GPU from sm_80 on
+
+
+class Geometry(NamedTuple):
+    """How a block's 128 threads share channels and states; src/scan.cuh says what each name means."""
+
+    D_STATE: int
+    STATE_LANES: int
+    LANE_STATES: int
+    TILE: int
+    CHUNK: int
+    GROUP: int
+
+    @property
+    def block_channels(self) -> int:
+        return 2 * THREADS // self.STATE_LANES
+
+    @property
+    def states(self) -> int:
+        return self.STATE_LANES * self.LANE_STATES
+
+
+def _power(n: int) -> int:
+    """The smallest power of two not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+@cache
+def geometry(d_state: int) -> Geometry:
+    lanes = min(32, _power(-(-d_state // 4)))
+    run = _power(-(-d_state // lanes))
+    # The backward holds GROUP tokens' states and decays in registers, 64 of each.
+    group = min(8, 32 // run)
+    chunk = min(128, _SAVED_BYTES // (THREADS * 2 * run * 4) * group)
+    # 32 tokens of 64 channels and 16 states: enough work between two barriers, and room for four blocks on a multiprocessor.
+    tile = max(1, min(32, chunk, 32 * 64 * lanes // (2 * THREADS), 2048 // (lanes * run)))
+    return Geometry(d_state, lanes, run, tile, chunk, min(group, tile))
+
+
+class Setting(NamedTuple):
+    """What a launch needs beside the tensors of a direction."""
+
+    sequences: int
+    token_map: TokenMap | None
+    out_rows: int
+    values: dict  # of `Problem`
+
+
+def checkpoint_shape(batch: int, length: int, channels: int, states: int, sequences: int) -> tuple[int, ...]:
+    """`Backend.checkpoint_shape`: the state before every CHUNK-th token, in scan order."""
+    chunk = geometry(states).CHUNK
+    return (batch, length // chunk + sequences if sequences else -(-length // chunk), channels, states)
+
+
+def defines(one: ScanInputs, z: Tensor | None) -> dict[str, object]:
+    """Macros of a launch; a missing z takes u's format."""
+    formats = {"U_T": one.u, "DELTA_T": one.delta, "B_T": one.B, "C_T": one.C, "Z_T": one.u if z is None else z}
+    return {**geometry(one.A.shape[1])._asdict(), **{name: FORMATS[t.dtype] for name, t in formats.items()}}
+
+
+def channel_blocks(one: ScanInputs) -> tuple[int, int]:
+    """Blocks of channels a group, and in all."""
+    groups = one.B.shape[2]
+    a_group = -(-(one.A.shape[0] // groups) // geometry(one.A.shape[1]).block_channels)
+    return a_group, a_group * groups
+
+
+def setting(directions, z, *, delta_softplus, initial_state, cu_seqlens, grid, reduction) -> Setting:
+    one = directions[0]
+    batch, length, channels = one.u.shape
+    where = None if reduction is None else token_map(grid, reduction, one.u.device)
+    out_rows = length if reduction is None else reduction.reduced(grid).tokens
+    sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    rows = checkpoint_shape(batch, length, channels, one.A.shape[1], 0 if cu_seqlens is None else sequences)[1]
+    values = {
+        "length": length,
+        "channels": channels,
+        "group_channels": channels // one.B.shape[2],
+        "group_blocks": channel_blocks(one)[0],
+        "sequences": sequences,
+        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous(),
+        "checkpoint_rows": rows,
+        "softplus": delta_softplus,
+        "initial_state": initial_state,
+        "z": z,
+        "z_batch": 0 if z is None else z.stride(0),
+        "z_row": 0 if z is None else z.stride(1),
+        "z_kept": where is not None and z is not None and z.shape[1] != length,
+        "cells": where and where.cells,
+        "kept_rows": where and where.kept_rows,
+        "weights": where and where.weights,
+        "out_rows": out_rows,
+    }
+    return Setting(sequences, where, out_rows, values)
+
+
+def direction_values(one: ScanInputs, checkpoints: Tensor | None) -> dict:
+    values = {"A": one.A, "D": one.D, "delta_bias": one.delta_bias, "reverse": one.reverse, "checkpoints": checkpoints}
+    for name in ("u", "delta", "B", "C"):
+        t = getattr(one, name)
+        values |= {name: t, f"{name}_batch": t.stride(0), f"{name}_row": t.stride(1)}
+    return values | {"B_group": one.B.stride(2), "C_group": one.C.stride(2)}
+
+
+def shared_bytes(shape: Geometry) -> int:
+    return shape.TILE * (shape.block_channels * 12 + shape.states * 8)
+
+
+def launch_together(directions: tuple[ScanInputs, ...]) -> tuple[tuple[int, ...], ...]:
+    """Directions one launch serves: both, unless their formats or groups differ."""
+    if len(directions) == 1:
+        return ((0,),)
+    alike = {(channel_blocks(one), *(getattr(one, name).dtype for name in ("u", "delta", "B", "C"))) for one in directions}
+    return ((0, 1),) if len(alike) == 1 else ((0,), (1,))
+
+
+def scan(
+    directions: tuple[ScanInputs, ...],
+    z: Tensor | None,
+    *,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    grid: TokenGrid | None,
+    reduction: TokenReduction | None,
+    save_checkpoints: bool,
+) -> ScanResult:
+    """`Backend.scan`."""
+    u = directions[0].u
+    batch, length, channels = u.shape
+    states = directions[0].A.shape[1]
+    set_ = setting(
+        directions, z, delta_softplus=delta_softplus, initial_state=initial_state, cu_seqlens=cu_seqlens, grid=grid, reduction=reduction
+    )
+    empty = {"dtype": torch.float32, "device": u.device}
+    shape = checkpoint_shape(batch, length, channels, states, 0 if cu_seqlens is None else set_.sequences)
+    checkpoints = tuple(torch.empty(shape, **empty) for _ in directions) if save_checkpoints else ()
+    final_state = torch.empty(set_.sequences, channels, states, **empty) if len(directions) == 1 else None
+    if len(directions) == 1 and reduction is None:
+        out, partial = torch.empty(batch, length, channels, dtype=u.dtype, device=u.device), None
+    else:
+        make = torch.empty if reduction is None else torch.zeros
+        out, partial = None, make(len(directions), batch * set_.out_rows * channels, **empty)
+    for together in launch_together(directions):
+        blocks = channel_blocks(directions[together[0]])[1]
+        values = {
+            "direction": [direction_values(directions[i], checkpoints[i] if checkpoints else None) for i in together],
+            "p": set_.values | {"group_channels": channels // directions[together[0]].B.shape[2], "group_blocks": channel_blocks(directions[together[0]])[0]},
+            "blocks": blocks,
+            "out": out,
+            "partial": [None if partial is None else partial[i] for i in together],
+            "final_state": final_state,
+        }
+        made = defines(directions[together[0]], z)
+        current().launch("scan.cu", "scan", made, "ScanArgs", values, blocks * set_.sequences * len(together), shared_bytes(geometry(states)))
+    if out is None:
+        out = sum_terms(partial[None], u.dtype).view(batch, set_.out_rows, channels)
+    return ScanResult(out, final_state, checkpoints)

@@ -1,0 +1,135 @@
+// What the kernels use of the machine: number formats, fast functions, asynchronous copies, ordering between blocks.
+// Each has a plain twin, so that the same sources run on a CPU (tests/cuda_on_cpu). No CUDA header is included: NVRTC finds none on users' machines.
+#pragma once
+
+typedef long long int64;
+typedef unsigned int uint32;
+
+struct bf16 {
+    unsigned short bits;
+};
+struct fp16 {
+    unsigned short bits;
+};
+
+#ifndef STORM_ON_CPU
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float bits_to_float(uint32 x) { return __uint_as_float(x); }
+__device__ __forceinline__ float to_float(fp16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
+__device__ __forceinline__ void from_float(float x, fp16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+__device__ __forceinline__ void from_float(float x, bf16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+
+// Copies 16 bytes into shared memory, the first `valid` from `source` and the rest zeros, without waiting.
+__device__ __forceinline__ void copy16_async(void* shared, const void* source, int valid) {
+    uint32 address = (uint32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(valid) : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most `PENDING` of this thread's committed groups are still under way.
+template <int PENDING>
+__device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// What was written before a release by one block is seen after the acquire that reads it in another.
+__device__ __forceinline__ uint32 load_acquire(const uint32* flag) {
+    uint32 value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+    return value;
+}
+__device__ __forceinline__ void store_release(uint32* flag, uint32 value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+__device__ __forceinline__ void spin() { __nanosleep(20); }
+#else
+#include "cuda_on_cpu_twins.h"
+#endif
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return bits_to_float((uint32)x.bits << 16); }
+__device__ __forceinline__ void from_float(float x, float& y) { y = x; }
+
+template <typename T>
+__device__ __forceinline__ T rounded(float x) {
+    T y;
+    from_float(x, y);
+    return y;
+}
+
+__device__ __forceinline__ int64 smaller(int64 a, int64 b) { return a < b ? a : b; }
+
+constexpr float LOG2E = 1.4426950408889634f;
+
+__device__ __forceinline__ float exp_fast(float x) { return exp2_fast(x * LOG2E); }
+
+// log(1 + e) for e in [0, 1]: e times the degree-9 interpolant of log(1 + e) / e at Chebyshev points, relative error 1.5e-7 in float32.
+// log2's hardware instruction would lose the small values: its error is absolute near 1.
+__device__ __forceinline__ float log1p_unit(float e) {
+    const float c[10] = {1.0f,          -0.49999893f, 0.3332971f,  -0.24951616f, 0.19663274f,
+                         -0.15269667f, 0.10543624f,  -0.05637361f, 0.019542528f, -0.0031760570f};
+    float p = c[9];
+#pragma unroll
+    for (int i = 8; i >= 0; i--) p = fmaf(p, e, c[i]);
+    return p * e;
+}
+
+// Past 20 it equals x in float32, which is SPEC.md's threshold.
+__device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log1p_unit(exp_fast(-fabsf(x))); }
+
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp_fast(-x)); }
+
+// Sums v[i] over the lanes that differ in the bits of FIRST, 2 FIRST, ... COUNT FIRST / 2, spreading the sums over those lanes as it goes:
+// lane `l` ends with the sums of v[spread_base(l)] and the N / COUNT - 1 after it (at least one) in v[0], v[1], ... All 32 lanes take part.
+template <int N, int FIRST, int COUNT>
+__device__ __forceinline__ void reduce_spread(float (&v)[N], int lane) {
+    int n = N;
+#pragma unroll
+    for (int bit = FIRST * COUNT / 2; bit >= FIRST; bit /= 2) {
+        if (n > 1) {
+            n /= 2;
+            bool upper = lane & bit;
+#pragma unroll
+            for (int i = 0; i < N / 2; i++) {
+                if (i < n) {
+                    float kept = upper ? v[i + n] : v[i];
+                    float sent = upper ? v[i] : v[i + n];
+                    v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, bit);
+                }
+            }
+        } else {
+            v[0] += __shfl_xor_sync(0xffffffffu, v[0], bit);
+        }
+    }
+}
+template <int N, int FIRST, int COUNT>
+__device__ __forceinline__ int spread_base(int lane) {
+    int n = N, base = 0;
+#pragma unroll
+    for (int bit = FIRST * COUNT / 2; bit >= FIRST; bit /= 2) {
+        if (n > 1) {
+            n /= 2;
+            base += lane & bit ? n : 0;
+        }
+    }
+    return base;
+}
+// Of the lanes that end with the same sums, one writes.
+template <int N, int FIRST, int COUNT>
+__device__ __forceinline__ bool spread_writes(int lane) {
+    return COUNT <= N || (lane / FIRST) % (COUNT / N > 0 ? COUNT / N : 1) == 0;
+}

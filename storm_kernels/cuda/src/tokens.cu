@@ -1,0 +1,103 @@
+// Small kernels over tokens: the map of a reduction, the reduction itself and its backward, and sums of partial results in fixed order.
+// Defined by the launch code: IN_T, OUT_T (formats).
+#include "device.cuh"
+
+struct Reduction {
+    int64 frames;
+    int64 height;
+    int64 width;
+    int64 temporal_pool;
+    int64 spatial_pool;
+    int64 temporal_stride;
+};
+
+__device__ __forceinline__ int64 ceil_div(int64 a, int64 b) { return (a + b - 1) / b; }
+
+// Length of block `i` of `pool` cut from `total`: the last one has what is left.
+__device__ __forceinline__ int64 block_length(int64 i, int64 pool, int64 total) { return smaller(pool, total - i * pool); }
+
+struct MapArgs {
+    Reduction r;
+    int64* cells;
+    int64* kept_rows;
+    float* weights;
+};
+
+// For each token: its cell (-1 if sampling drops it), its row among the kept tokens, one over the tokens of its cell.
+extern "C" __global__ void __launch_bounds__(THREADS) token_map(const __grid_constant__ MapArgs a) {
+    const Reduction& r = a.r;
+    int64 l = (int64)blockIdx.x * THREADS + threadIdx.x;
+    if (l >= r.frames * r.height * r.width) return;
+    int64 frame = l / (r.height * r.width), inside = l % (r.height * r.width);
+    int64 i = inside / r.width / r.spatial_pool, j = inside % r.width / r.spatial_pool, group = frame / r.temporal_pool;
+    bool kept = group % r.temporal_stride == 0;
+    int64 row = group / r.temporal_stride;
+    int64 height = ceil_div(r.height, r.spatial_pool), width = ceil_div(r.width, r.spatial_pool);
+    a.cells[l] = kept ? (row * height + i) * width + j : -1;
+    a.kept_rows[l] = kept ? (row * r.temporal_pool + frame % r.temporal_pool) * r.height * r.width + inside : -1;
+    a.weights[l] = 1.0f / (float)(block_length(group, r.temporal_pool, r.frames) * block_length(i, r.spatial_pool, r.height) *
+                                  block_length(j, r.spatial_pool, r.width));
+}
+
+struct ReduceArgs {
+    Reduction r;
+    int64 batch;
+    int64 channels;
+    int64 rows;           // of the reduced side, a batch row
+    const IN_T* in;
+    int64 in_batch;
+    int64 in_row;
+    int64 in_channel;
+    OUT_T* out;           // contiguous
+    const int64* cells;   // backward only
+    const float* weights;
+};
+
+// (batch, T H W, channels) -> (batch, T' H' W', channels): the mean of each cell, in float32.
+extern "C" __global__ void __launch_bounds__(THREADS) reduce_tokens(const __grid_constant__ ReduceArgs a) {
+    const Reduction& r = a.r;
+    int64 i = (int64)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= a.batch * a.rows * a.channels) return;
+    int64 c = i % a.channels, row = i / a.channels % a.rows, b = i / a.channels / a.rows;
+    int64 height = ceil_div(r.height, r.spatial_pool), width = ceil_div(r.width, r.spatial_pool);
+    int64 group = row / (height * width) * r.temporal_stride, y = row / width % height, x = row % width;
+    int64 frames = block_length(group, r.temporal_pool, r.frames), lines = block_length(y, r.spatial_pool, r.height),
+          columns = block_length(x, r.spatial_pool, r.width);
+    float sum = 0.0f;
+    for (int64 f = 0; f < frames; f++)
+        for (int64 k = 0; k < lines; k++)
+            for (int64 m = 0; m < columns; m++) {
+                int64 l = ((group * r.temporal_pool + f) * r.height + y * r.spatial_pool + k) * r.width + x * r.spatial_pool + m;
+                sum += to_float(a.in[b * a.in_batch + l * a.in_row + c * a.in_channel]);
+            }
+    from_float(sum / (float)(frames * lines * columns), a.out[i]);
+}
+
+// Each token receives its cell's gradient over the cell's tokens; a dropped one zero.
+extern "C" __global__ void __launch_bounds__(THREADS) reduce_tokens_backward(const __grid_constant__ ReduceArgs a) {
+    int64 i = (int64)blockIdx.x * THREADS + threadIdx.x, length = a.r.frames * a.r.height * a.r.width;
+    if (i >= a.batch * length * a.channels) return;
+    int64 c = i % a.channels, l = i / a.channels % length, b = i / a.channels / length, cell = a.cells[l];
+    from_float(cell < 0 ? 0.0f : a.weights[l] * to_float(a.in[b * a.in_batch + cell * a.in_row + c * a.in_channel]), a.out[i]);
+}
+
+struct SumArgs {
+    const IN_T* in;
+    OUT_T* out;
+    int64 outer;    // out is (outer, inner)
+    int64 inner;
+    int64 terms;
+    int64 in_outer;  // strides of `in` over outer, terms, inner
+    int64 in_term;
+    int64 in_inner;
+};
+
+// out[o, i] = the sum over k of in[o, k, i], from the first term to the last.
+extern "C" __global__ void __launch_bounds__(THREADS) sum_terms(const __grid_constant__ SumArgs a) {
+    int64 i = (int64)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= a.outer * a.inner) return;
+    const IN_T* in = a.in + i / a.inner * a.in_outer + i % a.inner * a.in_inner;
+    float sum = 0.0f;
+    for (int64 k = 0; k < a.terms; k++) sum += to_float(in[k * a.in_term]);
+    from_float(sum, a.out[i]);
+}

@@ -1,0 +1,200 @@
+// The machinery of cuda_on_cpu.h, compiled once.
+#include "cuda_on_cpu.h"
+
+#include <ucontext.h>
+
+#include <atomic>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace cuda_on_cpu {
+
+constexpr size_t STACK = 256 * 1024;
+constexpr int WARP = 32;
+
+struct Barrier {
+    int arrived = 0;
+    unsigned generation = 0;
+};
+
+struct Copy {
+    void* shared;
+    const void* source;
+    int valid;
+};
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    Index index{};
+    bool done = false;
+    unsigned shuffles = 0;
+    std::vector<Copy> open;
+    std::vector<std::vector<Copy>> groups;
+    void* fake_stack = nullptr;
+};
+
+struct Block {
+    Index index{};
+    unsigned threads = 0;
+    std::vector<Fiber> fibers;
+    unsigned current = 0;
+    ucontext_t scheduler;
+    void* scheduler_fake_stack = nullptr;
+    const void* scheduler_stack = nullptr;
+    size_t scheduler_stack_size = 0;
+    Barrier all;
+    std::vector<Barrier> warps;
+    std::vector<float> lanes[2];
+    unsigned char* shared = nullptr;
+    bool progress = false;
+    void (*kernel)(const void*) = nullptr;
+    const void* args = nullptr;
+};
+
+thread_local Block* block = nullptr;
+Index grid;
+
+static Fiber& fiber() { return block->fibers[block->current]; }
+
+static void leave_fiber(bool for_good) {
+    Fiber& from = fiber();
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(for_good ? nullptr : &from.fake_stack, block->scheduler_stack, block->scheduler_stack_size);
+#endif
+    (void)for_good;
+    swapcontext(&from.context, &block->scheduler);
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(from.fake_stack, &block->scheduler_stack, &block->scheduler_stack_size);
+#endif
+}
+
+void yield() { leave_fiber(false); }
+
+static void fiber_main() {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack, &block->scheduler_stack_size);
+#endif
+    block->kernel(block->args);
+    fiber().done = true;
+    block->progress = true;
+    leave_fiber(true);
+}
+
+static void wait(Barrier& barrier, int members) {
+    unsigned generation = barrier.generation;
+    if (++barrier.arrived == members) {
+        barrier.arrived = 0;
+        barrier.generation++;
+        block->progress = true;
+        return;
+    }
+    while (barrier.generation == generation) yield();
+}
+
+void wait_warp() { wait(block->warps[block->current / WARP], WARP); }
+
+float shuffle_xor(float value, int mask) {
+    std::vector<float>& lanes = block->lanes[fiber().shuffles++ & 1];  // two in turn: a lane may run ahead by one shuffle, never by two
+    lanes[block->current] = value;
+    wait_warp();
+    return lanes[block->current ^ mask];
+}
+
+void copy_later(void* shared, const void* source, int valid) {
+    memset(shared, 0xff, 16);
+    fiber().open.push_back({shared, source, valid});
+}
+void copy_commit() {
+    fiber().groups.push_back(std::move(fiber().open));
+    fiber().open.clear();
+}
+void copy_wait(size_t pending) {
+    auto& groups = fiber().groups;
+    while (groups.size() > pending) {
+        for (const Copy& copy : groups.front()) {
+            memset(copy.shared, 0, 16);
+            if (copy.valid) memcpy(copy.shared, copy.source, copy.valid);
+        }
+        groups.erase(groups.begin());
+    }
+}
+
+unsigned char* shared_memory() { return block->shared; }
+const Index& thread_index() { return fiber().index; }
+const Index& block_index() { return block->index; }
+const Index& grid_size() { return grid; }
+void wait_block() { wait(block->all, block->threads); }
+
+// Runs the fibers of one block to their ends; false if all of them wait and nothing moves. `alone`: no other block can end their wait.
+static bool run_fibers(Block& b, bool alone) {
+    for (;;) {
+        bool left = false;
+        b.progress = false;
+        for (b.current = 0; b.current < b.threads; b.current++) {
+            Fiber& f = b.fibers[b.current];
+            if (f.done) continue;
+            left = true;
+#ifdef __SANITIZE_ADDRESS__
+            __sanitizer_start_switch_fiber(&b.scheduler_fake_stack, f.stack.get(), STACK);
+#endif
+            swapcontext(&b.scheduler, &f.context);
+#ifdef __SANITIZE_ADDRESS__
+            __sanitizer_finish_switch_fiber(b.scheduler_fake_stack, nullptr, nullptr);
+#endif
+        }
+        if (!left) return true;
+        if (!b.progress && alone) return false;
+        if (!b.progress) std::this_thread::yield();
+    }
+}
+
+static bool run_block(unsigned number, unsigned threads, size_t shared_bytes, void (*kernel)(const void*), const void* args, bool alone) {
+    Block b;
+    std::unique_ptr<unsigned char[]> shared(new unsigned char[shared_bytes + 16]);
+    b.shared = (unsigned char*)(((size_t)shared.get() + 15) / 16 * 16);
+    memset(b.shared, 0xff, shared_bytes);  // NaN
+    b.index.x = number;
+    b.threads = threads;
+    b.fibers.resize(threads);
+    b.warps.resize((threads + WARP - 1) / WARP);
+    for (auto& lanes : b.lanes) lanes.resize(threads);
+    b.kernel = kernel;
+    b.args = args;
+    block = &b;
+    for (unsigned i = 0; i < threads; i++) {
+        Fiber& f = b.fibers[i];
+        f.index.x = i;
+        f.stack.reset(new char[STACK]);
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = f.stack.get();
+        f.context.uc_stack.ss_size = STACK;
+        f.context.uc_link = nullptr;
+        makecontext(&f.context, fiber_main, 0);
+    }
+    bool finished = run_fibers(b, alone);
+    block = nullptr;
+    return finished;
+}
+
+int run(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned at_once, void (*kernel)(const void*), const void* args) {
+    grid.x = blocks;
+    std::atomic<unsigned> next{0};
+    std::atomic<int> stuck{0};
+    auto work = [&] {
+        for (unsigned number; (number = next++) < blocks && !stuck;)
+            if (!run_block(number, threads, shared_bytes, kernel, args, at_once == 1)) stuck = 1;
+    };
+    std::vector<std::thread> workers;
+    for (unsigned i = 1; i < at_once; i++) workers.emplace_back(work);
+    work();
+    for (auto& worker : workers) worker.join();
+    return stuck;
+}
+
+}  // namespace cuda_on_cpu
