@@ -150,7 +150,7 @@ def _block_frames(file: BinaryIO, block: Chunk) -> tuple[int, int]:
     """A block's track and number of frames; several are laced together at times (RFC 9559, 10.1 and 10.3)."""
     file.seek(block.start)
     track = _ebml_number(file)
-    flags, laced = file.read(4)[2:4]
+    flags, laced = file.read(4).ljust(4, b"\0")[2:4]
     return (-1 if track is None else track[0]), (laced + 1 if flags & 0x06 else 1)
 
 

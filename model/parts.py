@@ -24,3 +24,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices), device:
         torch.manual_seed(seed)
         yield
+
+
+class CheckpointError(ValueError):
+    """A saved model that cannot be used; the message names the file or folder and the tensor or field."""
