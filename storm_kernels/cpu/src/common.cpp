@@ -1,0 +1,105 @@
+#include "common.h"
+
+#include <stdlib.h>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+constexpr size_t KEPT_WORKSPACE = size_t(32) << 20;  // bytes per thread between calls
+
+struct Workspace {
+  char* data = nullptr;
+  size_t size = 0;
+  ~Workspace() { free(data); }
+};
+thread_local Workspace workspace;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+char* storm_workspace(size_t bytes) {
+  if (workspace.size < bytes) {
+    free(workspace.data);
+    workspace.data = nullptr;
+    workspace.size = 0;
+    void* data = nullptr;
+    if (posix_memalign(&data, 64, bytes)) return nullptr;
+    workspace.data = (char*)data;
+    workspace.size = bytes;
+  }
+  return workspace.data;
+}
+
+void storm_trim_workspace() {
+  if (workspace.size <= KEPT_WORKSPACE) return;
+  free(workspace.data);
+  workspace.data = nullptr;
+  workspace.size = 0;
+}
+
+int64_t storm_sequence_count(const StormShape& shape) { return shape.cu_seqlens ? shape.sequences : shape.batch; }
+
+StormSequence storm_sequence(const StormShape& shape, int64_t index) {
+  if (!shape.cu_seqlens) return {index, 0, shape.length, index * ceil_div(shape.length, STORM_CHECKPOINT)};
+  int64_t start = shape.cu_seqlens[index];
+  return {0, start, shape.cu_seqlens[index + 1] - start, start / STORM_CHECKPOINT + index};
+}
+
+bool storm_build_row_map(const StormReduction& r, StormRowMap* map) {
+  int64_t k = r.temporal_pool, p = r.spatial_pool, stride = r.temporal_stride;
+  int64_t rows = ceil_div(r.height, p), columns = ceil_div(r.width, p), groups = ceil_div(ceil_div(r.frames, k), stride);
+  map->tokens = r.frames * r.height * r.width;
+  map->reduced_tokens = groups * rows * columns;
+  map->reduced = (int64_t*)malloc(map->tokens * sizeof(int64_t));
+  map->kept = (int64_t*)malloc(map->tokens * sizeof(int64_t));
+  map->count = (float*)calloc(map->reduced_tokens, sizeof(float));
+  if (!map->reduced || !map->kept || !map->count) {
+    storm_free_row_map(map);
+    return false;
+  }
+  int64_t token = 0, survivor = 0;
+  for (int64_t t = 0; t < r.frames; t++) {
+    bool kept = t / k % stride == 0;
+    for (int64_t i = 0; i < r.height; i++) {
+      int64_t first = (t / k / stride * rows + i / p) * columns;
+      for (int64_t j = 0; j < r.width; j++, token++) {
+        map->reduced[token] = kept ? first + j / p : -1;
+        map->kept[token] = kept ? survivor++ : -1;
+        if (kept) map->count[first + j / p] += 1.0f;
+      }
+    }
+  }
+  return true;
+}
+
+void storm_free_row_map(StormRowMap* map) {
+  free(map->reduced);
+  free(map->kept);
+  free(map->count);
+  *map = {};
+}
+
+EXPORT int storm_checkpoint_interval(void) { return STORM_CHECKPOINT; }
+
+// Best first; a variant that the compiler could not build is absent from the library, which `loader.py` sees.
+EXPORT int storm_cpu_supports_avx512(void) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+  return 0;
+#endif
+}
+
+EXPORT int storm_cpu_supports_avx2(void) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return 0;
+#endif
+}
+
+EXPORT int storm_cpu_supports_generic(void) { return 1; }

@@ -1,0 +1,27 @@
+// What does not depend on the instruction set: sequences, reduced rows, workspaces.
+#pragma once
+#include <stddef.h>
+
+#include "api.h"
+
+struct StormSequence {
+  int64_t batch, start, length;
+  int64_t first_checkpoint;  // row of its first checkpoint
+};
+
+// For each token of the grid: the reduced row it is averaged into, and its place among the tokens that survive the sampling; -1 if dropped.
+struct StormRowMap {
+  int64_t *reduced, *kept;
+  float* count;  // per reduced row: the tokens it averages
+  int64_t tokens, reduced_tokens;
+};
+
+int64_t storm_sequence_count(const StormShape& shape);
+StormSequence storm_sequence(const StormShape& shape, int64_t index);
+bool storm_build_row_map(const StormReduction& r, StormRowMap* map);
+void storm_free_row_map(StormRowMap* map);
+
+// This thread's workspace, 64-byte aligned, kept for the next call; null if there is no memory.
+char* storm_workspace(size_t bytes);
+// Called by each thread at the end of a call: hands back a workspace above the bound.
+void storm_trim_workspace();
