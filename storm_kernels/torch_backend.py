@@ -143,5 +143,6 @@ class _Leaves:
 
         with ThreadPoolExecutor(1) as pool:
             found = pool.submit(run).result()
-        table = {id(leaf): grad.contiguous() for leaf, grad in zip(self.leaves, found, strict=True)}
+        # An operator's results may share no memory with its operands, and a gradient may be the incoming one itself.
+        table = {id(leaf): grad.clone(memory_format=torch.contiguous_format) for leaf, grad in zip(self.leaves, found, strict=True)}
         return lambda tensor: table.get(id(tensor))

@@ -207,14 +207,14 @@ def _conv_sequence(
     """One sequence's convolution (batch, L, E) and its last K-1 inputs in scan order (batch, E, K-1); in reverse nothing but the weight turns."""
     acc = _accumulate(x, weight, bias, history)
     channels, width = weight.shape
-    inputs = x.to(acc).transpose(1, 2)  # (batch, E, L)
-    history = inputs.new_zeros(x.shape[0], channels, width - 1) if history is None else history.to(acc)
+    inputs = x.transpose(1, 2)  # (batch, E, L)
+    history = inputs.new_zeros(x.shape[0], channels, width - 1) if history is None else history
+    in_scan_order = torch.cat([history.to(x.dtype), inputs.flip(-1) if reverse else inputs], -1)
+    state = in_scan_order[..., in_scan_order.shape[-1] - (width - 1) :]
     if reverse:
-        inputs, kernel = torch.cat([inputs, history.flip(-1)], -1), weight.flip(-1)
-        state = inputs[..., : width - 1].flip(-1)
+        inputs, kernel = torch.cat([inputs.to(acc), history.to(acc).flip(-1)], -1), weight.flip(-1)
     else:
-        inputs, kernel = torch.cat([history, inputs], -1), weight
-        state = inputs[..., inputs.shape[-1] - (width - 1) :]
+        inputs, kernel = torch.cat([history.to(acc), inputs.to(acc)], -1), weight
     if x.shape[1] == 0:
         return torch.empty_like(x), state
     out = F.conv1d(inputs, kernel.to(acc).unsqueeze(1), None if bias is None else bias.to(acc), groups=channels)
