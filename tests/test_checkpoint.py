@@ -24,6 +24,15 @@ TINY = ModelConfig("tiny", VISION, LANGUAGE, projector_layers=1)
 PROMPT = torch.tensor([3, 1, 4])
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Products as small as these are faster on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pixels(frames=6, seed=0):
     return torch.rand(frames, 3, 56, 56, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
