@@ -81,8 +81,9 @@ def sample_frames(path: str | os.PathLike, n: int, *, size: int | tuple[int, int
     with stage("decode"):
         check_frames(n)
         if size is not None:
-            size = (size, size) if not isinstance(size, tuple) else size
-            size = tuple(positive_int("size", side) for side in size)
+            size = tuple(positive_int("size", side) for side in (size if isinstance(size, tuple) else (size, size)))
+            if len(size) != 2:
+                raise ValueError(f"size must be two numbers, got {size}")
         info = probe(path)
         height, width = size or (info.height, info.width)
         _check_memory(n, height, width)
