@@ -47,7 +47,7 @@ def geometry(d_state: int) -> Geometry:
     run = _power(-(-d_state // lanes))
     # The backward holds GROUP tokens' states and decays in registers, 64 of each.
     group = min(8, 32 // run)
-    chunk = min(128, _SAVED_BYTES // (THREADS * 2 * run * 4) * group)
+    chunk = min(128, 64 * lanes, _SAVED_BYTES // (THREADS * 2 * run * 4) * group)
     # 32 tokens of 64 channels and 16 states: enough work between two barriers, and room for four blocks on a multiprocessor.
     tile = max(1, min(32, chunk, 32 * 64 * lanes // (2 * THREADS), 2048 // (lanes * run)))
     return Geometry(d_state, lanes, run, tile, chunk, min(group, tile))

@@ -93,6 +93,17 @@ __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp_fast(-x)); }
 
+// A sum that does not lose what is small beside it (Kahan): long sums stay as good as a tree's.
+struct Sum {
+    float value = 0.0f, lost = 0.0f;
+
+    __device__ __forceinline__ void add(float x) {
+        float wanted = x - lost, next = value + wanted;
+        lost = (next - value) - wanted;
+        value = next;
+    }
+};
+
 // Sums v[i] over the lanes that differ in the bits of FIRST, 2 FIRST, ... COUNT FIRST / 2, spreading the sums over those lanes as it goes:
 // lane `l` ends with the sums of v[spread_base(l)] and the N / COUNT - 1 after it (at least one) in v[0], v[1], ... All 32 lanes take part.
 template <int N, int FIRST, int COUNT>

@@ -63,14 +63,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) reduce_tokens(const __grid
     int64 group = row / (height * width) * r.temporal_stride, y = row / width % height, x = row % width;
     int64 frames = block_length(group, r.temporal_pool, r.frames), lines = block_length(y, r.spatial_pool, r.height),
           columns = block_length(x, r.spatial_pool, r.width);
-    float sum = 0.0f;
+    Sum sum;
     for (int64 f = 0; f < frames; f++)
         for (int64 k = 0; k < lines; k++)
             for (int64 m = 0; m < columns; m++) {
                 int64 l = ((group * r.temporal_pool + f) * r.height + y * r.spatial_pool + k) * r.width + x * r.spatial_pool + m;
-                sum += to_float(a.in[b * a.in_batch + l * a.in_row + c * a.in_channel]);
+                sum.add(to_float(a.in[b * a.in_batch + l * a.in_row + c * a.in_channel]));
             }
-    from_float(sum / (float)(frames * lines * columns), a.out[i]);
+    from_float(sum.value / (float)(frames * lines * columns), a.out[i]);
 }
 
 // Each token receives its cell's gradient over the cell's tokens; a dropped one zero.
@@ -97,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sum_terms(const __grid_con
     int64 i = (int64)blockIdx.x * THREADS + threadIdx.x;
     if (i >= a.outer * a.inner) return;
     const IN_T* in = a.in + i / a.inner * a.in_outer + i % a.inner * a.in_inner;
-    float sum = 0.0f;
-    for (int64 k = 0; k < a.terms; k++) sum += to_float(in[k * a.in_term]);
-    from_float(sum, a.out[i]);
+    Sum sum;
+    for (int64 k = 0; k < a.terms; k++) sum.add(to_float(in[k * a.in_term]));
+    from_float(sum.value, a.out[i]);
 }

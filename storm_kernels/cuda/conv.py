@@ -1,0 +1,115 @@
+"""Causal depthwise convolution with SiLU: launch code of src/conv.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..contract import ConvFilter
+from .launcher import THREADS, current
+from .tokens import FORMATS, sum_terms
+
+LARGEST_TAPS = 16  # the window of inputs lies in registers
+_TOKENS = 64  # a block's tokens: a halo of 3 on each side costs a tenth more reads
+_TOKENS_BACKWARD = 256  # longer: each block writes a partial result of weight and bias
+
+
+def _defines(x: Tensor, filters: tuple[ConvFilter, ...], cu_seqlens: Tensor | None, tokens: int) -> dict[str, object]:
+    reverse = [one.reverse for one in filters]
+    return {
+        "X_T": FORMATS[x.dtype],
+        "TAPS": filters[0].weight.shape[1],
+        "FORWARD": int(False in reverse),
+        "REVERSE": int(True in reverse),
+        "PACKED": int(cu_seqlens is not None),
+        "TOKENS": tokens,
+    }
+
+
+def _slots(filters: tuple[ConvFilter, ...], outs, grads, partials) -> list[dict]:
+    """The forward filter's values, then the reverse one's; one that is missing repeats the other and is never looked at."""
+    slots: dict[bool, dict] = {}
+    for one, out, grad, partial in zip(filters, outs, grads, partials, strict=True):
+        strides = (0, 0, 0) if grad is None else grad.stride()
+        slots[one.reverse] = {
+            "weight": one.weight,
+            "bias": one.bias,
+            "out": out,
+            "grad": grad,
+            **dict(zip(("grad_batch", "grad_row", "grad_channel"), strides, strict=True)),
+            "partial": partial,
+        }
+    only = next(iter(slots.values()))
+    return [slots.get(False, only), slots.get(True, only)]
+
+
+def _values(x: Tensor, slots: list[dict], *, silu: bool, initial_state, cu_seqlens, tokens: int, grad_x=None, grad_initial_state=None) -> dict:
+    batch, length, channels = x.shape
+    return {
+        "filter": slots,
+        "x": x,
+        "x_batch": x.stride(0),
+        "x_row": x.stride(1),
+        "batch": batch,
+        "length": length,
+        "channels": channels,
+        "channel_blocks": -(-channels // THREADS),
+        "tiles": -(-length // tokens),
+        "silu": silu,
+        "sequences": batch if cu_seqlens is None else len(cu_seqlens) - 1,
+        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous(),
+        "initial_state": initial_state,
+        "grad_x": grad_x,
+        "grad_initial_state": grad_initial_state,
+    }
+
+
+def _blocks(values: dict) -> int:
+    return values["batch"] * values["tiles"] * values["channel_blocks"]
+
+
+def conv(x: Tensor, filters: tuple[ConvFilter, ...], *, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    """`Backend.conv`."""
+    outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in filters)
+    none = [None] * len(filters)
+    values = _values(x, _slots(filters, outs, none, none), silu=silu, initial_state=initial_state, cu_seqlens=cu_seqlens, tokens=_TOKENS)
+    current().launch("conv.cu", "conv", _defines(x, filters, cu_seqlens, _TOKENS), "ConvArgs", values, _blocks(values))
+    return outs
+
+
+def conv_backward(
+    grads: tuple[Tensor, ...],
+    x: Tensor,
+    filters: tuple[ConvFilter, ...],
+    *,
+    silu: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    needs: frozenset[str],
+) -> tuple[Tensor | None, tuple[tuple[Tensor | None, Tensor | None], ...], Tensor | None]:
+    """`Backend.conv_backward`."""
+    batch, length, channels = x.shape
+    taps = filters[0].weight.shape[1]
+    empty = {"dtype": torch.float32, "device": x.device}
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if "x" in needs else None
+    shape = (1, batch * -(-length // _TOKENS_BACKWARD), (taps + 1) * channels)
+    partials = [torch.empty(shape, **empty) if needs & {"weight", "bias"} else None for _ in filters]
+    start = torch.empty(initial_state.shape, **empty) if initial_state is not None and "initial_state" in needs else None
+    slots = _slots(filters, [None] * len(filters), grads, partials)
+    options = {"silu": silu, "initial_state": initial_state, "cu_seqlens": cu_seqlens, "tokens": _TOKENS_BACKWARD}
+    values = _values(x, slots, **options, grad_x=grad_x, grad_initial_state=start)
+    defines = _defines(x, filters, cu_seqlens, _TOKENS_BACKWARD)
+    if grad_x is not None or partials[0] is not None:
+        current().launch("conv.cu", "conv_backward", defines, "ConvArgs", values, _blocks(values))
+    if start is not None and taps > 1:
+        current().launch("conv.cu", "conv_state_backward", defines, "ConvArgs", values, -(-values["sequences"] * channels // THREADS))
+    return grad_x, tuple(_filter_gradients(one, partial, needs) for one, partial in zip(filters, partials, strict=True)), start
+
+
+def _filter_gradients(one: ConvFilter, partial: Tensor | None, needs: frozenset[str]) -> tuple[Tensor | None, Tensor | None]:
+    if partial is None:
+        return None, None
+    channels, taps = one.weight.shape
+    summed = sum_terms(partial, torch.float32).view(taps + 1, channels)
+    weight = summed[:taps].t().contiguous() if "weight" in needs else None
+    return weight, summed[taps] if one.bias is not None and "bias" in needs else None
