@@ -53,8 +53,9 @@ def probe(path: str | os.PathLike) -> VideoInfo:
         strangers = kind.fragments.keys() - {s.id for s in container.streams}
         shown = [_shown(packet, stream.codec_context.name) for packet in container.demux(stream) if packet.size]
         frames = sum(shown)
-        duration = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
-        fps = float(stream.average_rate) if stream.average_rate else frames / float(duration) if duration else 0.0
+        whole = float((container.duration or 0) / av.time_base)  # of the longest stream
+        fps = float(stream.average_rate) if stream.average_rate else frames / whole if whole else 0.0
+        duration = float(stream.duration * stream.time_base) if stream.duration else frames / fps if fps else 0.0
         width, height = stream.codec_context.width, stream.codec_context.height
     if strangers:
         raise StormVideoError(f"{path}: corrupt, fragments of tracks {sorted(strangers)}, which the file does not have")
@@ -66,7 +67,7 @@ def probe(path: str | os.PathLike) -> VideoInfo:
         raise StormVideoError(f"{path}: the file declares neither a frame rate nor a duration")
     if width < 1 or height < 1 or width * height > MAX_PIXELS:
         raise StormVideoError(f"{path}: frames of {width}x{height} pixels; at most {MAX_PIXELS} pixels are decoded")
-    return VideoInfo(path, width, height, frames, fps, float(duration) or frames / fps)
+    return VideoInfo(path, width, height, frames, fps, duration)
 
 
 def sample_frames(path: str | os.PathLike, n: int, *, size: int | tuple[int, int] | None = None) -> SampledVideo:
