@@ -1,5 +1,6 @@
 """model/video.py: the right frames of a whole file, and a StormVideoError for every file that is not (RELIABILITY.md R11)."""
 
+import dataclasses
 import random
 import re
 import subprocess
@@ -386,8 +387,11 @@ def test_same_seed_and_clip_give_the_same_tokens_twice():
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
+    mini = preset("storm-mini")
+    short = dataclasses.replace(mini, language=dataclasses.replace(mini.language, layers=1), vision=dataclasses.replace(mini.vision, layers=2))
+
     def tokens(seed):
-        model = VideoModel(preset("storm-mini"), variant("storm-tp"), seed=seed)
+        model = VideoModel(short, variant("storm-tp"), seed=seed)
         frames = sample_frames(path, 8, size=112).frames
         return model.generate(preprocess(frames, 112), torch.arange(4), 6)
 
