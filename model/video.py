@@ -155,7 +155,8 @@ def _decode(info: VideoInfo, indices: tuple[int, ...], height: int, width: int, 
                             "pass a size to have all frames resized"
                         )
                     rgb = frame.reformat(width, height, "rgb24", interpolation=Interpolation.BICUBIC).to_ndarray()
-                    out[slots[decoded]] = torch.from_numpy(rgb)
+                    for slot in slots[decoded]:
+                        out[slot] = torch.from_numpy(rgb)
                 decoded += 1
         except av.FFmpegError as error:
             raise StormVideoError(f"{info.path}: decoding stops at frame {decoded} of {info.frames}: {error.strerror}") from error
