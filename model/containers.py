@@ -42,12 +42,12 @@ _IN_CLUSTER = {bytes.fromhex(i) for i in ("e7", "5854", "a7", "ab", "a3", "a0")}
 
 def checked_container(path: Path) -> Container:
     """What container the file at ``path`` is, after a check that all of it is there; a StormVideoError otherwise."""
-    if not path.is_file():
-        raise StormVideoError(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")
-    size = path.stat().st_size
-    if size == 0:
-        raise StormVideoError(f"{path}: the file is empty")
     try:
+        if not path.is_file():
+            raise StormVideoError(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")
+        size = path.stat().st_size
+        if size == 0:
+            raise StormVideoError(f"{path}: the file is empty")
         with path.open("rb") as file:
             head = file.read(12)
             if head[4:8] in _MP4_FIRST:

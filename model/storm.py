@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import storm_kernels
 from storm_kernels.profiling import stage
 from storm_kernels.reference import ReferenceTemporalProjector
+from storm_kernels.tokens import positive_int
 
 from .arithmetic import arithmetic
 from .config import ModelConfig, Variant, check_frames
@@ -27,7 +28,8 @@ class VideoModel(nn.Module):
         variant: projector and token reduction, such as ``variant("storm-tp-ts")``.
         projector: "reference" (plain PyTorch) or "fused" (the same parameters, our kernels); the VILA baseline has one form only.
         seed: of the random weights; each part has its own stream, so variants of one seed share the weights of what they have in common.
-        device, dtype: where and in what the weights are made. A_log, D and the bias of dt_proj stay float32.
+        device, dtype: where and in what the weights are made; better than a later ``.to(dtype)``, which would also round the language model's rotary
+            frequencies. A_log, D and the bias of dt_proj stay float32 either way.
     """
 
     def __init__(
@@ -41,26 +43,31 @@ class VideoModel(nn.Module):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        if projector not in PROJECTORS:
-            raise ValueError(f"projector must be one of {', '.join(PROJECTORS)}, got {projector!r}")
-        self.config, self.variant, self.projector_kind, self.seed = config, variant, projector, seed
-        self.dtype, self.device = check_dtype(dtype), torch.device(device)
-        with seeded(seed, self.device):
+        self.config, self.variant, self.projector_kind, self.seed = config, variant, _check_projector(projector), seed
+        check_dtype(dtype)
+        device = torch.device(device)
+        with seeded(seed, device):
             self.vision = build_vision(config.vision, dtype)
-        with seeded(seed + 1, self.device):
+        with seeded(seed + 1, device):
             self.language = build_language(config.language, dtype)
         self.projector = self._build_projector()
         self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.language.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language.lm_head.weight.dtype
 
     def switched(self, variant: Variant, projector: str | None = None) -> VideoModel:
         """The same model with another variant or form of the projector. Weights are shared, not copied: vision and language always, the projector's
         between variants that have the same kind of it; otherwise the new projector's come from the seed."""
         other = VideoModel.__new__(VideoModel)
         nn.Module.__init__(other)
-        other.config, other.variant, other.seed, other.dtype, other.device = self.config, variant, self.seed, self.dtype, self.device
-        other.projector_kind = self.projector_kind if projector is None else projector
-        if other.projector_kind not in PROJECTORS:
-            raise ValueError(f"projector must be one of {', '.join(PROJECTORS)}, got {projector!r}")
+        other.config, other.variant, other.seed = self.config, variant, self.seed
+        other.projector_kind = self.projector_kind if projector is None else _check_projector(projector)
         other.vision, other.language = self.vision, self.language
         other.projector = other._build_projector()
         if variant.temporal == self.variant.temporal:
@@ -109,7 +116,7 @@ class VideoModel(nn.Module):
     @torch.no_grad()
     def generate(self, pixels: Tensor, prompt_ids: Tensor, max_new_tokens: int) -> Tensor:
         """Greedy continuation: (n,) int64 ids, n <= max_new_tokens; stops after one of the language model's ``eos_ids``."""
-        storm_kernels.tokens.positive_int("max_new_tokens", max_new_tokens)
+        positive_int("max_new_tokens", max_new_tokens)
         self._check_prompt(prompt_ids)
         logits, cache = self.prefill(self.project(self.encode(pixels)), prompt_ids)
         ids = [logits.argmax(-1)]
@@ -131,4 +138,10 @@ class VideoModel(nn.Module):
             )
         if ids.min() < 0 or ids.max() >= vocabulary:
             raise ValueError(f"prompt_ids must lie in 0..{vocabulary - 1}, got {ids.min().item()}..{ids.max().item()}")
-        return ids
+        return ids.to(self.device)
+
+
+def _check_projector(projector: object) -> str:
+    if projector not in PROJECTORS:
+        raise ValueError(f"projector must be one of {', '.join(PROJECTORS)}, got {projector!r}")
+    return projector
