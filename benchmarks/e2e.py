@@ -15,6 +15,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -27,7 +28,8 @@ from . import environment, pipeline, plot, report, summary
 from .harness import CheckFailed, Rows
 
 PROJECTORS = {"reference": ("reference",), "fused": ("fused",), "both": ("reference", "fused")}
-console = Console()
+# Into a pipe or a log, the table gets the room it needs; a terminal has its own width.
+console = Console(width=None if sys.stdout.isatty() else 110)
 # click's, by whichever way typer got hold of click: recent releases carry their own copy.
 _UsageError = typer.BadParameter.__base__
 
@@ -85,6 +87,7 @@ def run_and_write(settings: pipeline.Settings, rows: Rows, folder: Path, trace: 
         for frames, some in summary.by_frames(results).items():
             console.print(_table(frames, some, rows))
         if results:
+            console.print("TP, SP: temporal and spatial pooling; TS: temporal sampling.")
             page = report.write(folder, rows.rows, plot.write(folder, results), finished)
             console.print(f"{page}\n{rows.path}: {len(rows.rows)} rows", highlight=False, soft_wrap=True)
 
@@ -209,14 +212,13 @@ def _table(frames: int, results: list[summary.Outcome], rows: Rows) -> Table:
     shared = summary.clip_rows(rows.rows).get(frames, {})
     before = ", ".join(f"{stage} {report.milliseconds(shared[stage]['p50_ms'])} ms" for stage in summary.BEFORE if stage in shared)
     looped = ", looped clip" if results[0].row["looped"] else ""
-    table = Table(title=f"{frames} frames{looped} (before: {before})", title_justify="left")
-    table.add_column("variant")
-    table.add_column("projector")
-    for name in ("tokens", "vision ms", "projector ms", "prefill ms", "total ms", "against VILA", "peak memory"):
-        table.add_column(name, justify="right")
-    for place, one in enumerate(results):
-        last = place + 1 == len(results) or results[place + 1].variant != one.variant
-        table.add_row(*report.table_cells(results, one), end_section=last and one.projector == "fused")
+    table = Table(title=f"{frames} frames{looped}; milliseconds to the first token (before it: {before})", title_justify="left", box=box.SIMPLE)
+    for name in ("variant", "projector"):
+        table.add_column(name, no_wrap=True)
+    for name in ("tokens", "vision", "projector", "prefill", "total", "vs VILA", "peak MiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in results:
+        table.add_row(*report.table_cells(results, one, plot.short_title(one)))
     return table
 
 

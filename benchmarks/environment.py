@@ -22,7 +22,7 @@ def device_name(device: str) -> str:
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda or torch.version.hip}"
-    return f"{_cpu_model()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{_cpu_model()}, {torch.get_num_threads()} thread(s), {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _cpu_model() -> str:

@@ -19,7 +19,7 @@ from .summary import TO_FIRST_TOKEN, Outcome
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _STAGE_COLOURS = {"vision": "#56B4E9", "projector": "#D55E00", "prefill": "#999999"}
 _LINE_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#7F6000")
-_WIDTH_INCHES, _DPI = 6.4, 160
+_WIDTH_INCHES, _DPI = 5.6, 180
 
 
 def charts(results: list[Outcome]) -> dict[str, bytes]:
@@ -32,7 +32,7 @@ def charts(results: list[Outcome]) -> dict[str, bytes]:
 
 def stage_bars(results: list[Outcome]) -> Figure:
     """Time to first token of each outcome (all of one number of frames), its stages stacked, in ms."""
-    figure = Figure(figsize=(_WIDTH_INCHES, 1.3 + 0.36 * len(results)), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(_WIDTH_INCHES, 1.5 + 0.3 * len(results)), dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
     names = [short_name(one) for one in results]
     start = [0.0] * len(results)
@@ -46,7 +46,7 @@ def stage_bars(results: list[Outcome]) -> Figure:
     axes.margins(x=0.1)
     axes.set_xlabel("time to first token, ms (median)")
     axes.set_title(f"{results[0].frames} frames: where the time goes", loc="left", fontsize=11)
-    axes.legend(loc="lower right", frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(TO_FIRST_TOKEN), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -73,15 +73,18 @@ def latency_lines(results: list[Outcome]) -> Figure:
     axes.set_ylabel("time to first token, ms (median)")
     axes.set_title("Latency over frames", loc="left", fontsize=11)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
+def short_title(one: Outcome) -> str:
+    """ "STORM +TP +TS": for places too narrow for the title."""
+    return one.title.replace("T. pooling", "TP").replace("S. pooling", "SP").replace("T. sampling", "TS").replace("+ ", "+").replace(" baseline", "")
+
+
 def short_name(one: Outcome) -> str:
-    """ "STORM +TP +TS, fused": for places too narrow for the title."""
-    title = one.title.replace("T. pooling", "TP").replace("S. pooling", "SP").replace("T. sampling", "TS").replace("+ ", "+").replace(" baseline", "")
-    return title if one.projector == "vila" else f"{title}, {one.projector}"
+    return short_title(one) if one.projector == "vila" else f"{short_title(one)}, {one.projector}"
 
 
 def _one_line(results: list[Outcome]) -> list[Outcome]:

@@ -24,7 +24,7 @@ HEADLINE_VARIANT = "storm-tp-ts"
 
 
 def write(folder: Path, rows: list[Row], charts: dict[str, bytes], finished: bool = True) -> Path:
-    """Write `report.html` into ``folder``; ``charts`` as `plot.charts` gives them, shown where they belong."""
+    """Write `report.html` into ``folder``; ``charts`` as `plot.charts` gives them."""
     path = folder / "report.html"
     write_atomically(path, render(rows, charts, finished))
     return path
@@ -37,7 +37,6 @@ def render(rows: list[Row], charts: dict[str, bytes], finished: bool = True) -> 
     ).get_template("report.html.jinja")
     results, clip = summary.outcomes(rows), summary.clip_rows(rows)
     tokens, kernels = summary.token_gains(results), summary.kernel_gains(results)
-    images = {name: base64.b64encode(png).decode() for name, png in charts.items()}
     return template.render(
         preset=_said(rows, "preset"),
         clip=_said(rows, "clip"),
@@ -46,8 +45,9 @@ def render(rows: list[Row], charts: dict[str, bytes], finished: bool = True) -> 
         device=_said(rows, "device"),
         finished=finished,
         cards=_cards(results, tokens, kernels),
-        frames=[_frames_part(frames, some, clip.get(frames, {}), images) for frames, some in summary.by_frames(results).items()],
-        latency_chart=images.get("latency.png"),
+        stages=TO_FIRST_TOKEN,
+        frames=[_frames_part(frames, some, clip.get(frames, {})) for frames, some in summary.by_frames(results).items()],
+        latency_chart=base64.b64encode(charts["latency.png"]).decode() if "latency.png" in charts else None,
         token_gains=_lines([(gain.reduced.frames, _token_cells(gain)) for gain in tokens]),
         kernel_gains=_lines([(gain.fused.frames, _kernel_cells(gain)) for gain in kernels]),
         parts=_parts_table(kernels),
@@ -65,26 +65,23 @@ def milliseconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def megabytes(value: int | None) -> str:
-    return "-" if value is None else f"{value / 2**20:,.0f} MiB"
-
-
 def percent(value: float | None) -> str:
     """A saving: "65.0 % less", or what it costs: "3.7 % more"."""
     return "-" if value is None else f"{abs(value):.1f} % {'less' if value >= 0 else 'more'}"
 
 
 def against_vila(results: list[Outcome], one: Outcome) -> str:
+    """ "-65.0 %": how the total differs from the VILA baseline's."""
     baseline = summary.find(results, one.frames, "vila", "vila")
-    return "-" if baseline is None or one is baseline else percent(summary.saved_percent(baseline.total_ms, one.total_ms))
+    return "-" if baseline is None or one is baseline else f"{-summary.saved_percent(baseline.total_ms, one.total_ms):+.1f} %"
 
 
-def table_cells(results: list[Outcome], one: Outcome) -> list[str]:
-    """One line of the main table, the console's too: variant, projector, tokens, ms of each stage, total, against VILA, peak memory."""
+def table_cells(results: list[Outcome], one: Outcome, name: str) -> list[str]:
+    """One line of the main table, the console's too: name, projector, tokens, ms of each stage, total, against VILA, peak MiB."""
     stages = [milliseconds(one.ms(stage)) for stage in TO_FIRST_TOKEN]
     projector = "its own" if one.projector == "vila" else one.projector
-    total = milliseconds(one.total_ms)
-    return [one.title, projector, f"{one.row['tokens']:,}", *stages, total, against_vila(results, one), megabytes(one.peak_bytes)]
+    peak = "-" if one.peak_bytes is None else f"{one.peak_bytes / 2**20:,.0f}"
+    return [name, projector, f"{one.row['tokens']:,}", *stages, milliseconds(one.total_ms), against_vila(results, one), peak]
 
 
 def _said(rows: list[Row], column: str) -> str:
@@ -112,8 +109,15 @@ def _cards(results: list[Outcome], tokens: list[TokenGain], kernels: list[Kernel
         cards.append({"name": "Faster kernels", "figure": f"{kernel.projector_speedup:.1f}x", "from_to": change, "note": note})
     if token and kernel and token.reduced.variant == kernel.fused.variant:
         change = f"{milliseconds(token.baseline.total_ms)} → {milliseconds(kernel.fused.total_ms)} ms"
-        both = percent(summary.saved_percent(token.baseline.total_ms, kernel.fused.total_ms))
-        cards.append({"name": "Both together", "figure": both, "from_to": change, "note": f"against the VILA baseline, {most} frames."})
+        saved = percent(summary.saved_percent(token.baseline.total_ms, kernel.fused.total_ms))
+        cards.append(
+            {
+                "name": "Both together",
+                "figure": saved,
+                "from_to": change,
+                "note": f"{kernel.fused.title}, fused, against the VILA baseline, {most} frames.",
+            }
+        )
     return cards
 
 
@@ -121,10 +125,21 @@ def _headline(named: list[tuple[str, TokenGain | KernelGain]]):
     return dict(named).get(HEADLINE_VARIANT, named[-1][1] if named else None)
 
 
-def _frames_part(frames: int, results: list[Outcome], shared: dict[str, Row], images: dict[str, str]) -> dict:
+def _frames_part(frames: int, results: list[Outcome], shared: dict[str, Row]) -> dict:
     before = ", ".join(f"{stage} {milliseconds(shared[stage]['p50_ms'])} ms" for stage in summary.BEFORE if stage in shared)
-    rows = _lines([(one.variant, table_cells(results, one)) for one in results])
-    return {"frames": frames, "chart": images.get(f"stages-{frames}.png"), "rows": rows, "before": f"Before it: {before}." if before else ""}
+    rows = _lines([(one.variant, table_cells(results, one, one.title)) for one in results])
+    return {"frames": frames, "bars": _bars(results), "rows": rows, "before": f"Before it: {before}." if before else ""}
+
+
+def _bars(results: list[Outcome]) -> list[dict]:
+    """For each outcome, the lengths of its stages in percent of the longest outcome."""
+    longest = max(sum(one.ms(stage) for stage in TO_FIRST_TOKEN) for one in results)
+    bars = []
+    for one in results:
+        lengths = [(stage, round(100 * one.ms(stage) / longest, 2)) for stage in TO_FIRST_TOKEN]
+        name = one.title if one.projector == "vila" else f"{one.title}, {one.projector}"
+        bars.append({"name": name, "total": milliseconds(one.total_ms), "lengths": lengths})
+    return bars
 
 
 def _token_cells(gain: TokenGain) -> list[str]:
@@ -202,7 +217,7 @@ def _method(rows: list[Row], results: list[Outcome]) -> list[str]:
 
 def _environment(rows: list[Row]) -> list[tuple[str, str]]:
     times = sorted(str(row["time"]) for row in rows)
-    span = times[0] if len(set(times)) < 2 else f"{times[0]} to {times[-1]}"
+    span = " to ".join(dict.fromkeys(times[:1] + times[-1:]))
     columns = [(name, _said(rows, name)) for name in ("device", "dtype", "versions", "commit")]
     return [*columns, ("time", span)]
 
