@@ -163,7 +163,8 @@ def _why_not_replace(module: nn.Module) -> str:
 
 def _recognise_transformers(module: nn.Module, known: str) -> tuple[str, str]:
     owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
-    parameters = list(inspect.signature(owner.forward).parameters)
+    # Some versions wrap forward and hide its signature; the plain path of the old generation has the same one.
+    parameters = list(inspect.signature(getattr(owner, "slow_forward", owner.forward)).parameters)
     kind = "transformers with positions" if "cache_position" in parameters else "transformers"
     expected = ["cache_params", "attention_mask"] if kind == "transformers" else ["cache_params", "cache_position", "attention_mask"]
     if owner.__name__ != known:

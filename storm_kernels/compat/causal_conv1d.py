@@ -13,9 +13,7 @@ from .. import ops
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update"]
 
 
-def causal_conv1d_fn(
-    x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None, activation=None
-):
+def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None, activation=None):
     """Depthwise causal convolution: x (b, d, l), weight (d, w), bias (d,) -> (b, d, l) in x's dtype.
 
     ``seq_idx`` (b, l) integer: tokens of different index do not meet, and a negative index marks padding, whose result is zero.

@@ -160,7 +160,7 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
     if A.is_complex():
         raise TypeError(f"A is {A.dtype}: complex state spaces are not supported; only real A is")
     if state.dim() not in (3, 4) or state.dim() != x.dim() + 1:
-        raise ValueError(f"state must be (batch, [heads,] channels, states) and x one axis less; got shapes {tuple(state.shape)} and {tuple(x.shape)}")
+        raise ValueError(f"state must be (batch, [heads,] channels, states) and x one axis less, got {tuple(state.shape)} and {tuple(x.shape)}")
     acc = accumulate(state, x, A)
     # A copy, for autograd needs the state as it was before the update in place.
     old = (state.clone() if state_batch_indices is None else state[state_batch_indices]).to(acc)

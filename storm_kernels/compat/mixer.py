@@ -48,7 +48,7 @@ class MambaForward(nn.Module):
         kind = bidirectional_kind(self)
         if inference_params is not None:
             if kind != "none":
-                raise NotImplementedError(f"a bidirectional mixer (bimamba_type={kind!r}) cannot decode step by step: its backward scan needs the future")
+                raise NotImplementedError(f"a bidirectional mixer ({kind!r}) cannot decode step by step: its backward scan needs the future")
             conv_state, ssm_state = self._get_states_from_cache(inference_params, hidden_states.shape[0])
             if inference_params.seqlen_offset > 0:
                 return self.step(hidden_states, conv_state, ssm_state)[0]
@@ -102,9 +102,7 @@ class MambaForward(nn.Module):
         u = ops.causal_conv1d(x, *_filter(self.conv1d), activation="silu", initial_state=history)
         one = self._operands(u, self.x_proj, self.dt_proj, self.A_log, self.D)
         before = ssm_state.to(one.A.dtype, copy=True)
-        y, state = ops.selective_scan(
-            *one[:6], z=z, delta_bias=one.delta_bias, delta_softplus=True, initial_state=before, return_final_state=True
-        )
+        y, state = ops.selective_scan(*one[:6], z=z, delta_bias=one.delta_bias, delta_softplus=True, initial_state=before, return_final_state=True)
         ssm_state.copy_(state)
         return self._out(y), conv_state, ssm_state
 

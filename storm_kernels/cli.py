@@ -1,0 +1,81 @@
+"""``storm-kernels info [--json]``: which backend runs what here, and why. ``storm-kernels verify``: that what runs is right."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from . import __version__, dispatch, verify
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 1 when `verify` finds a result out of bounds."""
+    parser = argparse.ArgumentParser(prog="storm-kernels", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info", help="one row for each operation and backend: available, chosen, reason, how to fix")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    commands.add_parser("verify", help="compare every available backend with the float64 reference, in under 30 s")
+    options = parser.parse_args(arguments)
+    return _info(options.json) if options.command == "info" else _verify()
+
+
+def describe() -> dict:
+    """The machine, and one row for each device, operation and backend: available, chosen, reason against it."""
+    rows = []
+    for device in verify.available_devices():
+        for op in dispatch.OPS:
+            order = dispatch.ORDER[device][op]
+            reasons = {name: dispatch.why_not(op, name, device=device) for name in dispatch.MODULES}
+            chosen = next((name for name in order if reasons[name] is None), None)
+            for name, refused in reasons.items():
+                reason = refused or ("" if name in order else f"runs only when asked for with backend={name!r}")
+                row = {"op": op, "backend": name, "device": device, "available": refused is None, "chosen": name == chosen}
+                rows.append(row | {"reason": reason})
+    environment = {
+        "storm_kernels": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    return {"environment": environment, "rows": rows}
+
+
+def _info(as_json: bool) -> int:
+    found = describe()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return 0
+    print(", ".join(f"{name} {value}" for name, value in found["environment"].items() if value is not None))
+    print(f"\n{'op':<8}{'backend':<9}{'device':<8}{'available':<11}{'chosen':<8}reason and how to fix")
+    for row in found["rows"]:
+        available, chosen = ("yes" if row[name] else "no" for name in ("available", "chosen"))
+        print(f"{row['op']:<8}{row['backend']:<9}{row['device']:<8}{available:<11}{chosen:<8}{row['reason']}")
+    return 0
+
+
+def _verify() -> int:
+    start, failed, groups = time.perf_counter(), 0, {}
+    for check in verify.run():
+        failures = groups.setdefault((check.op, check.backend, check.device), [])
+        if check.failure:
+            failed += 1
+            failures.append(f"{check.dtype}, {check.case}: {check.failure}")
+    for (op, backend, device), failures in groups.items():
+        print(f"{op:<8}{backend:<9}{device:<8}{'FAILED' if failures else 'ok'}")
+        for failure in failures:
+            print(f"    {failure}")
+    print(f"{len(groups)} pairs of operation and backend against the float64 reference in {time.perf_counter() - start:.1f} s, {failed} failures")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
