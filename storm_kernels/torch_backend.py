@@ -139,7 +139,9 @@ class _Leaves:
 
         def run() -> tuple[Tensor, ...]:
             with torch.cuda.stream(stream), torch.enable_grad():
-                return torch.autograd.grad(outputs(), self.leaves, grads, allow_unused=True, materialize_grads=True)
+                pairs = [(out, grad) for out, grad in zip(outputs(), grads, strict=True) if out.requires_grad]
+                outs, incoming = [out for out, _ in pairs], [grad for _, grad in pairs]
+                return torch.autograd.grad(outs, self.leaves, incoming, allow_unused=True, materialize_grads=True)
 
         with ThreadPoolExecutor(1) as pool:
             found = pool.submit(run).result()

@@ -249,6 +249,8 @@ def _backward(ctx, grad_out, grad_final_state, *_):
         grid, reduction = ctx.options[2:]
         options = _options(None, None, False, grid, reduction)
         grad_out = operands[0].new_zeros(_out_shape(operands[0], options))
+    if grad_final_state is not None and grad_final_state.numel() == 0:  # of the empty tensor that stands for no state
+        grad_final_state = None
     needs = [name for name, wanted in zip(_DIFFERENTIABLE, ctx.needs_input_grad, strict=False) if wanted]
     found = torch.ops.storm_kernels.scan_backward(
         grad_out, grad_final_state, *operands, cu_seqlens, first, second, *ctx.options, " ".join(needs), ctx.backend

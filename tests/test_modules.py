@@ -1,0 +1,92 @@
+"""The fused mixer and projector against the reference ones, whose parameters they inherit."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+import storm_kernels as sk
+from storm_kernels import TokenReduction, reference
+
+REDUCTIONS = [TokenReduction(), TokenReduction(4, 1, 2), TokenReduction(2, 2, 1), TokenReduction(1, 1, 3), TokenReduction(50, 50, 1)]
+
+
+def pair(dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    plain = reference.ReferenceTemporalProjector(6, 16, **options)
+    fused = sk.TemporalProjector(6, 16, **options)
+    fused.load_state_dict(plain.state_dict())
+    return plain.to(dtype), fused.to(dtype)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS, ids=str)
+@pytest.mark.parametrize(("layers", "bidirectional", "frames"), [(1, True, 9), (2, True, 1), (3, True, 6), (1, False, 9), (2, False, 7)])
+def test_projector_equals_the_reference_in_float64(layers, bidirectional, frames, reduction):
+    plain, fused = pair(torch.float64, layers=layers, bidirectional=bidirectional)
+    features = torch.randn(2, frames, 5, 4, 6, dtype=torch.float64)
+    with sk.use_backend("torch"):
+        torch.testing.assert_close(fused(features, reduction), plain(features, reduction), rtol=1e-10, atol=1e-10)
+        lengths = [frames, max(1, frames - 2)]
+        torch.testing.assert_close(fused(features, reduction, lengths), plain(features, reduction, lengths), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "options", [{"bias": True}, {"conv_bias": False}, {"if_divide_out": True}, {"d_conv": 3, "d_state": 5, "expand": 3, "dt_rank": 7}]
+)
+def test_mixer_options_equal_the_reference(options):
+    plain, fused = pair(torch.float64, **options)
+    features = torch.randn(1, 5, 4, 4, 6, dtype=torch.float64)
+    with sk.use_backend("torch"):
+        for reduction in REDUCTIONS:
+            torch.testing.assert_close(fused(features, reduction), plain(features, reduction), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "reduction"), list(itertools.product((torch.float32, torch.bfloat16, torch.float16), REDUCTIONS)))
+def test_projector_is_as_exact_as_the_reference(dtype, reduction):
+    """Over whole tensors: a few numbers after a chain of roundings are luck. The reference is also run on features shaken by one ulp."""
+    plain, fused = pair(dtype)
+    features = torch.randn(4, 9, 8, 8, 6).to(dtype)
+    truth = gradients(copy.deepcopy(plain).double(), features.double(), reduction)
+    shaken = [features * (1 + torch.finfo(dtype).eps * torch.randint(-1, 2, features.shape)) for _ in range(3)]
+    yardsticks = [gradients(plain, one.to(dtype), reduction) for one in (features, *shaken)]
+    for name, value in gradients(fused, features, reduction).items():
+        worst = max(rms(one[name], truth[name]) for one in yardsticks)
+        assert rms(value, truth[name]) <= (1.25 if name == "out" else 1.5) * worst, name
+
+
+def rms(value, truth):
+    return (value.double() - truth).square().mean().sqrt()
+
+
+def gradients(projector, features, reduction):
+    projector.zero_grad()
+    features = features.detach().requires_grad_()
+    out = projector(features, reduction)
+    out.double().square().sum().backward()
+    return {"out": out.detach(), "features": features.grad} | {name: p.grad.clone() for name, p in projector.named_parameters()}
+
+
+def test_state_dicts_are_the_same():
+    plain, fused = pair(layers=2)
+    assert list(plain.state_dict()) == list(fused.state_dict())
+    names = {name.removeprefix("layers.0.mixer.") for name in fused.state_dict() if name.startswith("layers.0.mixer.")}
+    both = {"A_log", "D", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias"}
+    backward = {"A_b_log", "D_b", "conv1d_b.weight", "conv1d_b.bias", "x_proj_b.weight", "dt_proj_b.weight", "dt_proj_b.bias"}
+    assert names == both | backward | {"in_proj.weight", "out_proj.weight"}
+
+
+def test_the_last_layer_gates_and_projects_survivors_only():
+    """SPEC.md, the algebra: with k=4, s=2 of 16 frames the gate sees 8 frames and out_proj 2."""
+    _, fused = pair()
+    rows = []
+    fused.layers[0].mixer.out_proj.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[1]))
+    fused(torch.randn(1, 16, 4, 4, 6), TokenReduction(4, 1, 2))
+    assert rows == [2 * 4]
+
+
+@pytest.mark.parametrize("lengths", [[3], [3, 3, 3], [0, 3], [3, 6]])
+def test_bad_lengths_are_named(lengths):
+    _, fused = pair()
+    with pytest.raises(ValueError, match=r"lengths must .* got"):
+        fused(torch.randn(2, 5, 4, 4, 6), lengths=lengths)
