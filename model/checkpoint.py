@@ -71,7 +71,7 @@ def load(folder: str | os.PathLike, *, projector: str = "reference", device: tor
     if layers > len(stored):
         raise CheckpointError(f"{folder}: {_CONFIG} speaks of {layers} layers, the weights are only {len(stored)} tensors")
     _compare(folder, _own_tensors(VideoModel(config, variant, projector, device="meta", dtype=dtype)), stored, exact_dtype=True)
-    model = VideoModel(config, variant, projector, device=device, dtype=dtype)
+    model = VideoModel(config, variant, projector, device=device, dtype=dtype, blank=True)
     _fill(_own_tensors(model), stored)
     return model
 
@@ -103,7 +103,7 @@ def from_pretrained_parts(
     expected = VideoModel(config, variant, projector, device="meta", dtype=dtype)
     _compare(vision_dir, expected.vision.state_dict(), vision_stored, exact_dtype=False)
     _compare(language_dir, _own_tensors(expected, "language."), language_stored, exact_dtype=False)
-    model = VideoModel(config, variant, projector, seed=seed, device=device, dtype=dtype)
+    model = VideoModel(config, variant, projector, seed=seed, device=device, dtype=dtype, blank=True)
     _fill(model.vision.state_dict(), vision_stored)
     _fill(_own_tensors(model, "language."), language_stored)
     return model

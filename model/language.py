@@ -29,4 +29,6 @@ def build_language(config: LanguageConfig, dtype: torch.dtype = torch.float32) -
         tie_word_embeddings=config.tied_embeddings,
         eos_token_id=list(config.eos_ids) or None,
     )
-    return model_class._from_config(sizes, dtype=dtype, attn_implementation="sdpa").eval()
+    model = model_class._from_config(sizes, dtype=dtype, attn_implementation="sdpa").eval()
+    model.tie_weights()  # not done by itself where the weights are left unset
+    return model

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+from transformers.initialization import no_init_weights
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -18,10 +19,13 @@ def check_dtype(dtype: object) -> torch.dtype:
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, random numbers follow from ``seed`` and new tensors land on ``device``; outside, the caller's random state is as it was."""
+def seeded(seed: int, device: torch.device, *, blank: bool = False) -> Iterator[None]:
+    """Inside, random numbers follow from ``seed`` and new tensors land on ``device``; outside, the caller's random state is as it was.
+
+    ``blank``: modules made inside keep their weights unset. Billions of random numbers that a loader overwrites would take minutes on a CPU.
+    """
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), device:
+    with torch.random.fork_rng(devices=devices), device, no_init_weights() if blank else nullcontext():
         torch.manual_seed(seed)
         yield
 

@@ -30,6 +30,7 @@ class VideoModel(nn.Module):
         seed: of the random weights; each part has its own stream, so variants of one seed share the weights of what they have in common.
         device, dtype: where and in what the weights are made; better than a later ``.to(dtype)``, which would also round the language model's rotary
             frequencies. A_log, D and the bias of dt_proj stay float32 either way.
+        blank: leave the weights of the vision tower and the language model unset, for a loader to fill.
     """
 
     def __init__(
@@ -41,14 +42,15 @@ class VideoModel(nn.Module):
         seed: int = 0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        blank: bool = False,
     ):
         super().__init__()
         self.config, self.variant, self.projector_kind, self.seed = config, variant, _check_projector(projector), seed
         check_dtype(dtype)
         device = torch.device(device)
-        with seeded(seed, device):
+        with seeded(seed, device, blank=blank):
             self.vision = build_vision(config.vision, dtype)
-        with seeded(seed + 1, device):
+        with seeded(seed + 1, device, blank=blank):
             self.language = build_language(config.language, dtype)
         self.projector = self._build_projector()
         self.eval()

@@ -317,3 +317,15 @@ def test_remote_code_is_not_run(parts, tmp_path):
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')")
     from_pretrained_parts(root / "siglip", folder, variant("vila"))
     assert not (tmp_path / "sprung").exists()
+
+
+def test_loading_makes_no_random_weights(saved, monkeypatch):
+    """Nothing of a vision tower or language model is drawn at random only to be overwritten; what is drawn on the meta device costs nothing."""
+    drawn = []
+    normal = torch.nn.init.normal_
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda tensor, *args, **kwargs: drawn.append(tensor.device.type) or normal(tensor, *args, **kwargs))
+    VideoModel(TINY, variant("vila"))
+    assert "cpu" in drawn
+    drawn.clear()
+    load(saved[1])
+    assert "cpu" not in drawn
