@@ -63,7 +63,7 @@ INLINE int narrowed(int width, int64_t sequences, int64_t channels, int64_t grou
 }
 
 // Sums over tokens, which can be millions: plain over SUM_RUN of them, then a running sum with its rounding error carried along (Kahan).
-constexpr int SUM_RUN = 8;
+constexpr int SUM_RUN = 4;
 INLINE void add_compensated(float* sum, float* error, vf value) {
   vf before = load(sum), corrected = value - load(error), after = before + corrected;
   store(error, (after - before) - corrected);

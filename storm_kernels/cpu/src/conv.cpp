@@ -136,7 +136,7 @@ struct ConvWork {
       apply(f, x + (reverse ? 0 : halo) * c.pitch, count + halo);
       for (int j = 0; j < (count + halo) * c.pitch; j += LANES) {
         vf v = load(y + j);
-        store(dy + j, load(dy + j) * silu_slope(v, sigmoid(v)));
+        store(dy + j, silu_backward(load(dy + j), v, sigmoid(v)));
       }
     }
     const float* own = dy + (reverse ? halo : 0) * c.pitch;

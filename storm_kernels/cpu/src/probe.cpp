@@ -38,7 +38,7 @@ STORM_EXPORT(storm_probe_rate)(int64_t steps, int64_t threads, float* sink) {
     vf h[CHAINS] = {}, y = {}, delta = splat(-0.25f);
     for (int64_t i = 0; i < steps; i++) {
       for (int n = 0; n < CHAINS; n++) {
-        h[n] = exp_in_range(delta * (1.0f + n)) * h[n] + delta;
+        h[n] = exp_decay(delta * (1.0f + n)) * h[n] + delta;
         y += h[n] * delta;
       }
       delta = (vf)((vi)delta ^ 1);  // so that nothing can be hoisted

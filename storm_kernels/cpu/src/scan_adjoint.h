@@ -18,7 +18,7 @@ struct Block {
   int64_t states;
 };
 
-template <bool TAME>
+template <bool DECAY>
 void recompute(const Block& b) {
   for (int i = 0; i < b.count; i++) {
     const vf delta = load(b.delta + i * b.pitch), delta_u = delta * load(b.u + i * b.pitch);
@@ -27,7 +27,7 @@ void recompute(const Block& b) {
     vf y = {};
 #pragma GCC unroll 4
     for (int64_t s = 0; s < b.states; s++) {
-      vf exponent = delta * load(b.A + s * LANES), decay = TAME ? exp_in_range(exponent) : exponential(exponent);
+      vf exponent = delta * load(b.A + s * LANES), decay = DECAY ? exp_decay(exponent) : exponential(exponent);
       vf h = decay * load(b.h + (row + s) * LANES) + delta_u * B[s];
       store(b.decay + (row + s) * LANES, decay);
       store(b.h + (row + b.states + s) * LANES, h);

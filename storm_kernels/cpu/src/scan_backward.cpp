@@ -145,7 +145,8 @@ struct BackwardWork {
       Block b = {tile.delta + j, tile.u + j, dy + j, tile.B, tile.C, p.A + at, h, decay, grads.z.data ? y + j : nullptr, sum_B, sum_C,
                  g + at, d_input + j, d_delta + j, sums[d].A + at, sums[d].A_error + at, c.pitch, tile.bc_pitch, count, a.states};
       read_checkpoint(a.direction[d], index, j);
-      block_is_tame(b.delta, c.pitch, count, load(p.steepest + j)) ? recompute<true>(b) : recompute<false>(b);
+      bool decay = decays_only(b.delta, c.pitch, count, load(p.lowest + j), load(p.highest + j));
+      decay ? recompute<true>(b) : recompute<false>(b);
       int64_t s = 0;
       for (; s + 4 <= a.states; s += 4) adjoint<4>(b, s);
       for (; s < a.states; s++) adjoint<1>(b, s);
@@ -213,7 +214,7 @@ struct BackwardWork {
         if (earlier && d == 0) store(earlier, total);
         else if (earlier) total += load(earlier);
         vf z = load(gate + k);
-        store(y + k, load(dout + k) * silu_slope(z, sigmoid(z)) * total);
+        store(y + k, silu_backward(load(dout + k) * total, z, sigmoid(z)));
       }
       int64_t row = a.z_is_kept ? map->kept[l] : q.start + l;
       if (d == a.directions - 1 && row >= 0) store_rows(row_at(grads.z, q.batch, row, c), 1, y + i * c.pitch, c.pitch);

@@ -17,7 +17,7 @@ struct Block {
 };
 
 // One block through one tile: h = exp(delta A) h + delta u B, y = C h + D u.
-template <int STATES, bool WITH_Y, bool TAME>
+template <int STATES, bool WITH_Y, bool DECAY>
 void scan_block(const Block& b) {
   constexpr int KEPT = STATES ? STATES : 1;
   const int64_t states = STATES ? STATES : b.states;
@@ -33,7 +33,7 @@ void scan_block(const Block& b) {
     vf even = {}, odd = {};
     auto step = [&](int64_t s, vf h) INLINE_LAMBDA {
       vf exponent = delta * load(b.A + s * LANES);
-      h = (TAME ? exp_in_range(exponent) : exponential(exponent)) * h + delta_u * B[s];
+      h = (DECAY ? exp_decay(exponent) : exponential(exponent)) * h + delta_u * B[s];
       if (WITH_Y) (s % 2 ? odd : even) += h * C[s];
       return h;
     };
@@ -50,9 +50,9 @@ void scan_block(const Block& b) {
 }
 
 template <int STATES>
-void scan_block_any(const Block& b, bool with_y, bool tame) {
-  if (with_y) tame ? scan_block<STATES, true, true>(b) : scan_block<STATES, true, false>(b);
-  else tame ? scan_block<STATES, false, true>(b) : scan_block<STATES, false, false>(b);
+void scan_block_any(const Block& b, bool with_y, bool decay) {
+  if (with_y) decay ? scan_block<STATES, true, true>(b) : scan_block<STATES, true, false>(b);
+  else decay ? scan_block<STATES, false, true>(b) : scan_block<STATES, false, false>(b);
 }
 
 // One thread's work: a chunk of channels of one sequence.
@@ -130,8 +130,8 @@ struct ScanWork {
       Block b = {tile.delta + j, tile.u + j, tile.B, tile.C, p.A + j * a.states, p.has_D ? p.D + j : nullptr, y + j, h + j * a.states,
                  c.pitch, tile.bc_pitch, count, a.states,
                  next_u.data + j * element_size(next_u.dtype), next_delta.data + j * element_size(next_delta.dtype), next_u.step, next_delta.step};
-      bool tame = block_is_tame(b.delta, c.pitch, count, load(p.steepest + j));
-      a.states == 16 ? scan_block_any<16>(b, with_y, tame) : scan_block_any<0>(b, with_y, tame);
+      bool decay = decays_only(b.delta, c.pitch, count, load(p.lowest + j), load(p.highest + j));
+      a.states == 16 ? scan_block_any<16>(b, with_y, decay) : scan_block_any<0>(b, with_y, decay);
     }
   }
 

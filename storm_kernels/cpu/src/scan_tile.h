@@ -8,12 +8,14 @@ namespace {
 // One direction's parameters for one chunk.
 struct Parameters {
   float* A;         // [block][state][lane]
-  float* steepest;  // (pitch,): max over states of |A|
+  float* lowest;    // (pitch,): min over states of A
+  float* highest;   // (pitch,): max over states of A
   float *bias, *D;  // (pitch,), zero where absent
   bool has_D;
   void take(Arena& arena, int pitch, int64_t states) {
     A = arena.floats(pitch * states);
-    steepest = arena.floats(pitch);
+    lowest = arena.floats(pitch);
+    highest = arena.floats(pitch);
     bias = arena.floats(pitch);
     D = arena.floats(pitch);
   }
@@ -27,13 +29,15 @@ void load_parameters(Parameters& p, const StormDirection& d, const Chunk& c, int
     bool inside = e < c.width;
     p.bias[e] = inside && d.delta_bias ? d.delta_bias[c.first + e] : 0.0f;
     p.D[e] = inside && d.D ? d.D[c.first + e] : 0.0f;
-    float steepest = 0.0f;
+    float lowest = 0.0f, highest = 0.0f;
     for (int64_t s = 0; s < states; s++) {
       float a = inside ? d.A[(c.first + e) * states + s] : 0.0f;
       p.A[state_index(e, s, states)] = a;
-      if (!(fabsf(a) <= steepest)) steepest = fabsf(a);  // takes NaN too
+      if (!(a >= lowest)) lowest = a;  // takes NaN too
+      if (a > highest) highest = a;
     }
-    p.steepest[e] = steepest;
+    p.lowest[e] = lowest;
+    p.highest[e] = highest;
   }
 }
 
@@ -92,11 +96,14 @@ void load_tile(Tile& tile, const ScanRows& rows, int64_t first, int count, const
     }
 }
 
-// Whether every exponent delta * A of this block stays in the range of exp_in_range.
-INLINE bool block_is_tame(const float* delta, int pitch, int count, vf steepest) {
-  vi wild = {};
-  for (int i = 0; i < count; i++) wild |= ~(absolute(load(delta + i * pitch)) * steepest < -EXP_LOWEST);
-  return !any(wild);
+// Whether every exponent delta * A of this block stays in the range of exp_decay.
+INLINE bool decays_only(const float* delta, int pitch, int count, vf lowest, vf highest) {
+  vi inside = vi{} - 1;
+  for (int i = 0; i < count; i++) {
+    vf step = load(delta + i * pitch);
+    inside &= (step >= 0.0f) & (step * lowest >= EXP_LOWEST) & (step * highest <= 4.0f);
+  }
+  return !any(~inside);
 }
 
 }  // namespace

@@ -1,0 +1,39 @@
+"""Builds the C++ library of the "cpu" backend on installation. Without a compiler the installation still succeeds, without that backend."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CPU = Path(__file__).resolve().parent / "storm_kernels" / "cpu"
+
+
+def load_build_module():
+    """storm_kernels/cpu/build.py without importing the package, which needs torch."""
+    spec = importlib.util.spec_from_file_location("storm_cpu_build", CPU / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class BuildLibrary(build_ext):
+    """Makes a plain shared library, loaded by ctypes, where setuptools would make a Python extension."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        builder = load_build_module()
+        try:
+            builder.build(Path(self.get_ext_fullpath(ext.name)))
+        except builder.BuildError as error:
+            print(f"storm_kernels: the cpu backend is left out: {error}", file=sys.stderr)
+
+
+setup(
+    ext_modules=[Extension("storm_kernels.cpu.libstorm_cpu", sources=[], optional=True)],
+    package_data={"storm_kernels.cpu": ["src/*.cpp", "src/*.h"]},
+    cmdclass={"build_ext": BuildLibrary},
+)
