@@ -1,0 +1,95 @@
+"""Offsets past 2^31 and 2^32 elements, and axes past the limits of launch grids (RELIABILITY.md, R6).
+
+The far-apart rows lie in an anonymous mapping of which only the touched pages exist, so most of this needs little memory.
+"""
+
+import mmap
+
+import pytest
+import torch
+
+import storm_kernels as sk
+
+from .parity import ConvCase, ReduceCase, ScanCase, simplest
+
+FAR = 2**30 + 16  # elements from one token to the next: the fifth lies past 2^32
+BACKENDS = [name for name in ("cpu",) if not sk.why_not("scan", name)]
+CASES = {
+    "scan": simplest(ScanCase, direction="both", length=5, batch=1, states=16, D=True, z="all", dtype="bfloat16", dtype_delta="bfloat16"),
+    "scan_reduced": simplest(ScanCase, direction="both", grid=(5, 1, 1), batch=1, reduction=(2, 1, 2), z="kept", dtype="bfloat16"),
+    "conv": simplest(ConvCase, direction="both", length=5, batch=1, dtype="bfloat16"),
+    "reduce": simplest(ReduceCase, grid=(5, 1, 1), batch=1, reduction=(2, 1, 2), dtype="bfloat16"),
+}
+
+
+@pytest.fixture(scope="module")
+def far_rows():
+    """A function that copies tensors (1, L, ...) into rows FAR apart, side by side."""
+    space = torch.frombuffer(mmap.mmap(-1, 2 * (4 * FAR + 4096)), dtype=torch.bfloat16)
+    used = 0
+
+    def place(value):
+        nonlocal used
+        view = space.as_strided((1, value.shape[1], *value.shape[2:]), (0, FAR, *value[0, 0].stride()), used)
+        used += value[0, 0].numel()
+        return view.copy_(value)
+
+    return place
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_far_apart_rows_are_read_where_they_are(name, backend, far_rows):
+    case = CASES[name]
+    operands = case.operands()
+    apart = {n: far_rows(v) if v.dim() >= 3 and v.dtype == torch.bfloat16 else v for n, v in operands.items()}
+    assert max((v.shape[1] - 1) * v.stride(1) for v in apart.values() if v.dim() >= 3) > 2**32
+    near, far = ([*case.call(sk, given, backend=backend).values()] for given in (operands, apart))
+    assert all(map(torch.equal, near, far))
+
+
+WIDE = {
+    "channels of a scan": simplest(ScanCase, channels_per_group=65_540, length=3, batch=1, direction="both", z="all"),
+    "sequences": simplest(ScanCase, length=2, batch=65_540, channels_per_group=1, states=1),
+    "channels of a convolution": simplest(ConvCase, channels=65_540, length=3, batch=1, direction="both"),
+    "channels of a reduction": simplest(ReduceCase, channels=65_540, grid=(3, 1, 1), batch=1, reduction=(2, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", WIDE)
+def test_axes_past_65535_are_their_parts(name, backend):
+    """The last few of 65,540 channels or sequences come out, forward and backward, as they do alone."""
+    case = WIDE[name]
+    operands, size = case.operands(), 65_540
+
+    def last(value):
+        own = next((a for a in (value.dim() - 1, 0) if value.shape[a] == size), None)
+        return value if own is None else value.narrow(own, size - 20, 20).clone()
+
+    whole = results(case, backend, operands)
+    alone = results(case, backend, {n: last(v) for n, v in operands.items()})
+    for name, value in alone.items():
+        if value.shape != whole[name].shape:
+            assert torch.equal(last(whole[name]), value), name
+
+
+def results(case, backend, operands):
+    leaves = {name: value.clone().requires_grad_() for name, value in operands.items()}
+    outs = case.call(sk, leaves, backend=backend)
+    grads = torch.autograd.grad([out.square().sum() for out in outs.values()], list(leaves.values()))
+    return outs | {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_result_of_more_than_2_to_the_31_elements(backend):
+    channels, length = 1024, 2**21 + 3
+    x = torch.randn(1, length, 1, dtype=torch.bfloat16).repeat(1, 1, channels)
+    assert x.numel() > 2**31
+    weight = torch.randn(channels, 4)
+    out = sk.causal_conv1d(x, weight, activation="silu", backend=backend)
+    for part in (slice(0, 64), slice(length // 2, length // 2 + 64), slice(length - 64, length)):
+        history = slice(max(part.start - 3, 0), part.stop)
+        expected = sk.causal_conv1d(x[:, history], weight, activation="silu", backend=backend)[:, part.start - history.start :]
+        assert torch.equal(out[:, part], expected)
