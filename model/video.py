@@ -25,6 +25,9 @@ __all__ = ["SampledVideo", "StormVideoError", "VideoInfo", "bikes_clip", "probe"
 # 8192 x 8192; 8K video has half of that. What is larger is refused before it is decoded.
 MAX_PIXELS = 2**26
 
+# Titles in another encoding than UTF-8 are no reason to refuse a file. PyAV 19 has no such argument and needs none.
+_ANY_TITLE = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+
 
 @dataclass(frozen=True)
 class VideoInfo:
@@ -110,7 +113,7 @@ def _opened(path: Path, demuxer: str) -> Iterator[tuple[av.container.InputContai
     """The container and its video stream. The demuxer is named, so that no playlist or text is taken for a video."""
     limits = {"max_pixels": str(MAX_PIXELS), "err_detect": "explode"}
     try:
-        with av.open(str(path.absolute()), format=demuxer, options={"ignore_editlist": "1", **limits}, metadata_errors="replace") as container:
+        with av.open(str(path.absolute()), format=demuxer, options={"ignore_editlist": "1", **limits}, **_ANY_TITLE) as container:
             streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
             if not streams:
                 raise StormVideoError(f"{path}: no video stream; it holds {[s.type for s in container.streams] or 'nothing'}")

@@ -104,6 +104,14 @@ def test_the_right_frames(clips, name):
         torch.testing.assert_close(grey, 7.0 * torch.tensor(sampled.indices), atol=3, rtol=0)
 
 
+def test_a_title_that_is_not_utf8(clips, tmp_path):
+    path = tmp_path / "title.mp4"
+    content = clips["mp4"].read_bytes()
+    assert content.count(b"Lavf") == 1  # the name of the muxer, in the metadata
+    path.write_bytes(content.replace(b"Lavf", b"L\xe4vf"))
+    assert probe(path).frames == FRAMES
+
+
 def test_more_frames_than_the_clip_has(clips):
     sampled = sample_frames(clips["mp4"], FRAMES * 2 + 5, size=16)
     assert sampled.looped
