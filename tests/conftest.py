@@ -11,6 +11,15 @@ def poisoned_memory(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors of most tests are tiny: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def gpu():
     if not torch.cuda.is_available():

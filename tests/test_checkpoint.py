@@ -18,8 +18,6 @@ from model.config import LanguageConfig, ModelConfig, Variant, VisionConfig, var
 from model.storm import VideoModel
 from storm_kernels import TokenReduction
 
-from .test_model import one_thread  # noqa: F401 (a fixture)
-
 VISION = VisionConfig(image_size=56, patch_size=14, width=32, layers=3, heads=2, mlp_width=64)
 LANGUAGE = LanguageConfig("qwen2", 2, 48, 4, 2, 96, 100, 1e4, 512, 1e-6, eos_ids=(7, 9))
 TINY = ModelConfig("tiny", VISION, LANGUAGE, projector_layers=1)

@@ -28,15 +28,6 @@ TINY = ModelConfig(
 PROMPT = torch.tensor([3, 1, 4])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products as small as these are faster on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def pixels(frames, size=70, seed=0):
     return torch.rand(frames, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 

@@ -16,7 +16,7 @@ from model.storm import VideoModel
 from model.vision import build_vision
 from storm_kernels import TokenReduction
 
-from .test_model import PROMPT, TINY, one_thread, pixels  # noqa: F401 (a fixture)
+from .test_model import PROMPT, TINY, pixels
 
 
 def count(module):
