@@ -1,0 +1,105 @@
+"""The benchmarks of single operations: small shapes run, rows are complete, wrong kernels are not timed, peers compute the same."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import storm_kernels
+from benchmarks import conv, harness, peers, projector, reduce, scan, subject
+from benchmarks.harness import CheckFailed, load_rows
+from storm_kernels import TokenGrid, reference
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASUREMENTS = {
+    "scan": lambda modes, dtype: scan.measurements(32, 64, 16, dtype, "cpu", modes, with_peers=False),
+    "conv": lambda modes, dtype: conv.measurements(64, 64, dtype, "cpu", modes),
+    "reduce": lambda modes, dtype: reduce.measurements(TokenGrid(8, 4, 4), 64, reduce.REDUCTIONS[3], dtype, "cpu", modes),
+    "projector": lambda modes, dtype: projector.measurements(TokenGrid(4, 2, 2), 32, 16, 1, dtype, "cpu", modes),
+}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, torch.float32) for name in MEASUREMENTS), ("scan", torch.bfloat16), ("reduce", torch.bfloat16)])
+def test_each_subject_checks_times_rates_and_records(name, dtype, tmp_path, capsys):
+    rows = harness.Rows(tmp_path / "rows.json")
+    modes = ["forward", "both"] if name == "projector" else ["forward", "backward", "both"]
+    for one in MEASUREMENTS[name](modes, dtype):
+        subject.measure(one, "cpu", rows, rounds=1)
+    done = load_rows(rows.path)
+    assert {row["mode"] for row in done} == set(modes)
+    for row in done:
+        assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["rate"] == pytest.approx(row["work"] / row["p50_ms"] * 1e3, rel=1e-3, abs=1)
+        assert row["of_limit"] == pytest.approx(row["limit_ms"] / row["p50_ms"], rel=1e-2, abs=1e-3)
+        assert row["error"] >= 0
+        assert row["dtype"] == str(dtype).removeprefix("torch.")
+    assert "limit: " in capsys.readouterr().out
+
+
+def shifted(function):
+    def wrong(*arguments, **options):
+        out = function(*arguments, **options)
+        return tuple(one + 0.01 for one in out) if isinstance(out, tuple) else out + 0.01
+
+    return wrong
+
+
+@pytest.mark.skipif(storm_kernels.why_not("scan", "cpu") is not None, reason=f"no fast backend here: {storm_kernels.why_not('scan', 'cpu')}")
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    [("scan", "selective_scan"), ("scan", "bidirectional_selective_scan"), ("conv", "bidirectional_causal_conv1d"), ("reduce", "reduce_tokens")],
+)
+def test_a_wrong_kernel_is_not_timed(name, operation, monkeypatch):
+    monkeypatch.setattr(storm_kernels, operation, shifted(getattr(storm_kernels, operation)))
+    with pytest.raises(CheckFailed, match="rms error"):
+        MEASUREMENTS[name](["forward"], torch.float32)
+
+
+def test_the_peers_that_are_installed_compute_the_same():
+    given = scan.operands(16, 8, 4, torch.float32, "cpu")
+    truth = reference.selective_scan(**{name: t.double() for name, t in given.items()}, delta_softplus=True)
+    found, absent = peers.peers(given)
+    found.pop("numba", None)  # compiling it takes longer than all other tests here; benchmarks.scan checks it before timing it
+    assert "transformers" in found
+    assert all("not installed" in line for line in absent)
+    for name, peer in found.items():
+        torch.testing.assert_close(peer(**given).double(), truth, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_peer_that_computes_something_else_is_told():
+    truth = torch.ones(4, dtype=torch.float64)
+    assert subject.same_work("x", torch.full((4,), 1.01), truth)["error"] == pytest.approx(0.01)
+    for bad in (torch.full((4,), 1.1), torch.full((4,), float("nan"))):
+        with pytest.raises(CheckFailed, match="^peer"):
+            subject.same_work("peer", bad, truth)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--lengths", "0"], "'0'"),
+        (["--lengths", "5,x"], "'5,x'"),
+        (["--lengths", "1000000000000"], "'1000000000000'"),
+        (["--dtypes", "int8"], "'int8' does not exist; there are: float32"),
+        (["--modes", "sideways"], "'sideways' does not exist; there are: forward"),
+        (["--out", "/dev/null/rows.json"], "/dev/null/rows.json"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scan", *arguments])
+    assert subject.command(scan.main) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert said in told
+    assert told.count("\n") == 1
+
+
+def test_pytest_collects_one_benchmark_of_each_subject(pytestconfig):
+    hook = importlib.import_module("benchmarks.conftest").pytest_collect_file
+    session = pytest.Session.from_config(pytestconfig)
+    for name in MEASUREMENTS:
+        (function,) = hook(ROOT / "benchmarks" / f"{name}.py", session).collect()
+        assert function.name == f"test_{name}"
+    assert hook(ROOT / "benchmarks" / "e2e.py", session) is None
