@@ -96,10 +96,9 @@ def test_bad_input_is_one_line_that_names_it(arguments, said, monkeypatch, capsy
     assert told.count("\n") == 1
 
 
-def test_pytest_collects_one_benchmark_of_each_subject(pytestconfig):
+def test_pytest_collects_one_benchmark_of_each_subject(request):
     hook = importlib.import_module("benchmarks.conftest").pytest_collect_file
-    session = pytest.Session.from_config(pytestconfig)
     for name in MEASUREMENTS:
-        (function,) = hook(ROOT / "benchmarks" / f"{name}.py", session).collect()
+        (function,) = hook(ROOT / "benchmarks" / f"{name}.py", request.session).collect()
         assert function.name == f"test_{name}"
-    assert hook(ROOT / "benchmarks" / "e2e.py", session) is None
+    assert hook(ROOT / "benchmarks" / "e2e.py", request.session) is None
