@@ -23,12 +23,8 @@ FEATURES = (2, 5, 4, 3, 6)  # batch, frames, height, width, vision width
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """One thread, for the tensors are tiny; and no code compiled by an earlier test."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """No code compiled by an earlier test."""
     torch._dynamo.reset()
-    yield
-    torch.set_num_threads(threads)
 
 
 def projector(layers=2, **options):

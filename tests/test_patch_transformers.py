@@ -14,15 +14,6 @@ VOCABULARY = 61
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 24, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": 1}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are tiny: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(kind, seed=0, **options):
     torch.manual_seed(seed)
     if kind == "jamba":
@@ -218,7 +209,7 @@ def test_packed_sequences_are_refused():
 
 def test_peft_adapters():
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    model = peft.get_peft_model(build("falcon"), peft.LoraConfig(target_modules=["in_proj", "x_proj", "out_proj"], init_lora_weights=False))
+    model = peft.get_peft_model(build("falcon"), peft.LoraConfig(target_modules=["in_proj", "x_proj"], init_lora_weights=False))
     ids = tokens()
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
