@@ -12,9 +12,7 @@ from .loader import library
 from .structs import CConv, CFilter, check, empty_like, int64_offsets, pointer, rows, shape_struct, unit_innermost
 
 
-def conv(
-    x: Tensor, filters: tuple[ConvFilter, ...], *, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, ...]:
+def conv(x: Tensor, filters: tuple[ConvFilter, ...], *, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
     outs = tuple(empty_like(x) for _ in filters)
     if x.numel():
         offsets = int64_offsets(cu_seqlens)

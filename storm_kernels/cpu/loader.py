@@ -26,7 +26,7 @@ class LibraryMissing(RuntimeError):
 class Library:
     """One instruction-set variant of the C++ library."""
 
-    def __init__(self, path: Path = LIBRARY, isa: str | None = None):
+    def __init__(self, path: Path, isa: str | None = None):
         if not path.exists():
             raise LibraryMissing(f"{path} is not there: no C++ compiler was found when storm_kernels was installed; {HOW_TO_BUILD}")
         try:
@@ -64,7 +64,7 @@ class Library:
 @functools.cache
 def library() -> Library:
     """The library as this process uses it. Raises LibraryMissing."""
-    return Library(isa=os.environ.get(ISA_VARIABLE) or None)
+    return Library(LIBRARY, os.environ.get(ISA_VARIABLE) or None)
 
 
 @functools.cache

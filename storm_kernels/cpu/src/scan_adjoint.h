@@ -14,7 +14,7 @@ struct Block {
   float *g;                  // [state][lane]: gradient of the state, carried from the later tile to the earlier
   float *d_input, *d_delta;  // of delta u, and of delta through the decay
   float *dA, *dA_error;      // [state][lane]
-  int pitch, bc_pitch, count;
+  int pitch, d_pitch, bc_pitch, count;  // d_pitch: of d_input and d_delta
   int64_t states;
 };
 
@@ -25,13 +25,18 @@ void recompute(const Block& b) {
     const float *B = b.B + i * b.bc_pitch, *C = b.C + i * b.bc_pitch;
     const int64_t row = i * b.states;
     vf y = {};
+    for (int64_t begin = 0; begin < b.states; begin += STATE_RUN) {
+      const int64_t end = b.states - begin < STATE_RUN ? b.states : begin + STATE_RUN;
+      vf run = {};
 #pragma GCC unroll 4
-    for (int64_t s = 0; s < b.states; s++) {
-      vf exponent = delta * load(b.A + s * LANES), decay = DECAY ? exp_decay(exponent) : exponential(exponent);
-      vf h = decay * load(b.h + (row + s) * LANES) + delta_u * B[s];
-      store(b.decay + (row + s) * LANES, decay);
-      store(b.h + (row + b.states + s) * LANES, h);
-      if (b.y) y += h * C[s];
+      for (int64_t s = begin; s < end; s++) {
+        vf exponent = delta * load(b.A + s * LANES), decay = DECAY ? exp_decay(exponent) : exponential(exponent);
+        vf h = decay * load(b.h + (row + s) * LANES) + delta_u * B[s];
+        store(b.decay + (row + s) * LANES, decay);
+        store(b.h + (row + b.states + s) * LANES, h);
+        if (b.y) run += h * C[s];
+      }
+      y += run;
     }
     if (b.y) store(b.y + i * b.pitch, y);
   }
@@ -46,7 +51,7 @@ void adjoint(const Block& b, int64_t first) {
     const int64_t at = (i * b.states + first) * LANES, next = at + b.states * LANES;
     const float *B = b.B + i * b.bc_pitch + first, *C = b.C + i * b.bc_pitch + first;
     const vf delta = load(b.delta + i * b.pitch), delta_u = delta * load(b.u + i * b.pitch), dy = load(b.dy + i * b.pitch);
-    vf d_input = load(b.d_input + i * b.pitch), d_delta = load(b.d_delta + i * b.pitch);
+    vf d_input = {}, d_delta = {};
 #pragma GCC unroll 4
     for (int n = 0; n < COUNT; n++) {
       const int64_t k = at + n * LANES;
@@ -59,8 +64,8 @@ void adjoint(const Block& b, int64_t first) {
       d_delta += through_decay * A[n];
       dA[n] += through_decay * delta;
     }
-    store(b.d_input + i * b.pitch, d_input);
-    store(b.d_delta + i * b.pitch, d_delta);
+    store(b.d_input + i * b.d_pitch, load(b.d_input + i * b.d_pitch) + d_input);
+    store(b.d_delta + i * b.d_pitch, load(b.d_delta + i * b.d_pitch) + d_delta);
     if (i % SUM_RUN) continue;
     for (int n = 0; n < COUNT; n++) {
       add_compensated(b.dA + (first + n) * LANES, b.dA_error + (first + n) * LANES, dA[n]);

@@ -143,13 +143,27 @@ struct BackwardWork {
     for (int j = 0; j < c.pitch; j += LANES) {
       int64_t at = j * a.states;
       Block b = {tile.delta + j, tile.u + j, dy + j, tile.B, tile.C, p.A + at, h, decay, grads.z.data ? y + j : nullptr, sum_B, sum_C,
-                 g + at, d_input + j, d_delta + j, sums[d].A + at, sums[d].A_error + at, c.pitch, tile.bc_pitch, count, a.states};
+                 g + at, d_input + j, d_delta + j, sums[d].A + at, sums[d].A_error + at, c.pitch, c.pitch, tile.bc_pitch, count, a.states};
       read_checkpoint(a.direction[d], index, j);
       bool decay = decays_only(b.delta, c.pitch, count, load(p.lowest + j), load(p.highest + j));
       decay ? recompute<true>(b) : recompute<false>(b);
-      int64_t s = 0;
-      for (; s + 4 <= a.states; s += 4) adjoint<4>(b, s);
-      for (; s < a.states; s++) adjoint<1>(b, s);
+      run_adjoint(b);
+    }
+  }
+
+  // All states of a block, STATE_RUN at a time.
+  static void run_adjoint(Block b) {
+    for (int64_t begin = 0; begin < b.states; begin += STATE_RUN) {
+      const int64_t end = b.states - begin < STATE_RUN ? b.states : begin + STATE_RUN;
+      float* const totals[2] = {b.d_input, b.d_delta};
+      float run[2][TILE * LANES] = {};
+      Block part = b;
+      part.d_input = run[0], part.d_delta = run[1], part.d_pitch = LANES;
+      int64_t s = begin;
+      for (; s + 4 <= end; s += 4) adjoint<4>(part, s);
+      for (; s < end; s++) adjoint<1>(part, s);
+      for (int n = 0; n < 2; n++)
+        for (int i = 0; i < b.count; i++) store(totals[n] + i * b.pitch, load(totals[n] + i * b.pitch) + load(run[n] + i * LANES));
     }
   }
 

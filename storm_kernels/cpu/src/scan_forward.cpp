@@ -30,7 +30,7 @@ void scan_block(const Block& b) {
     __builtin_prefetch(b.next_delta + i * b.next_delta_step);
     const vf delta = load(b.delta + i * b.pitch), u = load(b.u + i * b.pitch), delta_u = delta * u;
     const float *B = b.B + i * b.bc_pitch, *C = b.C + i * b.bc_pitch;
-    vf even = {}, odd = {};
+    vf even = {}, odd = {}, y = {};
     auto step = [&](int64_t s, vf h) INLINE_LAMBDA {
       vf exponent = delta * load(b.A + s * LANES);
       h = (DECAY ? exp_decay(exponent) : exponential(exponent)) * h + delta_u * B[s];
@@ -41,9 +41,15 @@ void scan_block(const Block& b) {
 #pragma GCC unroll 16
       for (int s = 0; s < KEPT; s++) kept[s] = step(s, kept[s]);
     } else {
-      for (int64_t s = 0; s < states; s++) store(b.h + s * LANES, step(s, load(b.h + s * LANES)));
+      for (int64_t begin = 0; begin < states; begin += STATE_RUN) {
+        const int64_t end = states - begin < STATE_RUN ? states : begin + STATE_RUN;
+        for (int64_t s = begin; s < end; s++) store(b.h + s * LANES, step(s, load(b.h + s * LANES)));
+        y += even + odd;
+        even = odd = vf{};
+      }
     }
-    if (WITH_Y) store(b.y + i * b.pitch, b.D ? (even + odd) + D * u : even + odd);
+    if (STATES) y = even + odd;
+    if (WITH_Y) store(b.y + i * b.pitch, b.D ? y + D * u : y);
   }
   if (STATES)
     for (int s = 0; s < KEPT; s++) store(b.h + s * LANES, kept[s]);

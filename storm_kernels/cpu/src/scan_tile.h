@@ -5,6 +5,9 @@
 
 namespace {
 
+// Over more states than these, sums go in two steps, so that rounding does not grow with the number of states.
+constexpr int64_t STATE_RUN = 32;
+
 // One direction's parameters for one chunk.
 struct Parameters {
   float* A;         // [block][state][lane]

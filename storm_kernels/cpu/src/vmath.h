@@ -10,7 +10,13 @@ namespace {
 
 constexpr float ROUNDER = 12582912.0f;
 constexpr float LOG2E = 1.4426950408889634f;
+#if defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMAF)
+constexpr bool FUSED = true;  // n LN2 is not rounded before it is subtracted
 constexpr float LN2 = 0.6931471805599453f, LN2_LOW = -1.904654323e-9f;  // their sum is log 2
+#else
+constexpr bool FUSED = false;  // LN2 is short enough for n LN2 to be exact
+constexpr float LN2 = 0.693145751953125f, LN2_LOW = 1.428606765330187e-6f;
+#endif
 constexpr float EXP_LOWEST = -86.0f, EXP_HIGHEST = 88.722839f;          // where e^x is a normal number
 
 // 2^n e^r from t = n + ROUNDER. The polynomial is minimax in relative error with the first two terms of the series fixed: the error fades with r,
@@ -26,11 +32,12 @@ INLINE vf exp_from(vf t, vf r) {
   return (vf)((vi)p + ((vi)t << 23));
 }
 
-// e^x where EXP_LOWEST <= x <= 4; other values give nonsense or are off by more than one unit in the last place. It leaves LN2_LOW out, one operation
-// in thirteen: 2e-9 |n| relative, which only strong decays have.
+// e^x where EXP_LOWEST <= x <= 4; other values give nonsense or are off by more than one unit in the last place. Where it can, it
+// leaves LN2_LOW out, one operation in thirteen: 2e-9 |n| relative, which only strong decays have.
 INLINE vf exp_decay(vf x) {
-  vf t = x * LOG2E + ROUNDER;
-  return exp_from(t, x - (t - ROUNDER) * LN2);
+  vf t = x * LOG2E + ROUNDER, n = t - ROUNDER;
+  vf r = x - n * LN2;
+  return exp_from(t, FUSED ? r : r - n * LN2_LOW);
 }
 
 // e^x for any x: 0 below EXP_LOWEST, infinity above EXP_HIGHEST, NaN for NaN.

@@ -1,0 +1,95 @@
+"""Random cases under AddressSanitizer and UndefinedBehaviorSanitizer on the C++ library: `python -m tests.sanitize_cpu [cases]` (RELIABILITY.md, R9).
+
+The library is built instrumented in a temporary folder, once with this processor's lanes and once with the 16 of AVX-512, and the cases run in a
+subprocess with libasan loaded first, so that torch's own buffers have guarded ends. Any report ends the subprocess with an error.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+RUN = """
+import sys
+from pathlib import Path
+import storm_kernels.cpu.loader as loader
+loader.LIBRARY = Path(sys.argv[1])
+from tests.sanitize_cpu import run_cases
+run_cases(int(sys.argv[2]))
+"""
+
+
+def main(cases: int) -> int:
+    """Build, run, and return how many of the two builds had a report or a failure."""
+    from storm_kernels.cpu import build
+
+    isa = next(name for name in build.variants() if name != "avx512")
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for lanes in (None, 16):
+            library = Path(folder) / f"lanes{lanes}.so"
+            build.build(library, flags=(*FLAGS, *([f"-DSTORM_LANES={lanes}"] if lanes else [])), only=(isa,))
+            done = run_in_child(library, cases, isa, preload=True)
+            print(f"{isa}, {lanes or 'native'} lanes, {cases} cases of each op: {'clean' if done.returncode == 0 else 'FAILED'}")
+            if done.returncode:
+                print(done.stdout[-4000:], done.stderr[-8000:], sep="\n")
+                failed += 1
+    return failed
+
+
+def run_in_child(library: Path, cases: int, isa: str, *, preload: bool) -> subprocess.CompletedProcess:
+    """`run_cases` with another build of the library."""
+    environment = dict(os.environ, STORM_KERNELS_CPU_ISA=isa)
+    if preload:
+        # CPython itself frees nothing at exit, so leaks cannot be told apart; ASan wants to be the first library.
+        environment |= {"LD_PRELOAD": _runtime("libasan.so"), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return subprocess.run([sys.executable, "-c", RUN, str(library), str(cases)], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def _runtime(name: str) -> str:
+    from storm_kernels.cpu import build
+
+    return subprocess.run([*build.find_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def run_cases(count: int) -> None:
+    """Forward and backward of ``count`` random cases of scan, conv and reduce on the "cpu" backend; results are checked to be finite."""
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    from .parity import CASES
+
+    for op in ("scan", "conv", "reduce"):
+
+        @settings(
+            max_examples=count, deadline=None, database=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+        )
+        @given(CASES[op])
+        def run(case):
+            _evaluate(case)
+
+        run()
+
+
+def _evaluate(case) -> None:
+    import torch
+
+    import storm_kernels as sk
+
+    from .parity import lay_out
+
+    leaves = {name: lay_out(value, case.layout_of(name)).detach().requires_grad_() for name, value in case.operands().items()}
+    with sk.use_backend("cpu"):
+        results = case.call(sk, leaves)
+    total = sum(value.float().sum() for value in results.values())
+    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    for value in (*results.values(), *grads):
+        assert torch.isfinite(value).all(), f"{case}: not finite"
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 100))
