@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
+from ..contract import ConvFilter, ScanInputs
+from ..tokens import TokenGrid, TokenReduction
 from .conv import LARGEST_TAPS, conv, conv_backward
 from .launcher import current
 from .scan import LARGEST_STATE, checkpoint_shape, scan
@@ -10,7 +14,7 @@ from .tokens import FORMATS, reduce, reduce_backward
 
 NAME = "cuda"
 
-__all__ = ["NAME", "checkpoint_shape", "conv", "conv_backward", "reduce", "reduce_backward", "scan", "scan_backward", "why_not"]
+__all__ = ["NAME", "checkpoint_shape", "conv", "conv_backward", "reduce", "reduce_backward", "scan", "scan_backward", "warmup", "why_not"]
 
 
 def why_not(op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: int) -> str | None:
@@ -28,3 +32,27 @@ def why_not(op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: in
     if op == "conv" and d_conv > LARGEST_TAPS:
         return f"the cuda backend takes d_conv up to {LARGEST_TAPS}, got {d_conv}"
     return launcher.why_not()
+
+
+def warmup(dtype: torch.dtype, *, d_state: int = 16, d_conv: int = 4, device: str = "cuda", backward: bool = False) -> None:
+    """Compile what a bidirectional mixer of this activation ``dtype`` runs, by running it on a few tokens: gated scan and SiLU convolution.
+
+    A reduction's variants and gradients with ``backward``. Do it before capturing a CUDA graph: nothing can be compiled or loaded during a capture.
+    """
+    grid, reduction, channels = TokenGrid(2, 2, 2), TokenReduction(2), 64
+    x = torch.zeros(1, grid.tokens, channels, dtype=dtype, device=device)
+    state = torch.zeros(1, grid.tokens, 1, d_state, dtype=dtype, device=device)
+    row = torch.zeros(channels, device=device)
+    filters = tuple(ConvFilter(row[:, None].expand(-1, d_conv).contiguous(), row, reverse) for reverse in (False, True))
+    conv(x, filters, silu=True, initial_state=None, cu_seqlens=None)
+    if backward:
+        options = {"silu": True, "initial_state": None, "cu_seqlens": None}
+        conv_backward((x, x), x, filters, needs=frozenset({"x", "weight", "bias"}), **options)
+    A = torch.zeros(channels, d_state, device=device)
+    directions = tuple(ScanInputs(x, x, A, state, state, row, row, reverse) for reverse in (False, True))
+    for where, how in ((None, None), (grid, reduction)):
+        options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None, "grid": where, "reduction": how}
+        found = scan(directions, x, save_checkpoints=backward, **options)
+        if backward:
+            needs = frozenset({"u", "delta", "A", "B", "C", "D", "delta_bias", "z"})
+            scan_backward(found.out, None, directions, x, found.checkpoints, needs=needs, **options)

@@ -111,5 +111,5 @@ def _filter_gradients(one: ConvFilter, partial: Tensor | None, needs: frozenset[
         return None, None
     channels, taps = one.weight.shape
     summed = sum_terms(partial, torch.float32).view(taps + 1, channels)
-    weight = summed[:taps].t().contiguous() if "weight" in needs else None
-    return weight, summed[taps] if one.bias is not None and "bias" in needs else None
+    weight = summed[:taps].t().clone(memory_format=torch.contiguous_format) if "weight" in needs else None
+    return weight, summed[taps].clone() if one.bias is not None and "bias" in needs else None

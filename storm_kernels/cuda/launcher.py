@@ -17,6 +17,9 @@ from . import cache, source
 THREADS = 128
 PIP = 'pip install "cuda-core" "cuda-bindings" "nvidia-cuda-nvrtc"'
 
+# Macros of the sources that are 0 or 1 and stand in conditions only: what runs the sources elsewhere may hold them in variables.
+FLAGS = ("ASYNC", "GATED", "PACKED", "PARTIAL", "REDUCED", "SOFTPLUS")
+
 _log = logging.getLogger("storm_kernels.cuda")
 
 
@@ -30,8 +33,8 @@ class Launcher(Protocol):
     def launch(self, name: str, kernel: str, defines: Mapping[str, object], struct: str, values: Mapping, blocks: int, shared: int = 0) -> None:
         """Run ``kernel`` of source ``name`` on ``blocks`` blocks of 128 threads, with ``values`` as its argument of type ``struct``."""
 
-    def prepare(self, name: str, kernel: str, defines: Mapping[str, object], shared: int = 0) -> None:
-        """Compile what `launch` would."""
+    def shared_limit(self) -> int:
+        """Bytes of shared memory that a block can have."""
 
 
 def compile_cubin(name: str, defines: Mapping[str, object], arch: str) -> bytes:
@@ -116,8 +119,8 @@ class Device:
         stream = torch.cuda.current_stream().cuda_stream
         _check(driver.cuLaunchKernel(function, blocks, 1, 1, THREADS, 1, 1, shared, stream, ctypes.addressof(arguments), 0), kernel)
 
-    def prepare(self, name: str, kernel: str, defines: Mapping[str, object], shared: int = 0) -> None:
-        self._function(name, kernel, defines, shared)
+    def shared_limit(self) -> int:
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
 
     def _function(self, name: str, kernel: str, defines: Mapping[str, object], shared: int):
         from cuda.bindings import driver

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..contract import ScanInputs, ScanResult
 from ..tokens import TokenGrid, TokenReduction
 from .launcher import THREADS, current
-from .tokens import FORMATS, TokenMap, sum_terms, token_map
+from .tokens import FORMATS, sum_terms, token_map
 
 LARGEST_STATE = 512
 _SAVED_BYTES = 64 * 1024  # of states the backward keeps in shared memory: two blocks fit on a multiprocessor of every GPU from sm_80 on
@@ -48,8 +48,8 @@ def geometry(d_state: int) -> Geometry:
     # The backward holds GROUP tokens' states and decays in registers, 64 of each.
     group = min(8, 32 // run)
     chunk = min(128, 64 * lanes, _SAVED_BYTES // (THREADS * 2 * run * 4) * group)
-    # 32 tokens of 64 channels and 16 states: enough work between two barriers, and room for four blocks on a multiprocessor.
-    tile = max(1, min(32, chunk, 32 * 64 * lanes // (2 * THREADS), 2048 // (lanes * run)))
+    # 16 tokens of 64 channels and 16 states: with the 64 KB of sums of a 16 x 16 grid two blocks still fit on an H100's multiprocessor.
+    tile = max(1, min(16, chunk, 4 * lanes, 2048 // (lanes * run)))
     return Geometry(d_state, lanes, run, tile, chunk, min(group, tile))
 
 
@@ -57,7 +57,7 @@ class Setting(NamedTuple):
     """What a launch needs beside the tensors of a direction."""
 
     sequences: int
-    token_map: TokenMap | None
+    token_map: Tensor | None
     out_rows: int
     values: dict  # of `Problem`
 
@@ -102,9 +102,7 @@ def setting(directions, z, *, delta_softplus, initial_state, cu_seqlens, grid, r
         "z_batch": 0 if z is None else z.stride(0),
         "z_row": 0 if z is None else z.stride(1),
         "z_kept": where is not None and z is not None and z.shape[1] != length,
-        "cells": where and where.cells,
-        "kept_rows": where and where.kept_rows,
-        "weights": where and where.weights,
+        "map": where,
         "out_rows": out_rows,
     }
     return Setting(sequences, where, out_rows, values)
@@ -118,8 +116,32 @@ def direction_values(one: ScanInputs, checkpoints: Tensor | None) -> dict:
     return values | {"B_group": one.B.stride(2), "C_group": one.C.stride(2)}
 
 
-def shared_bytes(shape: Geometry) -> int:
-    return shape.TILE * (shape.block_channels * 12 + shape.states * 8)
+def _asynchronous(directions: tuple[ScanInputs, ...], z: Tensor | None) -> bool:
+    """Whether every row that a block reads begins on 16 bytes, as asynchronous copies want."""
+    for one in directions:
+        groups, states = one.B.shape[2:]
+        rows = [(t, t.shape[2] // groups, t.stride()[:2]) for t in (one.u, one.delta, z) if t is not None]
+        rows += [(t, states, t.stride()[:3]) for t in (one.B, one.C)]
+        # With states to spare the tile's rows are longer than memory's.
+        if states != geometry(states).states:
+            return False
+        for t, width, strides in rows:
+            if t.data_ptr() % 16 or any(n * t.element_size() % 16 for n in (width, *strides)):
+                return False
+    return True
+
+
+def shared_bytes(shape: Geometry, directions: tuple[ScanInputs, ...], z: Tensor | None) -> int:
+    """Bytes of `Shared` in src/scan.cu, which checks them."""
+    one = directions[0]
+
+    def rows(width: int, *formats: Tensor | None) -> int:
+        return sum(-(-shape.TILE * width * (one.u if t is None else t).element_size() // 16) * 16 for t in formats)
+
+    stage = rows(shape.block_channels, one.u, one.delta, z) + rows(shape.states, one.B, one.C)
+    tile = shape.TILE * shape.block_channels * 8 + 2 * (-(-shape.TILE * shape.states * 4 // 16) * 16)
+    part = shape.block_channels + (16 if shape.STATE_LANES > 1 else 0)
+    return 2 * stage + tile + shape.TILE * (shape.STATE_LANES * part * 4 + 3 * 16)
 
 
 def launch_together(directions: tuple[ScanInputs, ...]) -> tuple[tuple[int, ...], ...]:
@@ -152,23 +174,32 @@ def scan(
     shape = checkpoint_shape(batch, length, channels, states, 0 if cu_seqlens is None else set_.sequences)
     checkpoints = tuple(torch.empty(shape, **empty) for _ in directions) if save_checkpoints else ()
     final_state = torch.empty(set_.sequences, channels, states, **empty) if len(directions) == 1 else None
+    cells = 0 if reduction is None else set_.out_rows // reduction.reduced(grid).frames
+    cell_bytes = cells * geometry(states).block_channels * 4
     if len(directions) == 1 and reduction is None:
         out, partial = torch.empty(batch, length, channels, dtype=u.dtype, device=u.device), None
     else:
-        make = torch.empty if reduction is None else torch.zeros
-        out, partial = None, make(len(directions), batch * set_.out_rows * channels, **empty)
+        out, partial = None, torch.empty(len(directions), batch * set_.out_rows * channels, **empty)
     for together in launch_together(directions):
-        blocks = channel_blocks(directions[together[0]])[1]
+        some = tuple(directions[i] for i in together)
+        a_group, blocks = channel_blocks(some[0])
+        shared = shared_bytes(geometry(states), some, z)
+        in_shared = shared + cell_bytes <= current().shared_limit()
+        if cells and not in_shared:
+            partial[list(together)] = 0
         values = {
             "direction": [direction_values(directions[i], checkpoints[i] if checkpoints else None) for i in together],
-            "p": set_.values | {"group_channels": channels // directions[together[0]].B.shape[2], "group_blocks": channel_blocks(directions[together[0]])[0]},
+            "p": set_.values | {"group_channels": channels // some[0].B.shape[2], "group_blocks": a_group},
             "blocks": blocks,
             "out": out,
             "partial": [None if partial is None else partial[i] for i in together],
             "final_state": final_state,
+            "cells": cells if in_shared else 0,
         }
-        made = defines(directions[together[0]], z)
-        current().launch("scan.cu", "scan", made, "ScanArgs", values, blocks * set_.sequences * len(together), shared_bytes(geometry(states)))
+        flags = {"ASYNC": _asynchronous(some, z), "GATED": z is not None, "PARTIAL": partial is not None, "REDUCED": cells > 0, "SOFTPLUS": delta_softplus}
+        made = defines(some[0], z) | {name: int(flag) for name, flag in flags.items()} | {"SHARED_BYTES": shared, "UNROLL": 8}
+        count = blocks * set_.sequences * len(together)
+        current().launch("scan.cu", "scan", made, "ScanArgs", values, count, shared + (cell_bytes if in_shared else 0))
     if out is None:
         out = sum_terms(partial[None], u.dtype).view(batch, set_.out_rows, channels)
     return ScanResult(out, final_state, checkpoints)

@@ -12,12 +12,6 @@ from .scan import Geometry, Setting, channel_blocks, defines, direction_values, 
 from .tokens import sum_terms
 
 
-def backward_geometry(d_state: int) -> Geometry:
-    """As the forward's, with tiles of half as many tokens: the saved states take the room."""
-    shape = geometry(d_state)
-    return shape._replace(TILE=max(shape.GROUP, shape.TILE // 2))
-
-
 def shared_bytes(shape: Geometry) -> int:
     tile = shape.TILE * (shape.block_channels * 8 + shape.states * 8)
     sums = shape.TILE * (shape.block_channels * 16 + THREADS // 32 * 2 * shape.states * 4)
@@ -100,7 +94,7 @@ def _launch(
     together: tuple[int, ...], directions, z: Tensor | None, checkpoints, set_: Setting, partials: list[_Partials], gate: Tensor | None, outer: dict
 ) -> None:
     one = directions[together[0]]
-    shape = backward_geometry(one.A.shape[1])
+    shape = geometry(one.A.shape[1])
     a_group, blocks = channel_blocks(one)
     groups = one.B.shape[2]
     values = {
@@ -111,6 +105,7 @@ def _launch(
         "groups": groups,
         **outer,
     }
-    made = defines(one, z) | shape._asdict()
+    shared = shared_bytes(shape)
+    made = defines(one, z) | {"SHARED_BYTES": shared}
     count = blocks * set_.sequences * len(together)
-    current().launch("scan_backward.cu", "scan_backward", made, "BackwardArgs", values, count, shared_bytes(shape))
+    current().launch("scan_backward.cu", "scan_backward", made, "BackwardArgs", values, count, shared)

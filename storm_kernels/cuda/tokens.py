@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -12,14 +10,6 @@ from .launcher import THREADS, current
 
 FORMATS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SOURCE = "tokens.cu"
-
-
-class TokenMap(NamedTuple):
-    """Where each of L tokens goes under a reduction."""
-
-    cells: Tensor  # (L,) int64: row of the reduced output; -1 if sampling drops the token
-    kept_rows: Tensor  # (L,) int64: row among the kept tokens; -1 if dropped
-    weights: Tensor  # (L,) float32: one over the tokens of the cell
 
 
 def _blocks(elements: int) -> int:
@@ -42,30 +32,33 @@ def _reduction(grid: TokenGrid, reduction: TokenReduction) -> dict:
     }
 
 
-def token_map(grid: TokenGrid, reduction: TokenReduction, device: torch.device) -> TokenMap:
-    made = TokenMap(*(torch.empty(grid.tokens, dtype=t, device=device) for t in (torch.int64, torch.int64, torch.float32)))
-    _launch("token_map", (torch.float32, torch.float32), "MapArgs", {"r": _reduction(grid, reduction), **made._asdict()}, grid.tokens)
+def token_map(grid: TokenGrid, reduction: TokenReduction, device: torch.device) -> Tensor:
+    """(L, 4) int32: the `TokenEntry` of each token. Raises ValueError for a grid of more than 2^31 - 1 tokens."""
+    if grid.tokens >= 2**31:
+        raise ValueError(f"grid must have fewer than 2^31 tokens, got {grid}")
+    made = torch.empty(grid.tokens, 4, dtype=torch.int32, device=device)
+    _launch("token_map", (torch.float32, torch.float32), "MapArgs", {"r": _reduction(grid, reduction), "map": made}, grid.tokens)
     return made
 
 
-def _reduce(kernel: str, x: Tensor, rows: int, out_rows: int, grid: TokenGrid, reduction: TokenReduction, cells, weights) -> Tensor:
+def _reduce(kernel: str, x: Tensor, rows: int, out_rows: int, grid: TokenGrid, reduction: TokenReduction, where: Tensor | None) -> Tensor:
     out = torch.empty(x.shape[0], out_rows, x.shape[2], dtype=x.dtype, device=x.device)
     values = {"r": _reduction(grid, reduction), "batch": x.shape[0], "channels": x.shape[2], "rows": rows, "in": x, "out": out}
     strides = dict(zip(("in_batch", "in_row", "in_channel"), x.stride(), strict=True))
-    _launch(kernel, (x.dtype, x.dtype), "ReduceArgs", {**values, **strides, "cells": cells, "weights": weights}, out.numel())
+    _launch(kernel, (x.dtype, x.dtype), "ReduceArgs", {**values, **strides, "map": where}, out.numel())
     return out
 
 
 def reduce(x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:
     """`Backend.reduce`."""
     rows = reduction.reduced(grid).tokens
-    return _reduce("reduce_tokens", x, rows, rows, grid, reduction, None, None)
+    return _reduce("reduce_tokens", x, rows, rows, grid, reduction, None)
 
 
 def reduce_backward(grad: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:
     """`Backend.reduce_backward`."""
     where = token_map(grid, reduction, grad.device)
-    return _reduce("reduce_tokens_backward", grad, grad.shape[1], grid.tokens, grid, reduction, where.cells, where.weights)
+    return _reduce("reduce_tokens_backward", grad, grad.shape[1], grid.tokens, grid, reduction, where)
 
 
 def sum_terms(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from storm_kernels.cuda import source
-from storm_kernels.cuda.launcher import THREADS
+from storm_kernels.cuda.launcher import FLAGS, THREADS
 
 _HERE = Path(__file__).parent
 _BUILD = _HERE.parent.parent / "build" / "cuda_on_cpu"
@@ -25,12 +25,12 @@ extern "C" int run_{kernel}(const void* args, unsigned blocks, size_t shared, un
 
 
 class OnCpu:
-    """A `Launcher`. ``at_once`` blocks run side by side; ``flags`` are for g++, as sanitizers want them."""
+    """A `Launcher`. ``at_once`` blocks run side by side; ``flags`` are for g++, as sanitizers want them; a block may have ``shared`` bytes of shared memory."""
 
     device_type = "cpu"
 
-    def __init__(self, at_once: int = 1, flags: tuple[str, ...] = ("-O1",)):
-        self.at_once, self.flags = at_once, flags
+    def __init__(self, at_once: int = 1, flags: tuple[str, ...] = ("-O1",), shared: int = 160 * 1024):
+        self.at_once, self.flags, self.shared = at_once, flags, shared
         self._libraries: dict[tuple, ctypes.CDLL] = {}
         self.launched: set[tuple] = set()
 
@@ -39,13 +39,17 @@ class OnCpu:
 
     def launch(self, name: str, kernel: str, defines: Mapping[str, object], struct: str, values: Mapping, blocks: int, shared: int = 0) -> None:
         self.launched.add((name, kernel, tuple(sorted(defines.items()))))
-        run = getattr(self._library(name, defines), f"run_{kernel}")
+        fixed = {key: value for key, value in defines.items() if key not in FLAGS}
+        library = self._library(name, fixed)
+        for flag in defines.keys() & set(FLAGS):
+            ctypes.c_int.in_dll(library, f"flag_{flag}").value = defines[flag]
+        run = getattr(library, f"run_{kernel}")
         run.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t, ctypes.c_uint)
         if run(source.pack(name, struct, values), blocks, shared, self.at_once):
             raise RuntimeError(f"{kernel}: threads of a block wait for something that never comes")
 
-    def prepare(self, name: str, kernel: str, defines: Mapping[str, object], shared: int = 0) -> None:
-        self._library(name, defines)
+    def shared_limit(self) -> int:
+        return self.shared
 
     def _library(self, name: str, defines: Mapping[str, object]) -> ctypes.CDLL:
         key = (name, *sorted(defines.items()))
@@ -58,9 +62,10 @@ def build(name: str, defines: Mapping[str, object], flags: tuple[str, ...]) -> P
     """The shared library of source ``name``; made once for each source, definitions and flags."""
     kernels = source.text(name)
     entries = "".join(_ENTRY.format(kernel=kernel, struct=struct) for kernel, struct in _KERNEL.findall(kernels))
+    flags_held = "".join(f'extern "C" {{ int flag_{flag}; }}\n#define {flag} flag_{flag}\n' for flag in FLAGS)
     macros = tuple(f"-D{key}={value}" for key, value in {"THREADS": THREADS, **defines}.items())
     machinery = _compile((_HERE / "cuda_on_cpu.cpp").read_text(), flags)
-    return _compile(f'#include "cuda_on_cpu.h"\n#line 1 "{name}"\n{kernels}\n{entries}', (*flags, *macros), str(machinery), f"-Wl,-rpath,{_BUILD}")
+    return _compile(f'#include "cuda_on_cpu.h"\n{flags_held}#line 1 "{name}"\n{kernels}\n{entries}', (*flags, *macros), str(machinery), f"-Wl,-rpath,{_BUILD}")
 
 
 def _compile(code: str, flags: tuple[str, ...], *libraries: str) -> Path:

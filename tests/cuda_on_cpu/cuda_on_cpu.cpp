@@ -34,6 +34,7 @@ struct Fiber {
     Index index{};
     bool done = false;
     unsigned shuffles = 0;
+    unsigned votes = 0;
     std::vector<Copy> open;
     std::vector<std::vector<Copy>> groups;
     void* fake_stack = nullptr;
@@ -52,6 +53,7 @@ struct Block {
     std::vector<Barrier> warps;
     std::vector<float> lanes[2];
     unsigned char* shared = nullptr;
+    bool any[3] = {false, false, false};
     bool progress = false;
     void (*kernel)(const void*) = nullptr;
     const void* args = nullptr;
@@ -130,6 +132,13 @@ const Index& thread_index() { return fiber().index; }
 const Index& block_index() { return block->index; }
 const Index& grid_size() { return grid; }
 void wait_block() { wait(block->all, block->threads); }
+bool any_of_block(bool value) {
+    bool& any = block->any[fiber().votes++ % 3];  // three in turn: one is read, one collects, one is cleared
+    block->any[fiber().votes % 3] = false;
+    any |= value;
+    wait_block();
+    return any;
+}
 
 // Runs the fibers of one block to their ends; false if all of them wait and nothing moves. `alone`: no other block can end their wait.
 static bool run_fibers(Block& b, bool alone) {

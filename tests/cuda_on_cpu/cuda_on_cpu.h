@@ -41,6 +41,7 @@ const Index& block_index();
 const Index& grid_size();
 unsigned char* shared_memory();
 void wait_block();
+bool any_of_block(bool value);
 void wait_warp();
 void yield();
 float shuffle_xor(float value, int mask);
@@ -58,6 +59,7 @@ int run(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned at_once
 #define gridDim (cuda_on_cpu::grid_size())
 
 inline void __syncthreads() { cuda_on_cpu::wait_block(); }
+inline int __syncthreads_or(int value) { return cuda_on_cpu::any_of_block(value); }
 inline void __syncwarp() { cuda_on_cpu::wait_warp(); }
 inline float __shfl_xor_sync(unsigned, float value, int mask) { return cuda_on_cpu::shuffle_xor(value, mask); }
 inline unsigned atomicAdd(unsigned* address, unsigned value) { return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL); }

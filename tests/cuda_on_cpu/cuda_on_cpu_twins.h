@@ -46,6 +46,14 @@ inline void from_float(float x, bf16& y) {
     y.bits = x != x ? 0x7fff : (unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+template <typename T>
+inline uint32 packed(float2 x, T) {
+    T low, high;
+    from_float(x.x, low);
+    from_float(x.y, high);
+    return (uint32)high.bits << 16 | low.bits;
+}
+
 // The destination holds NaN until a wait completes the copy, so that a forgotten wait shows.
 inline void copy16_async(void* shared, const void* source, int valid) { cuda_on_cpu::copy_later(shared, source, valid); }
 inline void copy_commit() { cuda_on_cpu::copy_commit(); }

@@ -115,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv(const __grid_constant
                 int step = f ? d : -d;
                 sum = fmaf(weight[f][HALO - d], column.seen(at, l + step, window[BEHIND + step]), sum);
             }
-            if (a.silu) sum *= sigmoid(sum);
+            if (a.silu) sum *= sigmoid_close(sum);
             from_float(sum, a.filter[f].out[(column.batch * a.length + l) * a.channels + channel]);
         }
     }
@@ -127,7 +127,7 @@ __device__ __forceinline__ float before_silu(const ConvArgs& a, const float (&we
     float sum = bias;
 #pragma unroll
     for (int d = HALO; d >= 0; d--) sum = fmaf(weight[HALO - d], inputs[d], sum);
-    float open = sigmoid(sum);
+    float open = sigmoid_close(sum);
     return grad * open * fmaf(sum, 1.0f - open, 1.0f);
 }
 

@@ -34,6 +34,18 @@ __device__ __forceinline__ float to_float(fp16 x) {
 __device__ __forceinline__ void from_float(float x, fp16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 __device__ __forceinline__ void from_float(float x, bf16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 
+// Two values in 32 bits, the first in the low half.
+__device__ __forceinline__ uint32 packed(float2 x, bf16) {
+    uint32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(x.y), "f"(x.x));
+    return y;
+}
+__device__ __forceinline__ uint32 packed(float2 x, fp16) {
+    uint32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(x.y), "f"(x.x));
+    return y;
+}
+
 // Copies 16 bytes into shared memory, the first `valid` from `source` and the rest zeros, without waiting.
 __device__ __forceinline__ void copy16_async(void* shared, const void* source, int valid) {
     uint32 address = (uint32)__cvta_generic_to_shared(shared);
@@ -64,12 +76,40 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return bits_to_float((uint32)x.bits << 16); }
 __device__ __forceinline__ void from_float(float x, float& y) { y = x; }
 
-template <typename T>
-__device__ __forceinline__ T rounded(float x) {
-    T y;
-    from_float(x, y);
-    return y;
+// Two values that lie beside each other, aligned as two.
+__device__ __forceinline__ float2 load_pair(const float* x) { return *(const float2*)x; }
+__device__ __forceinline__ float2 load_pair(const bf16* x) {
+    uint32 bits = *(const uint32*)x;
+    return make_float2(bits_to_float(bits << 16), bits_to_float(bits & 0xffff0000u));
 }
+__device__ __forceinline__ float2 load_pair(const fp16* x) { return make_float2(to_float(x[0]), to_float(x[1])); }
+
+// Stores a pair or, unless it is `whole`, its first value; at once where `aligned`.
+__device__ __forceinline__ void store_pair(float2 x, float* to, bool whole, bool aligned) {
+    if (aligned && whole) {
+        *(float2*)to = x;
+    } else {
+        to[0] = x.x;
+        if (whole) to[1] = x.y;
+    }
+}
+template <typename T>
+__device__ __forceinline__ void store_pair(float2 x, T* to, bool whole, bool aligned) {
+    if (aligned && whole) {
+        *(uint32*)to = packed(x, T());
+    } else {
+        from_float(x.x, to[0]);
+        if (whole) from_float(x.y, to[1]);
+    }
+}
+
+// Where a token goes under a reduction.
+struct TokenEntry {
+    int cell;      // row of the reduced output; -1 if sampling drops the token
+    int kept;      // row among the kept tokens; -1 if dropped
+    float weight;  // one over the tokens of the cell
+    int unused;    // 16 bytes: one asynchronous copy
+};
 
 __device__ __forceinline__ int64 smaller(int64 a, int64 b) { return a < b ? a : b; }
 
@@ -92,6 +132,12 @@ __device__ __forceinline__ float log1p_unit(float e) {
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log1p_unit(exp_fast(-fabsf(x))); }
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp_fast(-x)); }
+
+// With what rounding x log2(e) loses put back: where arithmetic is to spare.
+__device__ __forceinline__ float sigmoid_close(float x) {
+    float power = -x * LOG2E, lost = fmaf(-x, LOG2E, -power), e = exp2_fast(power);
+    return reciprocal(1.0f + (fabsf(power) < 126.0f ? fmaf(e * 0.6931471805599453f, lost, e) : e));
+}
 
 // A sum that does not lose what is small beside it (Kahan): long sums stay as good as a tree's.
 struct Sum {

@@ -51,9 +51,7 @@ struct Problem {
     int64 z_batch;
     int64 z_row;
     int64 z_kept;             // z holds the kept tokens only
-    const int64* cells;       // (length,) or null without reduction; -1 for dropped tokens
-    const int64* kept_rows;   // (length,): row of the token among the kept ones
-    const float* weights;     // (length,): 1 / tokens of the cell
+    const TokenEntry* map;    // (length,), null without a reduction
     int64 out_rows;           // L'
 };
 
@@ -96,6 +94,23 @@ struct Place {
     }
 };
 
+// A run of a thread's states, aligned as a whole.
+__device__ __forceinline__ void load_run(float (&v)[LANE_STATES], const float* from) {
+    if (LANE_STATES % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < LANE_STATES / 4; i++) {
+            const float4 four = ((const float4*)from)[i];
+            v[4 * i] = four.x;
+            v[4 * i + 1] = four.y;
+            v[4 * i + 2] = four.z;
+            v[4 * i + 3] = four.w;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < LANE_STATES; i++) v[i] = from[i];
+    }
+}
+
 // The thread's states in an array (channels, D_STATE) whose row 0 is the block's first channel; zero where there are none.
 __device__ __forceinline__ void load_states(float (&v)[ITEMS], const float* from, const Place& at, int channels) {
 #pragma unroll
@@ -112,11 +127,11 @@ __device__ __forceinline__ void store_states(const float (&v)[ITEMS], float* to,
     }
 }
 
-// A tile in shared memory. Past the sequence's end and the last channel delta is 0: the state stays as it is.
+// A prepared tile in shared memory. Past the sequence's end and the last channel delta is 0: the state stays as it is.
 struct Tile {
-    float2 step[TILE][BLOCK_CHANNELS];  // delta, and delta * u
-    float B[TILE][STATES];
-    float C[TILE][STATES];
+    __align__(16) float2 step[TILE][BLOCK_CHANNELS];  // delta, and delta * u
+    __align__(16) float B[TILE][STATES];
+    __align__(16) float C[TILE][STATES];
 };
 
 __device__ __forceinline__ void prepare_tile(Tile& tile, const Problem& p, const Direction& d, const Share& s, int64 first) {
@@ -143,9 +158,9 @@ __device__ __forceinline__ void prepare_tile(Tile& tile, const Problem& p, const
 
 // What a token's output is multiplied by before the gate: 1, or its share in its cell; 0 if it is dropped. `row` is its row in the output.
 __device__ __forceinline__ float output_row(const Problem& p, int64 token, int64& row) {
-    row = p.cells ? p.cells[token] : token;
-    return row < 0 ? 0.0f : p.weights ? p.weights[token] : 1.0f;
+    row = p.map ? p.map[token].cell : token;
+    return row < 0 ? 0.0f : p.map ? p.map[token].weight : 1.0f;
 }
 __device__ __forceinline__ int64 gate_index(const Problem& p, int64 batch, int64 token, int64 channel) {
-    return batch * p.z_batch + (p.z_kept ? p.kept_rows[token] : token) * p.z_row + channel;
+    return batch * p.z_batch + (p.z_kept ? p.map[token].kept : token) * p.z_row + channel;
 }

@@ -18,12 +18,10 @@ __device__ __forceinline__ int64 block_length(int64 i, int64 pool, int64 total) 
 
 struct MapArgs {
     Reduction r;
-    int64* cells;
-    int64* kept_rows;
-    float* weights;
+    TokenEntry* map;
 };
 
-// For each token: its cell (-1 if sampling drops it), its row among the kept tokens, one over the tokens of its cell.
+// The entry of each token.
 extern "C" __global__ void __launch_bounds__(THREADS) token_map(const __grid_constant__ MapArgs a) {
     const Reduction& r = a.r;
     int64 l = (int64)blockIdx.x * THREADS + threadIdx.x;
@@ -33,10 +31,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) token_map(const __grid_con
     bool kept = group % r.temporal_stride == 0;
     int64 row = group / r.temporal_stride;
     int64 height = ceil_div(r.height, r.spatial_pool), width = ceil_div(r.width, r.spatial_pool);
-    a.cells[l] = kept ? (row * height + i) * width + j : -1;
-    a.kept_rows[l] = kept ? (row * r.temporal_pool + frame % r.temporal_pool) * r.height * r.width + inside : -1;
-    a.weights[l] = 1.0f / (float)(block_length(group, r.temporal_pool, r.frames) * block_length(i, r.spatial_pool, r.height) *
+    TokenEntry entry;
+    entry.cell = kept ? (int)((row * height + i) * width + j) : -1;
+    entry.kept = kept ? (int)((row * r.temporal_pool + frame % r.temporal_pool) * r.height * r.width + inside) : -1;
+    entry.weight = 1.0f / (float)(block_length(group, r.temporal_pool, r.frames) * block_length(i, r.spatial_pool, r.height) *
                                   block_length(j, r.spatial_pool, r.width));
+    entry.unused = 0;
+    a.map[l] = entry;
 }
 
 struct ReduceArgs {
@@ -49,8 +50,7 @@ struct ReduceArgs {
     int64 in_row;
     int64 in_channel;
     OUT_T* out;           // contiguous
-    const int64* cells;   // backward only
-    const float* weights;
+    const TokenEntry* map;  // backward only
 };
 
 // (batch, T H W, channels) -> (batch, T' H' W', channels): the mean of each cell, in float32.
@@ -77,8 +77,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) reduce_tokens(const __grid
 extern "C" __global__ void __launch_bounds__(THREADS) reduce_tokens_backward(const __grid_constant__ ReduceArgs a) {
     int64 i = (int64)blockIdx.x * THREADS + threadIdx.x, length = a.r.frames * a.r.height * a.r.width;
     if (i >= a.batch * length * a.channels) return;
-    int64 c = i % a.channels, l = i / a.channels % length, b = i / a.channels / length, cell = a.cells[l];
-    from_float(cell < 0 ? 0.0f : a.weights[l] * to_float(a.in[b * a.in_batch + cell * a.in_row + c * a.in_channel]), a.out[i]);
+    int64 c = i % a.channels, l = i / a.channels % length, b = i / a.channels / length, cell = a.map[l].cell;
+    from_float(cell < 0 ? 0.0f : a.map[l].weight * to_float(a.in[b * a.in_batch + cell * a.in_row + c * a.in_channel]), a.out[i]);
 }
 
 struct SumArgs {

@@ -1,0 +1,131 @@
+"""The CUDA kernels' machine code, compiled by NVRTC for GPUs that need not be there: no spills, no atomics, slots and registers within budget."""
+
+import pytest
+import torch
+
+from storm_kernels.contract import ConvFilter, ScanInputs
+from storm_kernels.cuda import conv, conv_backward, launcher, reduce, scan, scan_backward
+from storm_kernels.tokens import TokenGrid, TokenReduction
+from tools import sass
+
+from .parity import fuzz_cases
+
+pytest.importorskip("cuda.core", reason="needs cuda-core and nvidia-cuda-nvrtc to compile")
+
+TARGETS = ("sm_80", "sm_90", "sm_100")
+GRID, REDUCTION = TokenGrid(4, 2, 2), TokenReduction(2, 2, 2)
+# Registers a thread at which the blocks that shared memory admits (scan.py) still fit: 65,536 a multiprocessor, 128 threads a block.
+REGISTERS = {"scan": 128, "scan_backward": 255, "conv": 128, "conv_backward": 128}
+
+
+class Recorder:
+    """A launcher that runs nothing and remembers what it was asked for."""
+
+    device_type = "cpu"
+
+    def __init__(self):
+        self.asked = {}
+
+    def why_not(self):
+        return None
+
+    def shared_limit(self):
+        return 227 * 1024
+
+    def launch(self, name, kernel, defines, struct, values, blocks, shared=0):
+        self.asked[name, kernel, tuple(sorted(defines.items()))] = shared
+
+
+def variants(dtype: torch.dtype, reduction: bool) -> dict:
+    """What a gated bidirectional mixer launches, forward and backward."""
+    x = torch.zeros(1, GRID.tokens, 64, dtype=dtype)
+    state = torch.zeros(1, GRID.tokens, 1, 16, dtype=dtype)
+    row, A = torch.zeros(64), torch.zeros(64, 16)
+    both = tuple(ScanInputs(x, x, A, state, state, row, row, reverse) for reverse in (False, True))
+    filters = tuple(ConvFilter(torch.zeros(64, 4), row, reverse) for reverse in (False, True))
+    options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None}
+    options |= {"grid": GRID, "reduction": REDUCTION} if reduction else {"grid": None, "reduction": None}
+    with launcher.using(Recorder()) as asked:
+        found = scan(both, x, save_checkpoints=True, **options)
+        scan_backward(found.out, None, both, x, found.checkpoints, needs=frozenset({"u", "delta", "A", "B", "C", "z"}), **options)
+        if not reduction:
+            conv(x, filters, silu=True, initial_state=None, cu_seqlens=None)
+            conv_backward((x, x), x, filters, silu=True, initial_state=None, cu_seqlens=None, needs=frozenset({"x", "weight"}))
+        else:
+            reduce(x, GRID, REDUCTION)
+    return asked.asked
+
+
+def one_scan() -> dict:
+    """A single direction that writes its output itself."""
+    x = torch.zeros(1, 8, 64, dtype=torch.bfloat16)
+    state = torch.zeros(1, 8, 1, 16, dtype=torch.bfloat16)
+    one = ScanInputs(x, x, torch.zeros(64, 16), state, state, torch.zeros(64), torch.zeros(64), False)
+    options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None, "grid": None, "reduction": None}
+    with launcher.using(Recorder()) as asked:
+        scan((one,), x, save_checkpoints=True, **options)
+    return asked.asked
+
+
+def check_code(asked: dict, arch: str) -> None:
+    sources = {(name, defines): kernel for name, kernel, defines in asked}
+    for name, defines in sources:
+        code = launcher.compile_cubin(name, dict(defines), arch)
+        for kernel, used in sass.resources(code).items():
+            assert used.stack == used.local == 0, f"{kernel} for {arch} spills: {used}"
+            assert used.registers <= REGISTERS.get(kernel, 128), f"{kernel} for {arch}: {used}"
+        for kernel, instructions in sass.disassemble(code).items():
+            assert instructions, kernel
+            atomic = [i.text for i in instructions if i.opcode.startswith(("RED.", "ATOM"))]
+            assert not atomic, f"{kernel} for {arch}: {atomic}"
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_every_kernel_compiles_without_spills_or_atomics(arch):
+    check_code(variants(torch.bfloat16, reduction=False), arch)
+
+
+@pytest.mark.parametrize("reduction", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.skipif(fuzz_cases(1) < 2, reason="compiles for minutes: asked for by STORM_KERNELS_FUZZ=2 or more")
+def test_every_format_compiles_without_spills_or_atomics(arch, dtype, reduction):
+    check_code(variants(dtype, reduction), arch)
+
+
+def test_reduced_scan_compiles_without_spills_or_atomics():
+    check_code({key: shared for key, shared in variants(torch.bfloat16, reduction=True).items() if key[1] != "scan_backward"}, "sm_90")
+
+
+def test_two_blocks_of_the_reduced_scan_fit_on_an_h100():
+    (shared,) = (shared for key, shared in variants(torch.bfloat16, reduction=True).items() if key[1] == "scan")
+    a_grid_of_16_by_16 = shared + (256 - 1) * 64 * 4
+    assert 2 * (a_grid_of_16_by_16 + 1024) <= 228 * 1024
+
+
+def _compiled(asked: dict, kernel: str):
+    ((name, _, defines),) = (key for key in asked if key[1] == kernel)
+    return dict(defines), sass.loops(sass.disassemble(launcher.compile_cubin(name, dict(defines), "sm_90"))[kernel])
+
+
+def test_forward_scan_keeps_its_budget_of_slots():
+    defines, (tiles,) = _compiled(one_scan(), "scan")
+    (recurrence,) = tiles.inner
+    tokens, items = defines["TILE"], 8
+    assert recurrence.count("MUFU.EX2") == items * defines["UNROLL"]
+    inner = len(recurrence.own) / defines["UNROLL"] / items
+    whole = inner + len(tiles.own) / (tokens * items)
+    print(f"forward scan, slots per item: {inner:.2f} in the recurrence, {whole:.2f} in all")
+    assert inner <= 5.7
+    assert whole <= 9.5
+
+
+def test_backward_scan_keeps_its_budget_of_slots():
+    asked = {key: shared for key, shared in variants(torch.bfloat16, reduction=False).items() if key[1] == "scan_backward"}
+    defines, (chunks,) = _compiled(asked, "scan_backward")
+    exps = defines["GROUP"] * 8
+    save, retreat = (loop for pass_ in chunks.inner for loop in pass_.inner if loop.count("MUFU.EX2") == exps)
+    slots = [len(loop.own) / exps for loop in (save, retreat)]
+    print(f"backward scan, slots per item: {slots[0]:.2f} to save the states, {slots[1]:.2f} to recompute and retreat")
+    assert slots[0] <= 4.7
+    assert slots[1] <= 20.8
