@@ -1,0 +1,50 @@
+"""Launch configurations as data; nothing is autotuned at run time.
+
+Every number was chosen by machine code (sm_90, `python -m tools.kernel_mix`), not measured on a GPU. "Slots" are issue slots of one warp
+for 32 items, an item being one (channel, token, state) of a scan and one element elsewhere; `SLOTS` holds the budgets that the tests enforce.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """The constexpr arguments of a kernel that only matter for speed, and how it is compiled."""
+
+    constants: dict[str, int]
+    num_warps: int = 1
+    num_stages: int = 1
+    max_registers: int | None = None
+
+    def options(self) -> dict[str, int | bool]:
+        # Fusing a*b+c is on by default today and off from triton 3.10: the recurrence is one such operation, so say it.
+        options = {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        if self.max_registers is not None and torch.version.hip is None:
+            options["maxnreg"] = self.max_registers
+        return options
+
+
+# One warp of 32 channels: each lane keeps the 16 states of its channel, so y is a sum inside a lane, without shuffles. 64 channels save half a slot
+# per item (B and C are loaded once for two channels) and leave half of the schedulers idle at 7168 channels. 4 tokens a group: 9.4 slots, 2: 9.4,
+# 1: 9.9, without a second copy of the prefetched registers; more tokens only cost registers.
+SCAN_FORWARD = Config({"BLOCK_E": 32, "GROUP": 4}, max_registers=255)
+SCAN_BACKWARD = Config({"BLOCK_E": 32, "GROUP": 4}, max_registers=255)
+
+# Pooling, its adjoint and the sum of partials move memory and compute nothing: 8 elements a lane are one 16-byte access in bfloat16.
+ROWS = Config({"BLOCK_R": 16, "BLOCK_C": 64}, num_warps=4)
+
+# LayerNorm keeps a row in registers: 3584 channels over 8 warps are 16 elements a lane, forward and backward, far from spilling.
+NORM = Config({}, num_warps=8)
+# Rows are dealt to this many programs backward: 4 for each of an H100's 132 multiprocessors, and the same on every device, so that sums are too.
+NORM_PROGRAMS = 528
+
+# 8 elements a lane along channels are one 16-byte load in bfloat16; the 7 taps of a 64-token tile come from the first-level cache.
+CONV = Config({"BLOCK_T": 64, "BLOCK_E": 64}, num_warps=4)
+# Backward keeps a window of 7 tiles in registers: 8 elements a lane each.
+CONV_BACKWARD = Config({"BLOCK_T": 32, "BLOCK_E": 32}, num_warps=4)
+# K-1 tokens a sequence: too little work for the numbers to matter.
+CONV_STATE = Config({"BLOCK_E": 128}, num_warps=1)
