@@ -46,7 +46,7 @@ def main(
     projector: Annotated[str, typer.Option(help=", ".join(PROJECTORS))] = "both",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; without it, a GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help=f"{', '.join(FLOATS)}; without it, bfloat16 on a GPU and float32 on a CPU.")] = None,
-    repeat: Annotated[str, typer.Option(help="Timed passes of each measurement, after one to warm up.")] = "3",
+    repeat: Annotated[str, typer.Option(help="Timed passes of each measurement, after one to warm up.")] = "2",
     trace: Annotated[bool, typer.Option("--trace", help="Also write trace.json.gz, to be opened in ui.perfetto.dev.")] = False,
     out: Annotated[Path | None, typer.Option(help="Output folder; without it, a new one under out/e2e.")] = None,
 ) -> None:
