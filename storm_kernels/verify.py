@@ -37,14 +37,21 @@ class Check:
 
 def run(devices: tuple[str, ...] | None = None) -> Iterator[Check]:
     """Check each operation on each backend that can run it, on the CPU and, where there is one, on the GPU."""
-    for device in devices or available_devices():
-        for op, cases in _CASES.items():
-            for backend in dispatch.MODULES:
-                for dtype in _DTYPES:
-                    if dispatch.why_not(op, backend, device=device, dtypes=(dtype,), d_state=_STATES, d_conv=_TAPS) is None:
-                        for name, (make, call) in cases.items():
-                            failure = _compare(make(dtype), call, backend, device)
-                            yield Check(op, backend, device, str(dtype).removeprefix("torch."), name, failure)
+    for op, cases in _CASES.items():
+        for dtype in _DTYPES:
+            able = [
+                (device, backend)
+                for device in devices or available_devices()
+                for backend in dispatch.MODULES
+                if dispatch.why_not(op, backend, device=device, dtypes=(dtype,), d_state=_STATES, d_conv=_TAPS) is None
+            ]
+            for name, (make, call) in cases.items():
+                operands = make(dtype)
+                truth = _evaluate(call, reference, {key: t.double() for key, t in operands.items()})
+                plain = _evaluate(call, reference, operands)
+                for device, backend in able:
+                    failure = _compare(operands, call, truth, plain, backend, device)
+                    yield Check(op, backend, device, str(dtype).removeprefix("torch."), name, failure)
 
 
 def available_devices() -> tuple[str, ...]:
@@ -52,14 +59,12 @@ def available_devices() -> tuple[str, ...]:
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
-def _compare(operands: Operands, call: Callable, backend: str, device: str) -> str:
+def _compare(operands: Operands, call: Callable, truth: Operands, plain: Operands, backend: str, device: str) -> str:
     try:
         with dispatch.use_backend(backend):
             got = _evaluate(call, ops, {name: t.to(device) for name, t in operands.items()})
     except Exception as error:  # a backend that breaks is a finding, not the end of the check
         return f"{type(error).__name__}: {error}"
-    truth = _evaluate(call, reference, {name: t.double() for name, t in operands.items()})
-    plain = _evaluate(call, reference, operands)
     for name, value in got.items():
         failure = _exceeds(value.cpu(), truth[name], plain[name].to(value.dtype), 1.5 if name.startswith("gradient") else 1.25)
         if failure:

@@ -49,6 +49,7 @@ def test_verify_finds_a_wrong_backend(monkeypatch, capsys):
 
     monkeypatch.setattr(torch_backend, "scan", wrong)
     monkeypatch.setattr(dispatch, "MODULES", {"torch": "torch_backend"})
+    monkeypatch.setattr(verify, "_DTYPES", (torch.float32,))
     assert cli.main(["verify"]) == 1
     out = capsys.readouterr().out
     assert "scan    torch    cpu     FAILED" in out and "conv    torch    cpu     ok" in out
@@ -61,6 +62,7 @@ def test_verify_reports_a_backend_that_breaks(monkeypatch):
 
     monkeypatch.setattr(torch_backend, "reduce", broken)
     monkeypatch.setattr(dispatch, "MODULES", {"torch": "torch_backend"})
+    monkeypatch.setattr(verify, "_DTYPES", (torch.float32,))
     failures = {check.failure for check in verify.run(("cpu",)) if check.op == "reduce"}
     assert failures == {"RuntimeError: no such instruction"}
 
