@@ -33,7 +33,7 @@ CONVS = [
     {"width": 1, "dtype": "float16", "packed": False},
 ]
 VARIANTS = {"scan": SCANS, "conv": CONVS, "reduce": [{}]}
-CASE_COUNTS = {"scan": 40, "conv": 40, "reduce": 20}
+CASE_COUNTS = {"scan": 30, "conv": 40, "reduce": 15}
 
 
 @pytest.fixture(scope="module")
@@ -162,12 +162,14 @@ def test_reasons_against():
 
 
 def test_arguments_must_be_those_of_the_kernel():
-    with pytest.raises(TypeError, match="cells.*kept_rows.*got.*sells"):
+    with pytest.raises(TypeError, match="map.*got.*sells"):
         source.pack("tokens.cu", "MapArgs", {"r": {}, "sells": None})
 
 
 def test_a_barrier_that_not_all_reach_is_an_error(monkeypatch):
-    broken = source.text("tokens.cu").replace("    from_float(sum.value, a.out[i]);", "    if (i) __syncthreads();\n    from_float(sum.value, a.out[i]);")
+    broken = source.text("tokens.cu").replace(
+        "    from_float(sum.value, a.out[i]);", "    if (i) __syncthreads();\n    from_float(sum.value, a.out[i]);"
+    )
     monkeypatch.setattr(source, "text", lambda name: broken)
     with launcher.using(OnCpu()), pytest.raises(RuntimeError, match="never comes"):
         sum_terms(torch.ones(1, 1, 128), torch.float32)
@@ -190,7 +192,9 @@ print("clean")
 
 
 def test_under_address_and_undefined_behaviour_sanitizers():
-    libraries = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in ("libasan.so", "libubsan.so")]
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in ("libasan.so", "libubsan.so")
+    ]
     environment = os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", _SANITIZED], cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
     assert done.stdout.endswith("clean\n") and "Sanitizer" not in done.stderr, done.stderr[-4000:]

@@ -1,4 +1,4 @@
-"""Compiles the kernels with NVRTC at first use, keeps them on disk, and launches them on torch's current stream. Needs no CUDA toolkit, only wheels."""
+"""Compiles the kernels with NVRTC at first use, keeps them on disk, and launches them on torch's current stream. Wheels suffice."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Launcher(Protocol):
 
 
 def compile_cubin(name: str, defines: Mapping[str, object], arch: str) -> bytes:
-    """Machine code of source ``name`` for ``arch`` ("sm_90"), by NVRTC; no GPU is needed. Raises RuntimeError with NVRTC's log if it does not compile."""
+    """Machine code of source ``name`` for ``arch`` ("sm_90"), by NVRTC, GPU or not. Raises RuntimeError with NVRTC's log if it cannot."""
     from cuda.core import Program, ProgramOptions
 
     macros = [(key, str(value)) for key, value in {"THREADS": THREADS, **defines}.items()]

@@ -167,9 +167,7 @@ def scan(
     u = directions[0].u
     batch, length, channels = u.shape
     states = directions[0].A.shape[1]
-    set_ = setting(
-        directions, z, delta_softplus=delta_softplus, initial_state=initial_state, cu_seqlens=cu_seqlens, grid=grid, reduction=reduction
-    )
+    set_ = setting(directions, z, delta_softplus=delta_softplus, initial_state=initial_state, cu_seqlens=cu_seqlens, grid=grid, reduction=reduction)
     empty = {"dtype": torch.float32, "device": u.device}
     shape = checkpoint_shape(batch, length, channels, states, 0 if cu_seqlens is None else set_.sequences)
     checkpoints = tuple(torch.empty(shape, **empty) for _ in directions) if save_checkpoints else ()
@@ -196,7 +194,13 @@ def scan(
             "final_state": final_state,
             "cells": cells if in_shared else 0,
         }
-        flags = {"ASYNC": _asynchronous(some, z), "GATED": z is not None, "PARTIAL": partial is not None, "REDUCED": cells > 0, "SOFTPLUS": delta_softplus}
+        flags = {
+            "ASYNC": _asynchronous(some, z),
+            "GATED": z is not None,
+            "PARTIAL": partial is not None,
+            "REDUCED": cells > 0,
+            "SOFTPLUS": delta_softplus,
+        }
         made = defines(some[0], z) | {name: int(flag) for name, flag in flags.items()} | {"SHARED_BYTES": shared, "UNROLL": 8}
         count = blocks * set_.sequences * len(together)
         current().launch("scan.cu", "scan", made, "ScanArgs", values, count, shared + (cell_bytes if in_shared else 0))

@@ -15,7 +15,7 @@ from .tokens import sum_terms
 def shared_bytes(shape: Geometry) -> int:
     tile = shape.TILE * (shape.block_channels * 8 + shape.states * 8)
     sums = shape.TILE * (shape.block_channels * 16 + THREADS // 32 * 2 * shape.states * 4)
-    return tile + sums + shape.CHUNK // shape.GROUP * 2 * shape.LANE_STATES * THREADS * 4
+    return tile + sums + (shape.CHUNK // shape.GROUP + 2) * 2 * shape.LANE_STATES * THREADS * 4
 
 
 class _Partials:
@@ -50,9 +50,7 @@ class _Partials:
             return summed(self.BC[..., part].transpose(0, 1), getattr(one, name)) if name in self.needs else None
 
         dB, dC = of("B", slice(0, states)), of("C", slice(states, 2 * states))
-        return ScanGrads(
-            self.u, self.delta, summed(self.A, one.A), dB, dC, summed(self.D, one.D), summed(self.delta_bias, one.delta_bias)
-        )
+        return ScanGrads(self.u, self.delta, summed(self.A, one.A), dB, dC, summed(self.D, one.D), summed(self.delta_bias, one.delta_bias))
 
 
 def scan_backward(
@@ -70,9 +68,7 @@ def scan_backward(
     needs: frozenset[str],
 ) -> tuple[tuple[ScanGrads, ...], Tensor | None, Tensor | None]:
     """`Backend.scan_backward`."""
-    set_ = setting(
-        directions, z, delta_softplus=delta_softplus, initial_state=initial_state, cu_seqlens=cu_seqlens, grid=grid, reduction=reduction
-    )
+    set_ = setting(directions, z, delta_softplus=delta_softplus, initial_state=initial_state, cu_seqlens=cu_seqlens, grid=grid, reduction=reduction)
     empty = {"dtype": torch.float32, "device": grad_out.device}
     partials = [_Partials(one, needs, set_.sequences) for one in directions]
     gate = torch.empty(1, len(directions), z.numel(), **empty) if z is not None and "z" in needs else None

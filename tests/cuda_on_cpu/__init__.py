@@ -25,7 +25,10 @@ extern "C" int run_{kernel}(const void* args, unsigned blocks, size_t shared, un
 
 
 class OnCpu:
-    """A `Launcher`. ``at_once`` blocks run side by side; ``flags`` are for g++, as sanitizers want them; a block may have ``shared`` bytes of shared memory."""
+    """A `Launcher`. ``at_once`` blocks run side by side; ``flags`` are for g++, as sanitizers want them.
+
+    A block may have ``shared`` bytes of shared memory.
+    """
 
     device_type = "cpu"
 
@@ -65,7 +68,9 @@ def build(name: str, defines: Mapping[str, object], flags: tuple[str, ...]) -> P
     flags_held = "".join(f'extern "C" {{ int flag_{flag}; }}\n#define {flag} flag_{flag}\n' for flag in FLAGS)
     macros = tuple(f"-D{key}={value}" for key, value in {"THREADS": THREADS, **defines}.items())
     machinery = _compile((_HERE / "cuda_on_cpu.cpp").read_text(), flags)
-    return _compile(f'#include "cuda_on_cpu.h"\n{flags_held}#line 1 "{name}"\n{kernels}\n{entries}', (*flags, *macros), str(machinery), f"-Wl,-rpath,{_BUILD}")
+    return _compile(
+        f'#include "cuda_on_cpu.h"\n{flags_held}#line 1 "{name}"\n{kernels}\n{entries}', (*flags, *macros), str(machinery), f"-Wl,-rpath,{_BUILD}"
+    )
 
 
 def _compile(code: str, flags: tuple[str, ...], *libraries: str) -> Path:

@@ -135,7 +135,7 @@ __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp
 
 // With what rounding x log2(e) loses put back: where arithmetic is to spare.
 __device__ __forceinline__ float sigmoid_close(float x) {
-    float power = -x * LOG2E, lost = fmaf(-x, LOG2E, -power), e = exp2_fast(power);
+    float power = -x * LOG2E, lost = fmaf(-x, 1.925963e-8f, fmaf(-x, LOG2E, -power)), e = exp2_fast(power);  // log2(e) in two parts
     return reciprocal(1.0f + (fabsf(power) < 126.0f ? fmaf(e * 0.6931471805599453f, lost, e) : e));
 }
 

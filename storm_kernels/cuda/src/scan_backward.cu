@@ -44,6 +44,7 @@ struct Shared {
     float y[TILE][BLOCK_CHANNELS];
     float BC[WARPS][TILE][2 * STATES];   // dB and dC, summed over each warp's channels
     float saved[CHUNK / GROUP][ITEMS][THREADS];
+    Sum dA[ITEMS][THREADS];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "scan_backward.py counts the same");
 
@@ -228,6 +229,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_backward(const __grid
     for (int i = 0; i < ITEMS; i++) {
         A[i] *= LOG2E;
         dA[i] = 0.0f;
+        shared.dA[i][threadIdx.x] = Sum();
     }
 
     for (int64 chunk = (s.length + CHUNK - 1) / CHUNK - 1; chunk >= 0; chunk--) {
@@ -256,9 +258,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_backward(const __grid
             }
             __syncthreads();
             write_gradients(shared, a, which, s, begin + k * TILE, dD, dbias);
+#pragma unroll
+            for (int i = 0; i < ITEMS; i++) {
+                shared.dA[i][threadIdx.x].add(dA[i]);
+                dA[i] = 0.0f;
+            }
         }
     }
     if (a.grad_initial_state) store_states(g, a.grad_initial_state + state_row, at, s.channels);
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) dA[i] = shared.dA[i][threadIdx.x].value;
     if (grad.A) store_states(dA, grad.A + state_row, at, s.channels);
 #pragma unroll
     for (int k = 0; k < OWNED; k++) {
