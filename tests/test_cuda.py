@@ -144,6 +144,12 @@ def test_long_sums_lose_nothing(on_cpu):
     assert torch.equal(sum_terms(terms, torch.float32), terms.double().sum(1).float())
 
 
+def test_warmup_runs_what_a_mixer_runs(on_cpu):
+    on_cpu.launched.clear()
+    cuda.warmup(torch.bfloat16, device="cpu", backward=True)
+    assert {kernel for _, kernel, _ in on_cpu.launched} == {"scan", "scan_backward", "conv", "conv_backward", "sum_terms", "token_map"}
+
+
 def test_reasons_against():
     with launcher.using(launcher.Device()):
         reason = cuda.why_not("scan", device="cuda", dtypes=frozenset({torch.float32}), d_state=16, d_conv=0)
@@ -183,7 +189,8 @@ from tests.parity import ConvCase, ReduceCase, ScanCase, check, simplest
 with launcher.using(OnCpu(flags=("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"))):
     common = dict(channels_per_group=35, groups=2, states=16, D=True, z="kept", bias=True, batch=2)
     check(simplest(ScanCase, grid=(7, 3, 5), reduction=(3, 2, 2), direction="both", **common), "cuda")
-    check(simplest(ScanCase, seed=3, length=139, packed=True, direction="reverse", initial=True, layout="sliced", layout_state="sliced", **common), "cuda")
+    common |= dict(layout="sliced", layout_state="sliced", initial=True)
+    check(simplest(ScanCase, seed=3, length=139, packed=True, direction="reverse", **common), "cuda")
     check(simplest(ConvCase, seed=3, length=270, channels=130, direction="both", packed=True, layout="sliced"), "cuda")
     check(simplest(ConvCase, length=67, channels=5, direction="reverse", initial=True), "cuda")
     check(simplest(ReduceCase, grid=(7, 3, 5), reduction=(3, 2, 2), layout="sliced"), "cuda")
