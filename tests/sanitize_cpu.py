@@ -24,8 +24,20 @@ run_cases(int(sys.argv[2]))
 """
 
 
+# One element past the end of a buffer: if this is not reported, a clean run means nothing.
+FAULT = """
+import ctypes, sys
+import torch
+from pathlib import Path
+from storm_kernels.cpu.loader import Library
+probe = Library(Path(sys.argv[1])).function("probe_function", ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+values = torch.zeros(64)
+probe(0, values.data_ptr(), values.data_ptr(), 65)
+"""
+
+
 def main(cases: int) -> int:
-    """Build, run, and return how many of the two builds had a report or a failure."""
+    """Build, run, and return how many of the two builds had a report or a failure, or did not report a planted fault."""
     from storm_kernels.cpu import build
 
     isa = next(name for name in build.variants() if name != "avx512")
@@ -34,7 +46,11 @@ def main(cases: int) -> int:
         for lanes in (None, 16):
             library = Path(folder) / f"lanes{lanes}.so"
             build.build(library, flags=(*FLAGS, *([f"-DSTORM_LANES={lanes}"] if lanes else [])), only=(isa,))
-            done = run_in_child(library, cases, isa, preload=True)
+            planted = run_in_child(FAULT, library, isa)
+            if "heap-buffer-overflow" not in planted.stderr:
+                print(f"the planted fault was not reported: {planted.stderr[-2000:]}")
+                failed += 1
+            done = run_in_child(RUN, library, isa, str(cases))
             print(f"{isa}, {lanes or 'native'} lanes, {cases} cases of each op: {'clean' if done.returncode == 0 else 'FAILED'}")
             if done.returncode:
                 print(done.stdout[-4000:], done.stderr[-8000:], sep="\n")
@@ -42,13 +58,12 @@ def main(cases: int) -> int:
     return failed
 
 
-def run_in_child(library: Path, cases: int, isa: str, *, preload: bool) -> subprocess.CompletedProcess:
-    """`run_cases` with another build of the library."""
-    environment = dict(os.environ, STORM_KERNELS_CPU_ISA=isa)
-    if preload:
-        # CPython itself frees nothing at exit, so leaks cannot be told apart; ASan wants to be the first library.
-        environment |= {"LD_PRELOAD": _runtime("libasan.so"), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return subprocess.run([sys.executable, "-c", RUN, str(library), str(cases)], cwd=ROOT, env=environment, capture_output=True, text=True)
+def run_in_child(code: str, library: Path, isa: str, *arguments: str) -> subprocess.CompletedProcess:
+    """``code`` in a process with libasan in front: ASan wants to be the first library. CPython itself frees nothing at exit, so leaks are not judged."""
+    environment = dict(os.environ, STORM_KERNELS_CPU_ISA=isa, LD_PRELOAD=_runtime("libasan.so"))
+    environment |= {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    command = [sys.executable, "-c", code, str(library), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def _runtime(name: str) -> str:
