@@ -59,7 +59,7 @@ def main(cases: int) -> int:
 
 
 def run_in_child(code: str, library: Path, isa: str, *arguments: str) -> subprocess.CompletedProcess:
-    """``code`` in a process with libasan in front: ASan wants to be the first library. CPython itself frees nothing at exit, so leaks are not judged."""
+    """``code`` in a process with libasan in front: it wants to be first. Leaks are not judged: CPython frees little at exit."""
     environment = dict(os.environ, STORM_KERNELS_CPU_ISA=isa, LD_PRELOAD=_runtime("libasan.so"))
     environment |= {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     command = [sys.executable, "-c", code, str(library), *arguments]
