@@ -15,6 +15,7 @@ from .norm import norm, norm_backward
 from .reduce import reduce, reduce_backward
 from .scan import checkpoint_shape, scan
 from .scan_backward import scan_backward
+from .warm import warmup
 
 __all__ = [
     "NAME",
@@ -27,6 +28,7 @@ __all__ = [
     "reduce_backward",
     "scan",
     "scan_backward",
+    "warmup",
     "why_not",
 ]
 

@@ -1,7 +1,7 @@
 """Launch configurations as data; nothing is autotuned at run time.
 
-Every number was chosen by machine code (sm_90, `python -m tools.kernel_mix`), not measured on a GPU. "Slots" are issue slots of one warp
-for 32 items, an item being one (channel, token, state) of a scan and one element elsewhere; `SLOTS` holds the budgets that the tests enforce.
+The numbers were chosen by machine code (sm_90, `python -m tools.kernel_mix`), not measured on a GPU. A *slot* is one instruction of one warp.
+An *item* is one (channel, token, state) of a scan, for each lane of a warp. Budgets are slots per item of the hottest loops; the tool enforces them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ class Config:
     constants: dict[str, int]
     num_warps: int = 1
     num_stages: int = 1
-    max_registers: int | None = None
+    max_registers: int | None = None  # NVIDIA only
+    budget: float | None = None  # slots per item
 
     def options(self) -> dict[str, int | bool]:
         # Fusing a*b+c is on by default today and off from triton 3.10: the recurrence is one such operation, so say it.
@@ -29,22 +30,22 @@ class Config:
 
 
 # One warp of 32 channels: each lane keeps the 16 states of its channel, so y is a sum inside a lane, without shuffles. 64 channels save half a slot
-# per item (B and C are loaded once for two channels) and leave half of the schedulers idle at 7168 channels. 4 tokens a group: 9.4 slots, 2: 9.4,
-# 1: 9.9, without a second copy of the prefetched registers; more tokens only cost registers.
-SCAN_FORWARD = Config({"BLOCK_E": 32, "GROUP": 4}, max_registers=255)
-SCAN_BACKWARD = Config({"BLOCK_E": 32, "GROUP": 4}, max_registers=255)
-
+# per item (B and C are loaded once for two channels) but leave half of an H100's schedulers idle at 7168 channels. Groups of 4 tokens: 10.9 slots with
+# softplus, gate, D and checkpoints; of 2 tokens: 11.0. 255 registers: left to itself ptxas stops at 168 and spills 24 bytes.
+# A reduction adds the lookup of each token's row and place in z, and its read-modify-write: 11.7; hence a budget of its own.
+SCAN_FORWARD = Config({"BLOCK_E": 32, "GROUP": 4}, max_registers=255, budget=11.0)
+REDUCED_BUDGET = 12.0
+# Backward keeps a group's states and decays in registers: 2 tokens take 35 slots, and 8 for the recomputation; 4 tokens spill 488 bytes.
+SCAN_BACKWARD = Config({"BLOCK_E": 32, "GROUP": 2}, max_registers=255, budget=46.0)
 # Pooling, its adjoint and the sum of partials move memory and compute nothing: 8 elements a lane are one 16-byte access in bfloat16.
 ROWS = Config({"BLOCK_R": 16, "BLOCK_C": 64}, num_warps=4)
-
-# LayerNorm keeps a row in registers: 3584 channels over 8 warps are 16 elements a lane, forward and backward, far from spilling.
+# LayerNorm keeps a row in registers: 3584 channels over 8 warps are 16 elements a lane; 40 registers forward and 128 backward.
 NORM = Config({}, num_warps=8)
 # Rows are dealt to this many programs backward: 4 for each of an H100's 132 multiprocessors, and the same on every device, so that sums are too.
 NORM_PROGRAMS = 528
-
-# 8 elements a lane along channels are one 16-byte load in bfloat16; the 7 taps of a 64-token tile come from the first-level cache.
+# 8 elements a lane along channels are one 16-byte load in bfloat16; the 7 taps of a 64-token tile come from the first-level cache. 184 registers.
 CONV = Config({"BLOCK_T": 64, "BLOCK_E": 64}, num_warps=4)
-# Backward keeps a window of 7 tiles in registers: 8 elements a lane each.
+# Backward keeps a window of 7 tiles in registers, 8 elements a lane each: 247 registers.
 CONV_BACKWARD = Config({"BLOCK_T": 32, "BLOCK_E": 32}, num_warps=4)
 # K-1 tokens a sequence: too little work for the numbers to matter.
-CONV_STATE = Config({"BLOCK_E": 128}, num_warps=1)
+CONV_STATE = Config({"BLOCK_E": 128})

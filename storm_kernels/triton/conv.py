@@ -96,12 +96,33 @@ def conv_kernel(
             window = window + (value,)
     for i in tl.static_range(len(filters)):
         taps, shift = load_filter(filters[i], channel, channels, K)
-        backward: tl.constexpr = (i == 0) == REVERSE
-        center: tl.constexpr = 0 if len(filters) == 1 and REVERSE else K - 1
-        y = correlate(window, taps, shift, center, K, backward)
+        y = correlate(window, taps, shift, 0 if len(filters) == 1 and REVERSE else K - 1, K, (i == 0) == REVERSE)
         if SILU:
             y *= sigmoid(y)
         tl.store(outs[i] + (batch * length + token) * channels + channel, cast(y, outs[i].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def output_gradient(grad, strides, window, taps, shift, spot, distance: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, SILU: tl.constexpr):
+    """The gradient before the activation of the output ``distance`` steps after each token; zero outside the token's sequence."""
+    batch, token, channel, start, end, mask = spot
+    offset: tl.constexpr = -distance if REVERSE else distance
+    place = token + offset
+    pointer = grad + batch * strides[0] + place * strides[1] + channel * strides[2]
+    dpre = tl.load(pointer, mask=mask & (place >= start) & (place < end), other=0.0).to(tl.float32)
+    if SILU:
+        pre = correlate(window, taps, shift, K - 1 + offset, K, REVERSE)
+        gate = sigmoid(pre)
+        dpre *= gate * (1.0 + pre * (1.0 - gate))
+    return dpre
+
+
+@triton.jit
+def store_partials(row, dpre, window, channel, channels, K: tl.constexpr, REVERSE: tl.constexpr):
+    """A tile's sums for the taps and the bias."""
+    for j in tl.static_range(K):
+        tl.store(row + j * channels + channel, tl.sum(dpre * window[2 * (K - 1) - j if REVERSE else j], 0)[None, :], mask=channel < channels)
+    tl.store(row + K * channels + channel, tl.sum(dpre, 0)[None, :], mask=channel < channels)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -131,26 +152,15 @@ def conv_backward_kernel(
     for offset in tl.static_range(1 - K, K):
         window = window + (load_shifted(x, x_strides, state, offset, batch, token, channel, sequence, start, end, mask, channels, K, REVERSE),)
     total = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    spot = (batch, token, channel, start, end, mask)
+    tile = (pid // tl.cdiv(channels, BLOCK_E)).to(tl.int64)
     for i in tl.static_range(len(filters)):
         taps, shift = load_filter(filters[i], channel, channels, K)
-        backward: tl.constexpr = (i == 0) == REVERSE
-        strides = grad_strides[i]
         for k in tl.static_range(K):
-            offset: tl.constexpr = -k if backward else k
-            place = token + offset
-            pointer = grads[i] + batch * strides[0] + place * strides[1] + channel * strides[2]
-            dpre = tl.load(pointer, mask=mask & (place >= start) & (place < end), other=0.0).to(tl.float32)
-            if SILU:
-                pre = correlate(window, taps, shift, K - 1 + offset, K, backward)
-                gate = sigmoid(pre)
-                dpre *= gate * (1.0 + pre * (1.0 - gate))
+            dpre = output_gradient(grads[i], grad_strides[i], window, taps, shift, spot, k, K, (i == 0) == REVERSE, SILU)
             total += dpre * taps[K - 1 - k]
             if k == 0:
-                row = partials[i] + (pid // tl.cdiv(channels, BLOCK_E)).to(tl.int64) * (K + 1) * channels + channel
-                for j in tl.static_range(K):
-                    at: tl.constexpr = 2 * (K - 1) - j if backward else j
-                    tl.store(row + j * channels, tl.sum(dpre * window[at], 0)[None, :], mask=channel < channels)
-                tl.store(row + K * channels, tl.sum(dpre, 0)[None, :], mask=channel < channels)
+                store_partials(partials[i] + tile * (K + 1) * channels, dpre, window, channel, channels, K, (i == 0) == REVERSE)
     if dx is not None:
         tl.store(dx + (batch * length + token) * channels + channel, cast(total, dx.dtype.element_ty), mask=mask)
 

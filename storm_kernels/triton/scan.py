@@ -166,7 +166,7 @@ def scan_direction(
         end = tl.minimum(begin + span, count)
         if checkpoints is not None:
             tl.store(states_place(checkpoints, checkpoint + begin // INTERVAL, channels, lanes, STATES), h, mask=mask[None, :])
-        for _ in range(begin, tl.minimum(ahead, end), GROUP):
+        for _whole in range(begin, tl.minimum(ahead, end), GROUP):
             group_next = load_group(streams, t + GROUP * step, step, 0, lanes, GROUP, False, GATE, REDUCE)
             for r in tl.static_range(GROUP):
                 u_t, delta_t, z_t, row = group_now[r]
@@ -177,7 +177,7 @@ def scan_direction(
                 h, u_t, delta_t = advance(h, A, u_t, delta_t, b_now, delta_bias, SOFTPLUS)
                 emit(out, h, c_now, D, u_t, z_t, row, channels, lanes, mask, GATE, REDUCE)
             group_now = group_next
-        for _ in range(tl.maximum(ahead, begin), end):
+        for _single in range(tl.maximum(ahead, begin), end):
             u_t, delta_t, z_t, row = load_token(streams, t, lanes, GATE, REDUCE)
             b = tl.load(bc + t * bc_stride + states)
             c = tl.load(bc + t * bc_stride + STATES + states)

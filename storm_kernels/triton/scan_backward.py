@@ -4,8 +4,8 @@ With h' the gradient that reaches a state from the step after it, one step is
     dy = dout SiLU(z)          g = h' + C dy              q = g . B
     du = delta q + D dy        w = exp(delta A) g h_before        ddelta = u q + w . A
     dB = sum_e g delta u       dC = sum_e dy h            dA += delta w       h' = exp(delta A) g
-A program owns its channels through the whole sequence: it keeps dA, dD, d(delta_bias) in registers, summed per checkpoint interval and then over
-the intervals; only dB and dC need other channels, so each program writes its own partial and the partials are summed in a fixed order.
+A program owns its channels through the whole sequence: it sums dA, dD, d(delta_bias) in registers over a checkpoint interval and adds that to
+memory that no other program touches. Only dB and dC need other channels: each program writes its own partial, summed later in a fixed order.
 """
 
 from __future__ import annotations
@@ -101,9 +101,9 @@ def backward_direction(
     g = tl.zeros([STATES, BLOCK_E], tl.float32)
     if grad_final is not None:
         g = tl.load(states_place(grad_final, sequence, channels, lanes, STATES), mask=mask[None, :], other=0.0)
-    dA_sum = tl.zeros([STATES, BLOCK_E], tl.float32)
-    dD_sum = tl.zeros([BLOCK_E], tl.float32)
-    dbias_sum = tl.zeros([BLOCK_E], tl.float32)
+    dA += sequence * STATES * channels + tl.arange(0, STATES)[:, None] * channels + channel[None, :]
+    dD += sequence * channels + channel
+    dbias += sequence * channels + channel
     checkpoint = first_checkpoint(cu_seqlens, sequence, start, length, INTERVAL)
     scratch += tl.program_id(0).to(tl.int64) * (INTERVAL // GROUP * STATES * BLOCK_E)
 
@@ -185,13 +185,10 @@ def backward_direction(
                         tl.store(du + at, cast(delta_t * q + D * dy, du.dtype.element_ty), mask=mask)
                     if ddelta is not None:
                         tl.store(ddelta + at, cast(dv, ddelta.dtype.element_ty), mask=mask)
-        dA_sum += dA_chunk
-        dD_sum += dD_chunk
-        dbias_sum += dbias_chunk
+        tl.store(dA, tl.load(dA, mask=mask[None, :]) + dA_chunk, mask=mask[None, :])
+        tl.store(dD, tl.load(dD, mask=mask) + dD_chunk, mask=mask)
+        tl.store(dbias, tl.load(dbias, mask=mask) + dbias_chunk, mask=mask)
         tl.debug_barrier()  # nor may the next interval's states overtake the reads of this one's
-    tl.store(states_place(dA, sequence, channels, channel, STATES), dA_sum, mask=mask[None, :])
-    tl.store(dD + sequence * channels + channel, dD_sum, mask=mask)
-    tl.store(dbias + sequence * channels + channel, dbias_sum, mask=mask)
     if grad_initial is not None:
         tl.store(states_place(grad_initial, sequence, channels, channel, STATES), g, mask=mask[None, :])
 
@@ -296,7 +293,7 @@ class Outputs(NamedTuple):
     ddelta: Tensor | None  # (batch, L, E)
     dz: Tensor | None  # as z; this direction's share, float32 if there is another
     dbc: Tensor | None  # (batch, channel blocks of a group, L, G, 2, Sp) float32
-    dA: Tensor  # (n, Sp, E) float32
+    dA: Tensor  # (n, Sp, E) float32, from zero, as the next two
     dD: Tensor  # (n, E) float32
     dbias: Tensor  # (n, E) float32
 
@@ -311,9 +308,9 @@ def _outputs(one: ScanInputs, z: Tensor | None, sequences: int, padded: int, alo
         torch.empty(one.delta.shape, dtype=one.delta.dtype, device=one.u.device) if "delta" in needs else None,
         torch.empty(z.shape, dtype=z.dtype if alone else torch.float32, device=z.device) if z is not None and "z" in needs else None,
         torch.empty(batch, blocks, length, groups, 2, padded, **floats) if needs & {"B", "C"} else None,
-        torch.empty(sequences, padded, channels, **floats),
-        torch.empty(sequences, channels, **floats),
-        torch.empty(sequences, channels, **floats),
+        torch.zeros(sequences, padded, channels, **floats),
+        torch.zeros(sequences, channels, **floats),
+        torch.zeros(sequences, channels, **floats),
     )
 
 
