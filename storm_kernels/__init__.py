@@ -11,6 +11,7 @@ from .ops import (
     residual_layer_norm,
     selective_scan,
 )
+from .patch import PatchError, patch, patched, unpatch
 from .reference import Direction
 from .tokens import TokenGrid, TokenReduction
 
@@ -19,6 +20,7 @@ __all__ = [
     "BackendError",
     "BiMambaMixer",
     "Direction",
+    "PatchError",
     "SlowPathWarning",
     "TemporalProjector",
     "TokenGrid",
@@ -26,12 +28,15 @@ __all__ = [
     "bidirectional_causal_conv1d",
     "bidirectional_selective_scan",
     "causal_conv1d",
+    "patch",
+    "patched",
     "reduce_tokens",
     "reference",
     "residual_layer_norm",
     "selective_scan",
     "stats",
     "strict",
+    "unpatch",
     "use_backend",
     "why_not",
 ]

@@ -15,6 +15,10 @@ from .profiling import stage
 from .reference import Direction, ReferenceMixer, ReferenceTemporalProjector
 from .tokens import TokenGrid, TokenReduction
 
+# A traced program takes a grid or a reduction as it takes an integer: torch.export accepts them among the inputs.
+for _kind in (TokenGrid, TokenReduction):
+    torch.utils._pytree.register_constant(_kind)
+
 
 class BiMambaMixer(ReferenceMixer):
     """:class:`storm_kernels.reference.ReferenceMixer` on the kernels: same arguments, parameters and results."""

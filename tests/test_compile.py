@@ -110,22 +110,11 @@ def test_compile_a_patched_transformers_model(kind):
     agree(gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), call), expected)
 
 
-class Reduced(nn.Module):
-    """torch.export takes tensors only, so the reduction is fixed in a module."""
-
-    def __init__(self, model, reduction):
-        super().__init__()
-        self.model, self.reduction = model, reduction
-
-    def forward(self, x):
-        return self.model(x, self.reduction)
-
-
 @pytest.mark.parametrize("reduction", [TokenReduction(), REDUCTION], ids=["all tokens", "reduced"])
 def test_export_the_projector(reduction):
-    model, x = Reduced(projector().eval(), reduction), features()
-    program = torch.export.export(model, (x,))
-    torch.testing.assert_close(program.module()(x), model(x), atol=1e-5, rtol=1e-4)
+    model, x = projector().eval(), features()
+    program = torch.export.export(model, (x, reduction))
+    torch.testing.assert_close(program.module()(x, reduction), model(x, reduction), atol=1e-5, rtol=1e-4)
 
 
 def test_export_a_patched_model():

@@ -1,4 +1,4 @@
-"""The examples run as written, without mamba_ssm, and their README shows the files as they are."""
+"""The examples run as written, without mamba_ssm, and the README shows the files as they are."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def test_example_runs(name):
 
 
 def test_readme_shows_the_files():
-    text = (ROOT / "examples" / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     shown = dict(re.findall(r"```python\n# examples/(\w+)\.py\n(.*?)```", text, re.DOTALL))
     assert shown == {name: (ROOT / "examples" / f"{name}.py").read_text() for name in EXAMPLES}
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
@@ -33,7 +33,7 @@ def test_readme_shows_the_files():
 
 def test_readme_names_exist():
     """Every dotted name of the migration table can be imported."""
-    text = (ROOT / "examples" / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     names = set(re.findall(r"`(storm_kernels(?:\.\w+)+)", text))
     assert len(names) > 8
     for name in names:

@@ -36,7 +36,7 @@ class ReferenceMixer(nn.Module):
         d_model: int,
         d_state: int = 16,
         d_conv: int = 4,
-        expand: int = 2,
+        expand: float = 2,
         dt_rank: int | str = "auto",
         bidirectional: bool = True,
         bias: bool = False,
@@ -51,7 +51,7 @@ class ReferenceMixer(nn.Module):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
-        self.d_inner = expand * d_model
+        self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         self.bidirectional, self.if_divide_out = bidirectional, if_divide_out
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
