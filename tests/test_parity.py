@@ -3,7 +3,6 @@
 import os
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 
 import storm_kernels as sk
@@ -35,7 +34,6 @@ def test_random_cases_keep_the_bound(backend, op):
     def run(case):
         check(case, backend)
 
-    torch.set_num_threads(2)
     run()
 
 
