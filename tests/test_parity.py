@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 
 import storm_kernels as sk
 
-from .parity import CASES, check, fuzz_cases
+from .parity import CASES, ConvCase, NormCase, ReduceCase, ScanCase, check, fuzz_cases, simplest
 
 # Triton's interpreter has to be asked for before triton is imported: then this file is about nothing else.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,6 +35,25 @@ def test_random_cases_keep_the_bound(backend, op):
         check(case, backend)
 
     run()
+
+
+# Long and wide enough that every chunk and every channel has an rms error worth the name.
+LONG = {"batch": 2, "length": 150, "grid": (19, 4, 4), "channels_per_group": 40, "channels": 40, "states": 16, "D": True, "z": "all", "bias": True}
+LONG_CASES = {
+    "scan": simplest(ScanCase, direction="both", **LONG),
+    "scan reduced": simplest(ScanCase, direction="both", reduction=(2, 1, 1), **LONG),
+    "scan in half precision": simplest(ScanCase, direction="both", dtype="bfloat16", dtype_delta="bfloat16", dtype_state="bfloat16", **LONG),
+    "conv": simplest(ConvCase, direction="both", **LONG),
+    "reduce": simplest(ReduceCase, reduction=(2, 1, 1), **LONG),
+    "norm": simplest(NormCase, residual=True, **LONG),
+}
+
+
+@pytest.mark.parametrize(("backend", "op"), backends())
+def test_long_cases_keep_the_bound_in_every_chunk_and_channel(backend, op):
+    for name, case in LONG_CASES.items():
+        if name.startswith(op):
+            check(case, backend)
 
 
 @pytest.mark.gpu
