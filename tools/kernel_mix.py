@@ -97,7 +97,8 @@ def name_of(launch: Launch) -> str:
     elif words[0].startswith("conv"):
         words.append(f"{len(launch.args[2])} filters")
     elif words[0] == "combine":
-        words.append(f"{len(launch.args[0])} parts, {'scaled' if launch.args[1] is not None else 'unscaled'}")
+        scale, z = launch.args[1:3]
+        words.append(f"{len(launch.args[0])} parts{', scaled' if scale is not None else ', gated' if z is not None else ''}")
     return " ".join(words)
 
 
@@ -129,17 +130,16 @@ def source(launch: Launch) -> ASTSource:
 
 
 def report(launch: Launch, target: str) -> Report:
-    """Compile and read. On AMD registers and spills come from the assembly's metadata."""
+    """Compile and read. On AMD registers and the memory of a lane, where spills go, come from the assembly's metadata."""
     wanted = {"num_warps", "num_stages", "enable_fp_fusion"} | ({"maxnreg"} if target != "gfx942" else set())
     compiled = triton.compile(source(launch), target=TARGETS[target], options={k: v for k, v in launch.options.items() if k in wanted})
     name, budget = name_of(launch), _budget(launch)
     if target == "gfx942":
         text = compiled.asm["amdgcn"]
-        read = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")}
+        read = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "private_segment_fixed_size")}
         lines = re.findall(r"^\s+([a-z]\w+)", text, re.M)
         atomics = sum("atomic" in line for line in lines)
-        spilled = 4 * (read["vgpr_spill_count"] + read["sgpr_spill_count"])
-        return Report(name, target, read["vgpr_count"], spilled, len(lines), atomics, (), None, None)
+        return Report(name, target, read["vgpr_count"], read["private_segment_fixed_size"], len(lines), atomics, (), None, None)
     atomics = len(re.findall(r"^\s*(?:@!?%\w+ )?(?:atom|red)\.", compiled.asm["ptx"], re.M))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..tokens import TokenGrid, TokenReduction
 from .configs import ROWS
 from .launch import launch
-from .math import cast
+from .math import cast, sigmoid
 
 
 def token_places(grid: TokenGrid, reduction: TokenReduction, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -47,8 +47,8 @@ def tile_of(program, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexp
 
 
 @triton.jit(do_not_specialize=["rows", "out_tokens"])
-def combine_kernel(parts, scale, out, rows, out_tokens, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """out = (first part + second part) * scale of the row; every operand (batch * out_tokens, channels), contiguous."""
+def combine_kernel(parts, scale, z, z_strides, out, rows, out_tokens, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """out = (first part + second part) * scale of the row, or * SiLU(z); parts and out (batch * out_tokens, channels), contiguous."""
     row, channel, mask = tile_of(tl.program_id(0), rows, channels, BLOCK_R, BLOCK_C)
     at = row * channels + channel
     total = tl.load(parts[0] + at, mask=mask, other=0.0)
@@ -56,6 +56,9 @@ def combine_kernel(parts, scale, out, rows, out_tokens, channels, BLOCK_R: tl.co
         total += tl.load(parts[1] + at, mask=mask, other=0.0)
     if scale is not None:
         total *= tl.load(scale + row % out_tokens)
+    if z is not None:
+        gate = tl.load(z + row // out_tokens * z_strides[0] + row % out_tokens * z_strides[1] + channel, mask=mask, other=0.0).to(tl.float32)
+        total *= gate * sigmoid(gate)
     tl.store(out + at, cast(total, out.dtype.element_ty), mask=mask)
 
 
@@ -97,14 +100,15 @@ def tiles(rows: int, channels: int) -> int:
     return triton.cdiv(rows, ROWS.constants["BLOCK_R"]) * triton.cdiv(channels, ROWS.constants["BLOCK_C"])
 
 
-def combine(parts: list[Tensor], scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Sum of one or two float32 (batch, tokens, channels), times ``scale`` (tokens,), in ``dtype``; the order of the sum is fixed."""
+def combine(parts: list[Tensor], dtype: torch.dtype, *, scale: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+    """Sum of one or two float32 (batch, tokens, channels), in a fixed order, times ``scale`` (tokens,) or SiLU(z), in ``dtype``."""
     batch, tokens, channels = parts[0].shape
-    if len(parts) == 1 and scale is None:
+    if len(parts) == 1 and scale is None and z is None:
         return parts[0].to(dtype)
     out = torch.empty(parts[0].shape, dtype=dtype, device=parts[0].device)
     rows = batch * tokens
-    launch(combine_kernel, tiles(rows, channels), ROWS, out.device, tuple(parts), scale, out, rows, tokens, channels)
+    z_strides = (0, 0) if z is None else z.stride()[:2]
+    launch(combine_kernel, tiles(rows, channels), ROWS, out.device, tuple(parts), scale, z, z_strides, out, rows, tokens, channels)
     return out
 
 

@@ -25,12 +25,17 @@ INTERVAL = 256
 
 
 @triton.jit
-def load_token(streams, t, lanes, GATE: tl.constexpr, REDUCE: tl.constexpr):
-    """What token t reads of the large tensors: u, delta, z and the row of its output, -1 if the sampling drops it."""
+def load_drive(streams, t, lanes):
+    """u and delta of token t."""
     u, delta, z, u_stride, delta_stride, z_stride, rows, gates = streams
-    u_t = tl.load(u + t * u_stride + lanes)
-    delta_t = tl.load(delta + t * delta_stride + lanes)
-    z_t = u_t
+    return tl.load(u + t * u_stride + lanes), tl.load(delta + t * delta_stride + lanes)
+
+
+@triton.jit
+def load_place(streams, t, lanes, GATE: tl.constexpr, REDUCE: tl.constexpr):
+    """z of token t, 0 without a gate, and the row of its output, -1 if the sampling drops it."""
+    u, delta, z, u_stride, delta_stride, z_stride, rows, gates = streams
+    z_t = 0
     if GATE == "all":
         z_t = tl.load(z + t * z_stride + lanes)
     elif GATE == "kept":
@@ -38,6 +43,14 @@ def load_token(streams, t, lanes, GATE: tl.constexpr, REDUCE: tl.constexpr):
     row = t
     if REDUCE:
         row = tl.load(rows + t)
+    return z_t, row
+
+
+@triton.jit
+def load_token(streams, t, lanes, GATE: tl.constexpr, REDUCE: tl.constexpr):
+    """What token t reads of the large tensors."""
+    u_t, delta_t = load_drive(streams, t, lanes)
+    z_t, row = load_place(streams, t, lanes, GATE, REDUCE)
     return u_t, delta_t, z_t, row
 
 
@@ -143,9 +156,9 @@ def scan_direction(
     bc += (batch * length * groups + group) * (2 * STATES)
     bc_stride = groups * (2 * STATES)
     out += batch * out_length * channels
-    z_start = z
+    z_start = u  # not read
     if GATE != "none":
-        z_start += batch * z_strides[0]
+        z_start = z + batch * z_strides[0]
     streams = (u + batch * u_strides[0], delta + batch * delta_strides[0], z_start, u_strides[1], delta_strides[1], z_strides[1], rows, gates)
 
     A = tl.load(states_place(A_ptr, 0, channels, lanes, STATES))
@@ -285,6 +298,8 @@ def scan(
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     out_length = reduction.reduced(grid).tokens if reduction else length
     rows, gates = token_places(grid, reduction, device) if reduction else (None, None)
+    # Both directions, whole: z is read once, where their sum is formed. Reduced, each direction gates what it adds up.
+    gate = None if len(directions) == 2 and not reduction else z
     in_parts = len(directions) == 2 or reduction is not None
     new = torch.zeros if reduction else torch.empty
     outs = [new(batch, out_length, channels, dtype=torch.float32 if in_parts else first.u.dtype, device=device) for _ in directions]
@@ -300,8 +315,8 @@ def scan(
         device,
         tuple((*direction_operands(one), outs[i], checkpoints[i] if save_checkpoints else None) for i, one in enumerate(directions)),
         (
-            z,
-            (0, 0) if z is None else z.stride()[:2],
+            gate,
+            (0, 0) if gate is None else gate.stride()[:2],
             rows,
             gates,
             None if initial_state is None else states_first(initial_state),
@@ -315,9 +330,12 @@ def scan(
         STATES=triton.next_power_of_2(states),
         REVERSE=first.reverse,
         SOFTPLUS=delta_softplus,
-        GATE=gate_mode(z, length),
+        GATE=gate_mode(gate, length),
         REDUCE=reduction is not None,
         INTERVAL=INTERVAL,
     )
-    out = combine(outs, inverse_counts(grid, reduction, device) if reduction else None, first.u.dtype) if in_parts else outs[0]
+    if reduction:
+        out = combine(outs, first.u.dtype, scale=inverse_counts(grid, reduction, device))
+    else:
+        out = combine(outs, first.u.dtype, z=z) if len(directions) == 2 else outs[0]
     return ScanResult(out, None if final is None else states_last(final, states), checkpoints)

@@ -4,8 +4,8 @@ With h' the gradient that reaches a state from the step after it, one step is
     dy = dout SiLU(z)          g = h' + C dy              q = g . B
     du = delta q + D dy        w = exp(delta A) g h_before        ddelta = u q + w . A
     dB = sum_e g delta u       dC = sum_e dy h            dA += delta w       h' = exp(delta A) g
-A program owns its channels through the whole sequence: it sums dA, dD, d(delta_bias) in registers over a checkpoint interval and adds that to
-memory that no other program touches. Only dB and dC need other channels: each program writes its own partial, summed later in a fixed order.
+A program owns its channels through the whole sequence: it sums dA, dD, d(delta_bias) in registers over FLUSH groups and adds that to memory that
+no other program touches. Only dB and dC need other channels: each program writes its own partial, summed later in a fixed order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from .scan import (
     direction_operands,
     first_checkpoint,
     gate_mode,
-    load_token,
+    load_drive,
+    load_place,
     locate,
     program_count,
     states_first,
@@ -42,6 +43,16 @@ from .scan import (
 def load_states(tile, STATES: tl.constexpr, BLOCK_E: tl.constexpr):
     """A place of (STATES, BLOCK_E) in the scratch memory of one program."""
     return tile + tl.arange(0, STATES)[:, None] * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+
+
+@triton.jit
+def add_to(total, tail, value, mask):
+    """Add to a sum in memory that keeps its rounding errors apart (Knuth's two-sum), so that a long video costs no accuracy."""
+    before = tl.load(total, mask=mask, other=0.0)
+    after = before + value
+    took = after - before
+    tl.store(tail, tl.load(tail, mask=mask, other=0.0) + ((before - (after - took)) + (value - took)), mask=mask)
+    tl.store(total, after, mask=mask)
 
 
 @triton.jit
@@ -74,6 +85,7 @@ def backward_direction(
     INTERVAL: tl.constexpr,
     BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,
+    FLUSH: tl.constexpr,
 ):
     u, delta, bc, A_ptr, D_ptr, bias_ptr, u_strides, delta_strides, checkpoints = direction
     du, ddelta, dz, dbc, dA, dD, dbias = outputs
@@ -89,11 +101,10 @@ def backward_direction(
     if dbc is not None:
         dbc += ((batch * tl.cdiv(channels // groups, BLOCK_E) + block) * length * groups + group) * bc_row
     grad += batch * grad_strides[0]
-    z_start = z
+    z_start = u  # not read
     if GATE != "none":
-        z_start += batch * z_strides[0]
+        z_start = z + batch * z_strides[0]
     streams = (u + batch * u_strides[0], delta + batch * delta_strides[0], z_start, u_strides[1], delta_strides[1], z_strides[1], rows, gates)
-    out_base = batch * length * channels
 
     A = tl.load(states_place(A_ptr, 0, channels, lanes, STATES))
     D = tl.load(D_ptr + lanes) if D_ptr is not None else tl.zeros([BLOCK_E], tl.float32)
@@ -101,93 +112,98 @@ def backward_direction(
     g = tl.zeros([STATES, BLOCK_E], tl.float32)
     if grad_final is not None:
         g = tl.load(states_place(grad_final, sequence, channels, lanes, STATES), mask=mask[None, :], other=0.0)
-    dA += sequence * STATES * channels + tl.arange(0, STATES)[:, None] * channels + channel[None, :]
-    dD += sequence * channels + channel
-    dbias += sequence * channels + channel
     checkpoint = first_checkpoint(cu_seqlens, sequence, start, length, INTERVAL)
     scratch += tl.program_id(0).to(tl.int64) * (INTERVAL // GROUP * STATES * BLOCK_E)
 
     chunks = tl.cdiv(count, INTERVAL)
-    for back in range(0, chunks):
-        chunk = chunks - 1 - back
-        begin = chunk * INTERVAL
-        n_groups = tl.cdiv(tl.minimum(count - begin, INTERVAL), GROUP)
+    for chunk in range(chunks - 1, -1, -1):
+        # within an interval steps are counted in 32 bits
+        steps = tl.minimum(count - chunk * INTERVAL, INTERVAL).to(tl.int32)
+        n_groups = tl.cdiv(steps, GROUP)
+        origin = first + chunk * INTERVAL * step
         h = tl.load(states_place(checkpoints, checkpoint + chunk, channels, lanes, STATES))
         tl.store(load_states(scratch, STATES, BLOCK_E), h)
         for k in range(1, n_groups):
             for r in tl.static_range(GROUP):
-                t = first + (begin + (k - 1) * GROUP + r) * step
+                t = origin + ((k - 1) * GROUP + r) * step
                 b = tl.load(bc + t * groups * bc_row + states)
-                u_t, delta_t, _, _ = load_token(streams, t, lanes, "none", False)
+                u_t, delta_t = load_drive(streams, t, lanes)
                 h, _, _ = advance(h, A, u_t, delta_t, b, delta_bias, SOFTPLUS)
             tl.store(load_states(scratch + k * (STATES * BLOCK_E), STATES, BLOCK_E), h)
         tl.debug_barrier()  # a lane may read below what another one wrote
 
-        dA_chunk = tl.zeros([STATES, BLOCK_E], tl.float32)
-        dD_chunk = tl.zeros([BLOCK_E], tl.float32)
-        dbias_chunk = tl.zeros([BLOCK_E], tl.float32)
-        for k_back in range(0, n_groups):
-            k = n_groups - 1 - k_back
-            h = tl.load(load_states(scratch + k * (STATES * BLOCK_E), STATES, BLOCK_E))
-            history = (h,)
-            tokens = ()
-            for r in tl.static_range(GROUP):
-                # Steps past the end, in the last group: delta of zero leaves the state as it is.
-                i = begin + k * GROUP + r
-                live = (i < count).to(tl.float32)
-                t = first + tl.minimum(i, count - 1) * step
-                u_t, raw, z_t, row = load_token(streams, t, lanes, GATE, REDUCE)
-                b = tl.load(bc + t * groups * bc_row + states)
-                c = tl.load(bc + t * groups * bc_row + STATES + states)
-                dout = load_gradient(grad, grad_strides, weights, row, lanes, mask, REDUCE) * live
-                v = raw.to(tl.float32) + delta_bias
-                u_t = u_t.to(tl.float32)
-                delta_t = (softplus(v) if SOFTPLUS else v) * live
-                a = tl.exp2(delta_t[None, :] * A)
-                h = a * h + (delta_t * u_t)[None, :] * b[:, None]
-                history = history + (h,)
-                tokens = tokens + ((i, t, row, u_t, v, delta_t, z_t, b, c, dout, a),)
-            for r_back in tl.static_range(GROUP):
-                i, t, row, u_t, v, delta_t, z_t, b, c, dout, a = tokens[GROUP - 1 - r_back]
-                h = history[GROUP - r_back]
-                dy = dout
-                if GATE != "none":
-                    z_t = z_t.to(tl.float32)
-                    gate = sigmoid(z_t)
-                    dy = dout * (z_t * gate)
-                    if dz is not None:
-                        y = tl.sum(h * c[:, None], 0) + D * u_t
-                        dz_t = dout * y * gate * (1.0 + z_t * (1.0 - gate))
-                        place = t
-                        if GATE == "kept":
-                            place = tl.load(gates + t)
-                        if (i < count) & (place >= 0):
-                            tl.store(dz + (batch * z_length + place) * channels + channel, cast(dz_t, dz.dtype.element_ty), mask=mask)
-                g += c[:, None] * dy[None, :]
-                q = tl.sum(g * b[:, None], 0)
-                # nested: the first is known when compiling, and without dbc there is nothing to compile
-                if dbc is not None:  # noqa: SIM102
-                    if i < count:
-                        tl.store(dbc + t * groups * bc_row + states, tl.sum(g * (delta_t * u_t)[None, :], 1))
-                        tl.store(dbc + t * groups * bc_row + STATES + states, tl.sum(h * dy[None, :], 1))
-                g *= a
-                w = g * history[GROUP - 1 - r_back]
-                dA_chunk += w * delta_t[None, :]
-                dD_chunk += dy * u_t
-                dv = u_t * q + tl.sum(w * A, 0) * 0.6931471805599453
-                if SOFTPLUS:
-                    dv *= sigmoid(v)
-                dv = dv * (i < count).to(tl.float32)
-                dbias_chunk += dv
-                if i < count:
-                    at = out_base + t * channels + channel
-                    if du is not None:
-                        tl.store(du + at, cast(delta_t * q + D * dy, du.dtype.element_ty), mask=mask)
-                    if ddelta is not None:
-                        tl.store(ddelta + at, cast(dv, ddelta.dtype.element_ty), mask=mask)
-        tl.store(dA, tl.load(dA, mask=mask[None, :]) + dA_chunk, mask=mask[None, :])
-        tl.store(dD, tl.load(dD, mask=mask) + dD_chunk, mask=mask)
-        tl.store(dbias, tl.load(dbias, mask=mask) + dbias_chunk, mask=mask)
+        for part in range(tl.cdiv(n_groups, FLUSH) - 1, -1, -1):
+            dA_part = tl.zeros([STATES, BLOCK_E], tl.float32)
+            dD_part = tl.zeros([BLOCK_E], tl.float32)
+            dbias_part = tl.zeros([BLOCK_E], tl.float32)
+            for k in range(tl.minimum((part + 1) * FLUSH, n_groups) - 1, part * FLUSH - 1, -1):
+                h = tl.load(load_states(scratch + k * (STATES * BLOCK_E), STATES, BLOCK_E))
+                before = ()
+                tokens = ()
+                for r in tl.static_range(GROUP):
+                    # Steps past the end, in the last group: delta of zero leaves the state as it is.
+                    i = k * GROUP + r
+                    live = (i < steps).to(tl.float32)
+                    t = origin + tl.minimum(i, steps - 1) * step
+                    u_t, raw = load_drive(streams, t, lanes)
+                    b = tl.load(bc + t * groups * bc_row + states)
+                    v = raw.to(tl.float32) + delta_bias
+                    u_t = u_t.to(tl.float32)
+                    delta_t = (softplus(v) if SOFTPLUS else v) * live
+                    a = tl.exp2(delta_t[None, :] * A)
+                    before = before + (h,)
+                    h = a * h + (delta_t * u_t)[None, :] * b[:, None]
+
+                    z_t, row = load_place(streams, t, lanes, GATE, REDUCE)
+                    dy = load_gradient(grad, grad_strides, weights, row, lanes, mask, REDUCE) * live
+                    if GATE != "none":
+                        z_t = z_t.to(tl.float32)
+                        gate = sigmoid(z_t)
+                        if dz is not None:
+                            c = tl.load(bc + t * groups * bc_row + STATES + states)
+                            y = tl.sum(h * c[:, None], 0) + D * u_t
+                            dz_t = dy * y * gate * (1.0 + z_t * (1.0 - gate))
+                            place = t
+                            if GATE == "kept":
+                                place = tl.load(gates + t)
+                            if (i < steps) & (place >= 0):
+                                tl.store(dz + (batch * z_length + place) * channels + channel, cast(dz_t, dz.dtype.element_ty), mask=mask)
+                        dy *= z_t * gate
+                    # nested: the first is known when compiling, and without dbc there is nothing to compile
+                    if dbc is not None:  # noqa: SIM102
+                        if i < steps:
+                            tl.store(dbc + t * groups * bc_row + STATES + states, tl.sum(h * dy[None, :], 1))
+                    tokens = tokens + ((u_t, v, delta_t, a, dy),)
+                for r in tl.static_range(GROUP - 1, -1, -1):
+                    u_t, v, delta_t, a, dy = tokens[r]
+                    i = k * GROUP + r
+                    t = origin + tl.minimum(i, steps - 1) * step
+                    b = tl.load(bc + t * groups * bc_row + states)
+                    c = tl.load(bc + t * groups * bc_row + STATES + states)
+                    g += c[:, None] * dy[None, :]
+                    q = tl.sum(g * b[:, None], 0)
+                    if dbc is not None:  # noqa: SIM102
+                        if i < steps:
+                            tl.store(dbc + t * groups * bc_row + states, tl.sum(g * (delta_t * u_t)[None, :], 1))
+                    g *= a
+                    w = g * before[r]
+                    dA_part += w * delta_t[None, :]
+                    dD_part += dy * u_t
+                    dv = u_t * q + tl.sum(w * A, 0) * 0.6931471805599453
+                    if SOFTPLUS:
+                        dv *= sigmoid(v)
+                    dv *= (i < steps).to(tl.float32)
+                    dbias_part += dv
+                    if i < steps:
+                        at = (batch * length + t) * channels + channel
+                        if du is not None:
+                            tl.store(du + at, cast(delta_t * q + D * dy, du.dtype.element_ty), mask=mask)
+                        if ddelta is not None:
+                            tl.store(ddelta + at, cast(dv, ddelta.dtype.element_ty), mask=mask)
+            total, tail = sequence * 2, sequence * 2 + 1
+            add_to(states_place(dA, total, channels, channel, STATES), states_place(dA, tail, channels, channel, STATES), dA_part, mask[None, :])
+            add_to(dD + total * channels + channel, dD + tail * channels + channel, dD_part, mask)
+            add_to(dbias + total * channels + channel, dbias + tail * channels + channel, dbias_part, mask)
         tl.debug_barrier()  # nor may the next interval's states overtake the reads of this one's
     if grad_initial is not None:
         tl.store(states_place(grad_initial, sequence, channels, channel, STATES), g, mask=mask[None, :])
@@ -210,16 +226,17 @@ def backward_kernel(
     INTERVAL: tl.constexpr,
     BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,
+    FLUSH: tl.constexpr,  # groups between two additions of dA, dD and d(delta_bias) to memory
 ):
     """Program order as in `scan.scan_kernel`."""
     pid = tl.program_id(0)
     share = tl.num_programs(0) // len(directions)
     if len(directions) == 1 or pid < share:
         backward_direction(directions[0], outputs[0], shared, pid, length, z_length, channels, groups,
-                           STATES, REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, GROUP)  # fmt: skip
+                           STATES, REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, GROUP, FLUSH)  # fmt: skip
     else:
         backward_direction(directions[-1], outputs[-1], shared, pid - share, length, z_length, channels, groups,
-                           STATES, not REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, GROUP)  # fmt: skip
+                           STATES, not REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, GROUP, FLUSH)  # fmt: skip
 
 
 def scan_backward(
@@ -282,7 +299,7 @@ def scan_backward(
         INTERVAL=INTERVAL,
     )
     grads = tuple(_finish(one, out, needs) for one, out in zip(directions, outputs, strict=True))
-    dz = combine([out.dz for out in outputs], None, z.dtype) if outputs[0].dz is not None else None
+    dz = combine([out.dz for out in outputs], z.dtype) if outputs[0].dz is not None else None
     return grads, dz, None if grad_initial is None else states_last(grad_initial, states)
 
 
@@ -293,9 +310,9 @@ class Outputs(NamedTuple):
     ddelta: Tensor | None  # (batch, L, E)
     dz: Tensor | None  # as z; this direction's share, float32 if there is another
     dbc: Tensor | None  # (batch, channel blocks of a group, L, G, 2, Sp) float32
-    dA: Tensor  # (n, Sp, E) float32, from zero, as the next two
-    dD: Tensor  # (n, E) float32
-    dbias: Tensor  # (n, E) float32
+    dA: Tensor  # (n, 2, Sp, E) float32 from zero: the sums and what rounding took from them; so are the next two
+    dD: Tensor  # (n, 2, E) float32
+    dbias: Tensor  # (n, 2, E) float32
 
 
 def _outputs(one: ScanInputs, z: Tensor | None, sequences: int, padded: int, alone: bool, needs: frozenset[str]) -> Outputs:
@@ -308,9 +325,9 @@ def _outputs(one: ScanInputs, z: Tensor | None, sequences: int, padded: int, alo
         torch.empty(one.delta.shape, dtype=one.delta.dtype, device=one.u.device) if "delta" in needs else None,
         torch.empty(z.shape, dtype=z.dtype if alone else torch.float32, device=z.device) if z is not None and "z" in needs else None,
         torch.empty(batch, blocks, length, groups, 2, padded, **floats) if needs & {"B", "C"} else None,
-        torch.zeros(sequences, padded, channels, **floats),
-        torch.zeros(sequences, channels, **floats),
-        torch.zeros(sequences, channels, **floats),
+        torch.zeros(sequences, 2, padded, channels, **floats),
+        torch.zeros(sequences, 2, channels, **floats),
+        torch.zeros(sequences, 2, channels, **floats),
     )
 
 
@@ -320,9 +337,9 @@ def _finish(one: ScanInputs, out: Outputs, needs: frozenset[str]) -> ScanGrads:
     return ScanGrads(
         u=out.du,
         delta=out.ddelta,
-        A=states_last(out.dA.sum(0), states) if "A" in needs else None,
+        A=states_last(out.dA.sum((0, 1)), states) if "A" in needs else None,
         B=out.dbc[..., 0, :states].sum(1).to(one.B.dtype) if "B" in needs else None,
         C=out.dbc[..., 1, :states].sum(1).to(one.C.dtype) if "C" in needs else None,
-        D=out.dD.sum(0) if one.D is not None and "D" in needs else None,
-        delta_bias=out.dbias.sum(0) if one.delta_bias is not None and "delta_bias" in needs else None,
+        D=out.dD.sum((0, 1)) if one.D is not None and "D" in needs else None,
+        delta_bias=out.dbias.sum((0, 1)) if one.delta_bias is not None and "delta_bias" in needs else None,
     )
