@@ -53,7 +53,9 @@ def scan(
     checkpoints = ()
     if save_checkpoints:
         shape = checkpoint_shape(batch, length, channels, states, 0 if cu_seqlens is None else len(cu_seqlens) - 1)
-        checkpoints = tuple(torch.empty(shape) for _ in directions)
+        # Packed sequences have room for more chunks than they need: what is left stays defined.
+        new = torch.empty if cu_seqlens is None else torch.zeros
+        checkpoints = tuple(new(shape) for _ in directions)
     if out.numel() or (final_state is not None and final_state.numel()):
         offsets = int64_offsets(cu_seqlens)
         args = _scan_struct(directions, z, out, checkpoints, delta_softplus, initial_state, offsets, grid, reduction)
