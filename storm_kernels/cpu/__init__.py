@@ -34,7 +34,7 @@ def why_not(op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: in
     if device != "cpu":
         return f"the cpu backend runs on CPU tensors, not on {device!r}"
     if op == "norm":
-        return "PyTorch's LayerNorm is as fast on a CPU: the cpu backend leaves it to torch"
+        return "a LayerNorm on a CPU is bound by memory and vectorised in PyTorch: the cpu backend leaves it to torch"
     refused = sorted(str(dtype) for dtype in dtypes - set(DTYPES))
     if refused:
         return f"the cpu backend takes float32, bfloat16 and float16 activations, not {', '.join(refused)}; the torch backend does"

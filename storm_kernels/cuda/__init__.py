@@ -8,8 +8,8 @@ from ..contract import ConvFilter, ScanInputs
 from ..tokens import TokenGrid, TokenReduction
 from .conv import LARGEST_TAPS, conv, conv_backward
 from .launcher import current
-from .scan import LARGEST_STATE, checkpoint_shape, scan
-from .scan_backward import scan_backward
+from .scan import LARGEST_STATE, checkpoint_shape, geometry, scan
+from .scan_backward import scan_backward, shared_bytes
 from .tokens import FORMATS, reduce, reduce_backward
 
 NAME = "cuda"
@@ -31,7 +31,10 @@ def why_not(op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: in
         return f"the cuda backend takes d_state up to {LARGEST_STATE}, got {d_state}"
     if op == "conv" and d_conv > LARGEST_TAPS:
         return f"the cuda backend takes d_conv up to {LARGEST_TAPS}, got {d_conv}"
-    return launcher.why_not()
+    reason = launcher.why_not()
+    if reason is None and op == "scan" and (needed := shared_bytes(geometry(d_state))) > launcher.shared_limit():
+        return f"the cuda backend's scan needs {needed} bytes of shared memory a block, this GPU has {launcher.shared_limit()}: use triton's"
+    return reason
 
 
 def warmup(dtype: torch.dtype, *, d_state: int = 16, d_conv: int = 4, device: str = "cuda", backward: bool = False) -> None:
