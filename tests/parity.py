@@ -24,7 +24,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LAYOUTS = ("dense", "sliced", "transposed", "batch_broadcast", "time_broadcast")
 CHUNK = 16  # tokens in a group over which errors are taken
 NEIGHBOURS = 16
-FEW = 128  # numbers in a group: of fewer, the rms is luck and the largest error alone is judged
+FEW = 128  # numbers in a group under which only its largest error is judged: an rms of few, or of correlated, numbers varies by more than the bound
 
 dtypes = st.sampled_from(sorted(DTYPES))
 layouts = st.sampled_from(("dense", *LAYOUTS))

@@ -1,11 +1,13 @@
-"""The complete model with the reference projector, patched and unpatched (RELIABILITY.md, R17)."""
+"""The complete model: patched and unpatched over many seeds (RELIABILITY.md, R17); twice from one seed and one real clip."""
 
 import pytest
 import torch
 
 import storm_kernels as sk
-from model.config import variant
+from model.config import preset, variant
 from model.storm import VideoModel
+from model.video import bikes_clip, sample_frames
+from model.vision import preprocess
 
 from .test_model import PROMPT, TINY, pixels
 
@@ -24,3 +26,14 @@ def test_greedy_tokens_are_the_same(seed):
     assert "scan" in sk.stats()
     assert [type(module) for module in model.modules()] == forwards
     assert torch.equal(model.generate(frames, PROMPT, 5), expected)
+
+
+def test_the_same_seed_and_clip_give_the_same_tokens_twice():
+    size = preset("storm-mini").vision.image_size
+    runs = []
+    for _ in range(2):
+        model = VideoModel(preset("storm-mini"), variant("storm-tp-ts"), projector="fused", seed=3).eval()
+        frames = sample_frames(bikes_clip(), 4, size=size).frames
+        with torch.inference_mode():
+            runs.append(model.generate(preprocess(frames, size, torch.float32), PROMPT, 6))
+    assert torch.equal(*runs)
