@@ -27,12 +27,12 @@ extern "C" int run_{kernel}(const void* args, unsigned blocks, size_t shared, un
 class OnCpu:
     """A `Launcher`. ``at_once`` blocks run side by side; ``flags`` are for g++, as sanitizers want them.
 
-    A block may have ``shared`` bytes of shared memory: an A100's limit if not given.
+    A block may have ``shared`` bytes of shared memory: an H100's limit if not given.
     """
 
     device_type = "cpu"
 
-    def __init__(self, at_once: int = 1, flags: tuple[str, ...] = ("-O1",), shared: int = 163 * 1024):
+    def __init__(self, at_once: int = 1, flags: tuple[str, ...] = ("-O1",), shared: int = 227 * 1024):
         self.at_once, self.flags, self.shared = at_once, flags, shared
         self._libraries: dict[tuple, ctypes.CDLL] = {}
         self.launched: set[tuple] = set()
