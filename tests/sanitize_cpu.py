@@ -76,7 +76,7 @@ def run_cases(count: int) -> None:
     """Forward and backward of ``count`` random cases of scan, conv and reduce on the "cpu" backend; results are checked to be finite."""
     from hypothesis import HealthCheck, Phase, given, settings
 
-    from .parity import CASES
+    from .parity_random import CASES
 
     for op in ("scan", "conv", "reduce"):
 
@@ -95,7 +95,7 @@ def _evaluate(case) -> None:
 
     import storm_kernels as sk
 
-    from .parity import lay_out
+    from .parity_cases import lay_out
 
     leaves = {name: lay_out(value, case.layout_of(name)).detach().requires_grad_() for name, value in case.operands().items()}
     with sk.use_backend("cpu"):

@@ -15,7 +15,8 @@ from storm_kernels import cpu
 from storm_kernels.contract import ConvFilter, ScanInputs
 from storm_kernels.cpu import build, loader
 
-from .parity import ConvCase, ReduceCase, ScanCase, check
+from .parity import check
+from .parity_cases import ConvCase, ReduceCase, ScanCase
 
 REASON = loader.why_missing()
 built = pytest.mark.skipif(REASON is not None, reason=f"the C++ library is not there: {REASON}")

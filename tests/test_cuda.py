@@ -17,7 +17,9 @@ from storm_kernels.cuda import launcher, source
 from storm_kernels.cuda.tokens import sum_terms
 
 from .cuda_on_cpu import OnCpu
-from .parity import CASES, ConvCase, ReduceCase, ScanCase, check, fuzz_cases, simplest
+from .parity import check
+from .parity_cases import ConvCase, ReduceCase, ScanCase, simplest
+from .parity_random import CASES, fuzz_cases
 
 # Every draw of formats and sizes would be one more compilation: these cover each format in each place and each mapping of threads.
 SCANS = [
@@ -185,7 +187,8 @@ _SANITIZED = """
 import torch
 from storm_kernels.cuda import launcher
 from tests.cuda_on_cpu import OnCpu
-from tests.parity import ConvCase, ReduceCase, ScanCase, check, simplest
+from tests.parity import check
+from tests.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
 with launcher.using(OnCpu(flags=("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"))):
     common = dict(channels_per_group=35, groups=2, states=16, D=True, z="kept", bias=True, batch=2)
     check(simplest(ScanCase, grid=(7, 3, 5), reduction=(3, 2, 2), direction="both", **common), "cuda")

@@ -8,7 +8,7 @@ from storm_kernels.cuda import conv, conv_backward, launcher, reduce, scan, scan
 from storm_kernels.tokens import TokenGrid, TokenReduction
 from tools import sass
 
-from .parity import fuzz_cases
+from .parity_random import fuzz_cases
 
 pytest.importorskip("cuda.core", reason="needs cuda-core and nvidia-cuda-nvrtc to compile")
 

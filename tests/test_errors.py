@@ -8,7 +8,7 @@ import torch
 
 import storm_kernels as sk
 
-from .parity import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from .parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
 
 CASES = {
     "scan": simplest(ScanCase, D=True, bias=True, z="all", initial=True),

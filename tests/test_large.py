@@ -10,7 +10,7 @@ import torch
 
 import storm_kernels as sk
 
-from .parity import ConvCase, ReduceCase, ScanCase, simplest
+from .parity_cases import ConvCase, ReduceCase, ScanCase, simplest
 
 FAR = 2**30 + 16  # elements from one token to the next: the fifth lies past 2^32
 BACKENDS = [name for name in ("cpu",) if not sk.why_not("scan", name)]

@@ -6,7 +6,8 @@ from torch.library import opcheck
 
 import storm_kernels as sk
 
-from .parity import CASES, ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from .parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from .parity_random import CASES
 
 BACKENDS = [name for name in ("torch", "cpu") if not sk.why_not("scan", name)]
 CALLS = {

@@ -7,7 +7,9 @@ from hypothesis import HealthCheck, given, settings
 
 import storm_kernels as sk
 
-from .parity import CASES, ConvCase, NormCase, ReduceCase, ScanCase, check, fuzz_cases, simplest
+from .parity import check
+from .parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from .parity_random import CASES, fuzz_cases
 
 # Triton's interpreter has to be asked for before triton is imported: then this file is about nothing else.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

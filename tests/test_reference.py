@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from storm_kernels import Direction, TokenGrid, TokenReduction, reference
 
 from . import loops
-from .parity import Draw, conv_cases, fuzz_cases, reduce_cases, scan_cases
+from .parity_cases import Draw
+from .parity_random import conv_cases, fuzz_cases, reduce_cases, scan_cases
 
 QUICK = settings(max_examples=fuzz_cases(60), deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 torch_normal = Draw(7).normal

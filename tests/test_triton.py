@@ -19,7 +19,8 @@ from storm_kernels.triton.launch import recorded  # noqa: E402
 from storm_kernels.triton.scan import INTERVAL  # noqa: E402
 from tools import kernel_mix  # noqa: E402
 
-from .parity import ConvCase, ScanCase, check, simplest  # noqa: E402
+from .parity import check  # noqa: E402
+from .parity_cases import ConvCase, ScanCase, simplest  # noqa: E402
 
 compiled = pytest.mark.skipif(backend.INTERPRETED, reason="TRITON_INTERPRET=1 is set: there are no compiled kernels in this process")
 interpreted = pytest.mark.skipif(not backend.INTERPRETED, reason="needs TRITON_INTERPRET=1, which `make test` sets in a process of its own")
