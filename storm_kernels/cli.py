@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
@@ -15,7 +16,7 @@ from . import __version__, dispatch, verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 1 when `verify` finds a result out of bounds."""
+    """Run the command line; returns the exit code: 0, or 1 when `verify` finds a result out of bounds or nobody reads the output to its end."""
     parser = argparse.ArgumentParser(prog="storm-kernels", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -23,7 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     info.add_argument("--json", action="store_true", help="as JSON")
     commands.add_parser("verify", help="compare every available backend with the float64 reference, in under 30 s")
     options = parser.parse_args(arguments)
-    return _info(options.json) if options.command == "info" else _verify()
+    try:
+        code = _info(options.json) if options.command == "info" else _verify()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone, as `head` does: what is left in the buffer goes nowhere, so that the interpreter's own flush at exit is silent too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
 
 
 def describe() -> dict:

@@ -1,6 +1,8 @@
 """storm-kernels info and verify."""
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -73,3 +75,11 @@ def test_command_line_errors(capsys):
             cli.main(arguments)
         assert stopped.value.code == 2
     assert "no-such-command" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_traceback():
+    """As in `storm-kernels info | head -1`; the reader is gone before the first line, so that the result does not depend on who is faster."""
+    child = subprocess.Popen([sys.executable, "-m", "storm_kernels.cli", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child.stdout.close()
+    errors = child.stderr.read()
+    assert (child.wait(), errors) == (1, "")
