@@ -7,9 +7,9 @@ runs on what survives; frames that sampling drops get no gate.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .linear import linear, project
 from .ops import bidirectional_causal_conv1d, bidirectional_selective_scan, causal_conv1d, reduce_tokens, selective_scan
 from .profiling import stage
 from .reference import Direction, ReferenceMixer, ReferenceTemporalProjector
@@ -23,6 +23,8 @@ for _kind in (TokenGrid, TokenReduction):
 class BiMambaMixer(ReferenceMixer):
     """:class:`storm_kernels.reference.ReferenceMixer` on the kernels: same arguments, parameters and results."""
 
+    _project = staticmethod(project)
+
     def forward(self, x: Tensor, grid: TokenGrid | None = None, reduction: TokenReduction | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """x (batch, L, D) -> (batch, L', D) in x's dtype; with a reduction, ``grid`` says where the tokens sit."""
         if reduction is not None and reduction.is_identity:
@@ -35,17 +37,17 @@ class BiMambaMixer(ReferenceMixer):
         with stage("scan"):
             y = self._fused_scan(directions, z, cu_seqlens, grid, reduction)
         with stage("out_proj"):
-            return self.out_proj(y)
+            return self._project(y, self.out_proj)
 
     def _in_proj(self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction | None) -> tuple[Tensor, Tensor]:
         """The scan's input for every token, the gate for the surviving frames' tokens only."""
         if reduction is None or reduction.temporal_stride == 1:
-            return self.in_proj(x).chunk(2, dim=-1)
+            return self._project(x, self.in_proj).chunk(2, dim=-1)
         kept = kept_tokens(x, grid, reduction)
         half = self.d_inner
         weight, bias = self.in_proj.weight, self.in_proj.bias
-        inner = F.linear(x, weight[:half], None if bias is None else bias[:half])
-        return inner, F.linear(kept, weight[half:], None if bias is None else bias[half:])
+        inner = linear(x, weight[:half], None if bias is None else bias[:half])
+        return inner, linear(kept, weight[half:], None if bias is None else bias[half:])
 
     def _conv(self, x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
         options = {"activation": "silu", "cu_seqlens": cu_seqlens}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, reference
+from ..linear import linear
 from .layout import accumulate, check_scan_layout, scan_operands, token_major
 from .mixer import Mamba
 from .norms import RMSNorm, layer_norm_fn, rms_norm_fn
@@ -100,7 +101,7 @@ def mamba_inner_fn(
     )  # fmt: skip
     delta, B, C = operands
     y = ops.selective_scan(u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus)
-    return F.linear(y, out_proj_weight, out_proj_bias)
+    return linear(y, out_proj_weight, out_proj_bias)
 
 
 def inner_operands(
@@ -127,9 +128,9 @@ def inner_operands(
     rank = delta_proj_weight.shape[1]
     x, z = xz.transpose(1, 2).chunk(2, dim=-1)
     u = ops.causal_conv1d(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
-    projected = F.linear(u, x_proj_weight)
+    projected = linear(u, x_proj_weight)
     dt_raw, own_B, own_C = projected.split([rank, states, states], dim=-1)
-    delta = F.linear(dt_raw, delta_proj_weight)
+    delta = linear(dt_raw, delta_proj_weight)
     B = _given_or_projected(B, own_B, B_proj_bias)
     C = _given_or_projected(C, own_C, C_proj_bias)
     B, C = scan_operands(B, C, batch, channels, length)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..linear import project
 from ..reference import Direction, ReferenceMixer
 
 BIDIRECTIONAL_TYPES = ("none", "v1", "v2")
@@ -53,7 +54,7 @@ class MambaForward(nn.Module):
             if inference_params.seqlen_offset > 0:
                 return self.step(hidden_states, conv_state, ssm_state)[0]
             return self._out(self._prefill(hidden_states, conv_state, ssm_state))
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x, z = project(hidden_states, self.in_proj).chunk(2, dim=-1)
         y = self._scan_all(x, z, kind)
         if getattr(self, "if_divide_out", False) or getattr(self, "if_devide_out", False):
             y = y / 2 if kind == "v2" else y
@@ -74,16 +75,16 @@ class MambaForward(nn.Module):
         return ops.bidirectional_selective_scan(forward, backward, z=z, delta_softplus=True)
 
     def _operands(self, u: Tensor, x_proj: nn.Module, dt_proj: nn.Module, A_log: Tensor, D: Tensor) -> Direction:
-        dt_raw, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return Direction(u, F.linear(dt_raw, dt_proj.weight), _decay(A_log), B, C, D, dt_proj.bias)
+        dt_raw, B, C = project(u, x_proj).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return Direction(u, project(dt_raw, dt_proj, bias=False), _decay(A_log), B, C, D, dt_proj.bias)
 
     def _out(self, y: Tensor) -> Tensor:
-        out = self.out_proj(y)
+        out = project(y, self.out_proj)
         return out * self.gamma if hasattr(self, "gamma") else out
 
     def _prefill(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         """Gated y (b, l, d); the states after the last token are written to ``conv_state`` (b, d, w) and ``ssm_state`` (b, d, n)."""
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x, z = project(hidden_states, self.in_proj).chunk(2, dim=-1)
         # A negative pad crops: the last w inputs, with zeros before a shorter sequence.
         conv_state.copy_(F.pad(x.transpose(1, 2), (self.d_conv - x.shape[1], 0)))
         u = ops.causal_conv1d(x, *_filter(self.conv1d), activation="silu")
@@ -96,7 +97,7 @@ class MambaForward(nn.Module):
         """One token: hidden_states (b, 1, d_model) -> (the same shape, conv_state, ssm_state), both states updated in place."""
         if hidden_states.shape[1] != 1:
             raise ValueError(f"step takes one token at a time: hidden_states must be (batch, 1, d_model), got shape {tuple(hidden_states.shape)}")
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x, z = project(hidden_states, self.in_proj).chunk(2, dim=-1)
         history = conv_state[..., 1:].to(x.dtype, copy=True)
         conv_state.copy_(torch.cat([conv_state[..., 1:], x.transpose(1, 2).to(conv_state.dtype)], -1))
         u = ops.causal_conv1d(x, *_filter(self.conv1d), activation="silu", initial_state=history)

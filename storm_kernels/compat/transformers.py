@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..linear import project
 
 
 def mixer_forward(mixer: nn.Module, hidden_states: Tensor, cache, attention_mask: Tensor | None, cache_position: Tensor | None = None) -> Tensor:
@@ -29,7 +30,7 @@ def mixer_forward(mixer: nn.Module, hidden_states: Tensor, cache, attention_mask
     mask = None if attention_mask is None else attention_mask.unsqueeze(-1)
     if not old:
         hidden_states = _masked(hidden_states, mask)
-    x, z = mixer.in_proj(hidden_states).chunk(2, dim=-1)
+    x, z = project(hidden_states, mixer.in_proj).chunk(2, dim=-1)
     if old:
         x = _masked(x, mask)
     past = None if cache is None else _past(mixer, cache, x.shape[1], old, cache_position)
@@ -46,7 +47,7 @@ def mixer_forward(mixer: nn.Module, hidden_states: Tensor, cache, attention_mask
     if past is not None:
         y, state = y
         past.keep_state(state)
-    return mixer.out_proj(y.to(dtype))
+    return project(y.to(dtype), mixer.out_proj)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -56,17 +57,17 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 def _operands(mixer: nn.Module, u: Tensor, old: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """delta (b, l, d), its bias or None, B and C (b, l, n)."""
     sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
-    dt_raw, B, C = mixer.x_proj(u).split(sizes, dim=-1)
+    dt_raw, B, C = project(u, mixer.x_proj).split(sizes, dim=-1)
     if hasattr(mixer, "dt_layernorm"):  # Jamba, and FalconMamba from 5.16
         dt_raw, B, C = mixer.dt_layernorm(dt_raw), mixer.b_layernorm(B), mixer.c_layernorm(C)
     elif hasattr(mixer, "rms_eps"):  # FalconMamba before: norms without weights
         dt_raw, B, C = (F.rms_norm(t.float(), t.shape[-1:], eps=mixer.rms_eps).to(t.dtype) for t in (dt_raw, B, C))
     dt_proj = mixer.dt_proj
     if old:
-        return dt_proj(dt_raw), None, B, C
+        return project(dt_raw, dt_proj), None, B, C
     if hasattr(mixer.config, "_is_quantized"):  # the weight is packed: only the module can multiply with it
         return dt_proj(dt_raw) - dt_proj.bias, dt_proj.bias, B, C
-    return F.linear(dt_raw, dt_proj.weight), dt_proj.bias, B, C
+    return project(dt_raw, dt_proj, bias=False), dt_proj.bias, B, C
 
 
 def _past(mixer: nn.Module, cache, length: int, old: bool, cache_position: Tensor | None) -> _Past:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-
 from .. import ops
+from ..linear import linear
 from ..reference import Direction
 from .mamba_ssm import inner_operands
 
@@ -38,7 +37,7 @@ def bimamba_inner_fn(
     )  # fmt: skip
     forward = Direction(u, delta, A, B, C, D, delta_bias)
     y = ops.bidirectional_selective_scan(forward, forward._replace(A=A_b), z=z, delta_softplus=delta_softplus)
-    return F.linear(y, out_proj_weight, out_proj_bias)
+    return linear(y, out_proj_weight, out_proj_bias)
 
 
 def mamba_inner_fn_no_out_proj(

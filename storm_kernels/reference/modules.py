@@ -73,7 +73,7 @@ class ReferenceMixer(nn.Module):
     def forward(self, x: Tensor, grid: TokenGrid | None = None, reduction: TokenReduction | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """x (batch, L, D) -> (batch, L', D) in x's dtype; with a reduction, ``grid`` says where the tokens sit."""
         with stage("in_proj"):
-            x, z = self.in_proj(x).chunk(2, dim=-1)
+            x, z = self._project(x, self.in_proj).chunk(2, dim=-1)
         directions = []
         for suffix in self.suffixes:
             conv = getattr(self, f"conv1d{suffix}")
@@ -83,7 +83,7 @@ class ReferenceMixer(nn.Module):
         with stage("scan"):
             y = self._scan(directions, z, cu_seqlens)
         with stage("out_proj"):
-            out = self.out_proj(y)
+            out = self._project(y, self.out_proj)
         return out if reduction is None else reduce_tokens(out, grid, reduction)
 
     def _scan(self, directions: list[Direction], z: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -97,12 +97,17 @@ class ReferenceMixer(nn.Module):
         """The scan's operands from the convolved input u (batch, L, E)."""
         dt_proj = getattr(self, f"dt_proj{suffix}")
         with stage("x_proj"):
-            projected = getattr(self, f"x_proj{suffix}")(u)
+            projected = self._project(u, getattr(self, f"x_proj{suffix}"))
             dt_raw, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         with stage("dt_proj"):
-            delta = F.linear(dt_raw, dt_proj.weight)
+            delta = self._project(dt_raw, dt_proj, bias=False)
         A = -torch.exp(self.A_b_log if suffix else self.A_log)
         return Direction(u, delta, A, B, C, getattr(self, f"D{suffix}"), dt_proj.bias)
+
+    @staticmethod
+    def _project(x: Tensor, projection: nn.Module, bias: bool = True) -> Tensor:
+        """``projection(x)``, or without its bias; what a subclass may compute in its own way."""
+        return projection(x) if bias else F.linear(x, projection.weight)
 
     def _float32_parameters(self) -> list[nn.Parameter]:
         per_direction = [(self.A_b_log if s else self.A_log, getattr(self, f"D{s}"), getattr(self, f"dt_proj{s}").bias) for s in self.suffixes]
@@ -179,7 +184,7 @@ class ReferenceTemporalProjector(nn.Module):
         with stage("downsample"):
             blocks = downsample(features)
             grid = TokenGrid(*blocks.shape[1:4])
-            return self.proj(blocks).flatten(1, 3), grid
+            return self.mixer_class._project(blocks, self.proj).flatten(1, 3), grid
 
     def mix(self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction, cu_seqlens: Tensor | None) -> Tensor:
         """The layers and the reduction: (batch, L, D) -> (batch, L', D); packed videos (``cu_seqlens``) are not reduced."""

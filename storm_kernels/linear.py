@@ -1,0 +1,70 @@
+"""The projections' matrix products: PyTorch's, but through float32 where PyTorch has no half-precision kernel for this CPU.
+
+Without AVX-512 or Arm's bfloat16 instructions (float16: AVX512-FP16) PyTorch multiplies half-precision matrices in a plain loop, ten times slower
+than float32. Products of halves are exact in float32 and sums are kept in float32 either way, so the results are as exact.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# From here on the product outweighs widening the weight (measured on AVX2: equal between 8 and 16 rows).
+_LEAST_ROWS = 16
+
+
+def _without_kernels() -> frozenset[torch.dtype]:
+    """Half precisions that PyTorch's CPU matrix products have no kernel for."""
+    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return frozenset(dtype for dtype, name in supported.items() if not getattr(torch.ops.mkldnn, name, bool)())
+
+
+_SLOW = _without_kernels()
+
+
+def project(x: Tensor, projection: nn.Module, bias: bool = True) -> Tensor:
+    """``projection(x)``, or without its bias; a module that is more than a plain ``nn.Linear`` (hooks, adapters, a packed weight) runs as it is."""
+    if not bias:
+        return linear(x, projection.weight)
+    return linear(x, projection.weight, projection.bias) if _is_plain(projection) else projection(x)
+
+
+def _is_plain(projection: nn.Module) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return type(projection) is nn.Linear and type(projection.weight) is nn.Parameter and not any(getattr(projection, name) for name in hooks)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``: x (..., in), weight (out, in), bias (out,) -> (..., out) in x's dtype, or in autocast's where that is on."""
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    alike = autocast or all(t.dtype == dtype for t in operands)
+    if dtype not in _SLOW or not alike or x.dtype == torch.float64 or x.numel() < _LEAST_ROWS * x.shape[-1]:
+        return F.linear(x, weight, bias)
+    return _Float32Linear.apply(*(t.to(dtype) for t in operands))
+
+
+class _Float32Linear(torch.autograd.Function):
+    """Keeps the halves for the backward pass, not their float32 copies."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wanted = (*ctx.needs_input_grad, False)
+        with torch.autocast("cpu", enabled=False):
+            grad_out = grad_out.float()
+            rows = grad_out.flatten(0, -2)
+            grad_x = (grad_out @ weight.float()).to(x.dtype) if wanted[0] else None
+            grad_weight = (rows.mT @ x.float().flatten(0, -2)).to(x.dtype) if wanted[1] else None
+            grad_bias = rows.sum(0).to(x.dtype) if wanted[2] else None
+        return (grad_x, grad_weight, grad_bias)[: len(ctx.needs_input_grad)]
