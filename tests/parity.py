@@ -23,7 +23,7 @@ NEIGHBOURS = 16
 FEW = 128  # numbers in a group under which only its largest error is judged: an rms of few, or of correlated, numbers varies by more than the bound
 
 
-class _Operations:
+class Operations:
     """The public functions with one backend."""
 
     def __init__(self, backend: str):
@@ -38,37 +38,37 @@ def check(case, backend: str, *, device: str = "cpu", gradients: bool = True) ->
     """Raise AssertionError, naming the case and the result, unless ``backend`` keeps the bound."""
     operands = case.operands()
     laid_out = {name: lay_out(value.to(device), case.layout_of(name)) for name, value in operands.items()}
-    got = _evaluate(case, _Operations(backend), laid_out, gradients)
+    got = evaluate(case, Operations(backend), laid_out, gradients)
     got = {name: value.cpu() for name, value in got.items()}
-    truth = _truth(case, operands, gradients)
-    yardsticks = [_errors(case, operands, truth, got, gradients)]
+    truth = find_truth(case, operands, gradients)
+    yardsticks = [reference_errors(case, operands, truth, got, gradients)]
     for name, value in got.items():
         assert value.shape == truth[name].shape, f"{case}: {name} has shape {tuple(value.shape)}, expected {tuple(truth[name].shape)}"
         expected = operands[name[5:]].dtype if name.startswith("grad_") else value.dtype
         assert value.dtype == expected, f"{case}: {name} has dtype {value.dtype}"
         assert torch.isfinite(value).all(), f"{case}: {name} is not finite"
         ratio = 1.5 if name.startswith("grad_") else 1.25
-        failed = exceeds(value, truth[name], [one[name] for one in yardsticks], ratio)
+        error = (value.double() - truth[name]).abs()
+        failed = exceeds(error, truth[name], [one[name] for one in yardsticks], ratio, value.dtype)
         while failed and len(yardsticks) <= NEIGHBOURS:
-            near = _neighbour(case, operands, len(yardsticks))
-            yardsticks.append(_errors(case, near, _truth(case, near, gradients), got, gradients))
-            failed = exceeds(value, truth[name], [one[name] for one in yardsticks], ratio)
+            near = neighbour(case, operands, len(yardsticks))
+            yardsticks.append(reference_errors(case, near, find_truth(case, near, gradients), got, gradients))
+            failed = exceeds(error, truth[name], [one[name] for one in yardsticks], ratio, value.dtype)
         assert not failed, f"{case} on {backend}: {name}: {failed}"
 
 
-def exceeds(value: Tensor, truth: Tensor, yardsticks: list[Tensor], ratio: float) -> str | None:
-    """The first group whose error is over the bound that the reference's errors ``yardsticks`` set, or None."""
-    if value.numel() == 0:
+def exceeds(error: Tensor, truth: Tensor, yardsticks: list[Tensor], ratio: float, dtype: torch.dtype, few: int = FEW) -> str | None:
+    """The first group of a result in ``dtype`` whose ``error`` is over the bound that the reference's errors ``yardsticks`` set, or None."""
+    if error.numel() == 0:
         return None
-    ulp, tiny = torch.finfo(value.dtype).eps, torch.finfo(value.dtype).tiny
-    error = (value.double() - truth).abs()
+    ulp, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
     for kind, grouped in _groupings(truth.dim()):
         size, e = grouped(truth.abs()), grouped(error)
         bound = 2 * torch.stack([grouped(y).amax(-1) for y in yardsticks]).amax(0) + 2 * ulp * size.amax(-1) + tiny
         worst = (e.amax(-1) / bound).max()
         if worst > 1:
             return f"largest error over a {kind} is {worst:.3g} of its bound"
-        if e.shape[-1] < FEW:
+        if e.shape[-1] < few:
             continue
         rms = torch.stack([grouped(y).square().mean(-1).sqrt() for y in yardsticks]).amax(0)
         # Half an ulp of the group's size is the rounding of the result alone.
@@ -95,7 +95,7 @@ def _chunks(t: Tensor) -> Tensor:
     return padded.unflatten(1, (-1, CHUNK)).flatten(0, 1).flatten(1)
 
 
-def _evaluate(case, room, operands: dict[str, Tensor], gradients: bool) -> dict[str, Tensor]:
+def evaluate(case, room, operands: dict[str, Tensor], gradients: bool) -> dict[str, Tensor]:
     leaves = {name: value.detach().requires_grad_(gradients) for name, value in operands.items()}
     results = case.call(room, leaves)
     if not gradients:
@@ -112,17 +112,17 @@ def _evaluate(case, room, operands: dict[str, Tensor], gradients: bool) -> dict[
     return {name: value.detach() for name, value in results.items()} | {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
-def _truth(case, operands: dict[str, Tensor], gradients: bool) -> dict[str, Tensor]:
-    return _evaluate(case, reference, {name: value.double() for name, value in operands.items()}, gradients)
+def find_truth(case, operands: dict[str, Tensor], gradients: bool) -> dict[str, Tensor]:
+    return evaluate(case, reference, {name: value.double() for name, value in operands.items()}, gradients)
 
 
-def _errors(case, operands: dict[str, Tensor], truth: dict[str, Tensor], like: dict[str, Tensor], gradients: bool) -> dict[str, Tensor]:
+def reference_errors(case, operands: dict[str, Tensor], truth: dict[str, Tensor], like: dict[str, Tensor], gradients: bool) -> dict[str, Tensor]:
     """How far the reference on these operands, rounded to the dtypes of ``like``, is from their truth."""
-    plain = _evaluate(case, reference, operands, gradients)
+    plain = evaluate(case, reference, operands, gradients)
     return {name: (value.to(like[name].dtype).double() - truth[name]).abs() for name, value in plain.items()}
 
 
-def _neighbour(case, operands: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+def neighbour(case, operands: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     """The operands, each value a few per cent away; still constant along an axis that is broadcast."""
     draw = Draw(seed)
     moved = {}
