@@ -93,6 +93,18 @@ def test_elementary_functions_at_the_ends(isa):
         torch.testing.assert_close(elementary(isa, number, x), torch.tensor(expected, dtype=torch.float32), equal_nan=True)
 
 
+@built
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_number_formats_round_as_torch_does(dtype):
+    """Every number of the format, times some factors, through a convolution of one tap: subnormals, ties, overflow, infinities and NaN."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    factors = torch.tensor([1.0, 1 + 2**-9, 1 + 2**-12, 1 / 3, 2.0, 2**-10, 3e38, 1.0])
+    factors.view(torch.int32)[-1] = 0x7FFFFFFF  # a NaN that would become -0 if it were rounded like a number
+    out = sk.causal_conv1d(every[None, :, None].expand(1, -1, len(factors)), factors[:, None], backend="cpu")
+    expected = (every.float()[None, :, None] * factors).to(dtype)
+    assert torch.equal(out.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+
+
 # --- variants -------------------------------------------------------------------------------------------------------------------------------------
 
 SCANS = [
@@ -154,22 +166,21 @@ def threads():
 
 @built
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bitwise_the_same_on_any_number_of_threads(threads, dtype):
-    pair = (scan_inputs(2, 150, 70, dtype=dtype), scan_inputs(2, 150, 70, dtype=dtype, reverse=True, seed=1))
-    z = torch.randn(2, 150, 70, generator=torch.Generator().manual_seed(2)).to(dtype)
+def test_bitwise_the_same_over_1000_reruns_and_any_number_of_threads(threads, dtype):
+    pair = (scan_inputs(2, 70, 40, dtype=dtype), scan_inputs(2, 70, 40, dtype=dtype, reverse=True, seed=1))
+    z = torch.randn(2, 70, 40, generator=torch.Generator().manual_seed(2)).to(dtype)
     filters = tuple(ConvFilter(pair[0].A[:, :4].contiguous(), pair[0].D, reverse) for reverse in (False, True))
-    found = []
-    for count in (1, 2, 3, 2, 1):
-        threads(count)
+    first = None
+    for rerun in range(1000):
+        threads(1 + rerun % 3)
         results = forward_and_backward(pair, z)
         grads = tuple(torch.ones_like(z) for _ in filters)
         needs = frozenset({"x", "weight", "bias"})
         grad_x, parameters, _ = cpu.conv_backward(grads, z, filters, silu=True, initial_state=None, cu_seqlens=None, needs=needs)
-        found.append(
-            [*results, *cpu.conv(z, filters, silu=True, initial_state=None, cu_seqlens=None), grad_x, *(t for one in parameters for t in one)]
-        )
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+        out = cpu.conv(z, filters, silu=True, initial_state=None, cu_seqlens=None)
+        found = [*results, *out, grad_x, *(t for one in parameters for t in one)]
+        first = first or found
+        assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
 
 
 @built
@@ -180,6 +191,23 @@ def test_bitwise_the_same_alone_and_in_a_batch():
         one = ScanInputs(*(t[i : i + 1] if t.dim() > 2 else t for t in whole[:7]), False)
         result = cpu.scan((one,), z[i : i + 1], save_checkpoints=False, **options())
         assert torch.equal(result.out, out[i : i + 1])
+
+
+# --- long sequences -------------------------------------------------------------------------------------------------------------------------------
+
+
+@built
+def test_long_sums_lose_nothing():
+    """Parameters' gradients over 200,000 tokens, of one sign, so that every rounding of a plain sum would add up: within two ulp."""
+    u = torch.rand(1, 200_000, 8, generator=torch.Generator().manual_seed(0))
+    D, bias, weight = (torch.zeros(shape, requires_grad=True) for shape in (8, 8, (8, 1)))
+    # exp(delta A) is zero: y = (delta + bias + D) u, and each of these gradients is the sum of u
+    A, delta, B = torch.full((8, 1), -2.0), torch.full_like(u, 60.0), torch.ones(1, u.shape[1], 1)
+    scanned = sk.selective_scan(u, delta, A, B, B, D, delta_bias=bias, backend="cpu")
+    gradients = torch.autograd.grad(scanned.sum() + sk.causal_conv1d(u, weight, backend="cpu").sum(), [D, bias, weight])
+    truth = u.double().sum((0, 1))
+    for got in gradients:
+        assert ((got.flatten() - truth).abs() <= 2 * torch.finfo(torch.float32).eps * truth).all()
 
 
 # --- values and shapes at the edges ---------------------------------------------------------------------------------------------------------------
