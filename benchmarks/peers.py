@@ -8,34 +8,62 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from storm_kernels import reference
 
 Operands = dict[str, Tensor]
 
+# Tokens in a graph of the compiled reference. It has a node for each token and operation: whole sequences would be compiled for hours.
+COMPILED_TOKENS = 32
 
-def peers(operands: Operands) -> tuple[dict[str, Callable[..., Tensor]], list[str]]:
-    """name -> a function of ``operands`` by keyword, giving (batch, L, E), and, in words, which peers are absent.
 
-    Those whose name begins with "transformers" or "mamba-ssm" are differentiable; the others run forward only, on a CPU, in float32.
-    """
-    found: dict[str, Callable[..., Tensor]] = {}
+@dataclass(frozen=True)
+class Contender:
+    """``call(**inputs)`` gives (batch, L', E); it is differentiable to all of ``inputs`` unless it runs ``forward_only``."""
+
+    call: Callable[..., Tensor]
+    inputs: Operands
+    forward_only: bool = False
+
+
+def peers(given: Operands, loops: bool) -> tuple[dict[str, Contender], list[str]]:
+    """name -> one direction's scan of ``given`` with its gate, and, in words, which peers are absent. ``loops``: those that loop over tokens, too."""
+    found: dict[str, Contender] = {}
     absent: list[str] = []
-    on_cpu = operands["u"].device.type == "cpu"
-    if _installed("transformers", absent):
-        found["transformers"] = _transformers()
-        if operands["u"].dtype != torch.float32:
+    on_cpu, in_float32 = given["u"].device.type == "cpu", given["u"].dtype == torch.float32
+    if loops and not on_cpu:
+        found["torch.compile"] = compiled_reference(given)
+    if loops and _installed("transformers", absent):
+        found["transformers"] = _transformers(given)
+        if not in_float32:
             absent.append("peer transformers, mambapy: its products mix dtypes, float32 only: left out")
         elif _installed("mambapy", absent):
-            found["transformers, mambapy"] = _transformers(use_mambapy=True)
-    if not on_cpu and _installed("mamba_ssm", absent):
-        found["mamba-ssm"] = _mamba_ssm()
-    if on_cpu and operands["u"].dtype == torch.float32:
+            found["transformers, mambapy"] = _transformers(given, use_mambapy=True)
+    selective_scan_fn = _selective_scan_fn(given, absent)
+    if selective_scan_fn:
+        found["mamba-ssm"] = mamba_ssm(given, selective_scan_fn)
+    if loops and on_cpu and in_float32:
         if _installed("jax", absent):
-            found["jax.lax.scan"] = _jax(operands)
+            found["jax.lax.scan"] = Contender(_jax(given), {}, forward_only=True)
         if _installed("numba", absent):
-            found["numba"] = _numba(operands)
+            found["numba"] = Contender(_numba(given), {}, forward_only=True)
+    return found, absent
+
+
+def bidirectional_peers(given: Operands, loops: bool, reduce: Callable[[Tensor], Tensor]) -> tuple[dict[str, Contender], list[str]]:
+    """As `peers`, of both directions with the same operands, gated, and ``reduce``d from (batch, L, E) to (batch, L', E)."""
+    found: dict[str, Contender] = {}
+    absent: list[str] = []
+    if loops and given["u"].device.type != "cpu":
+        found["torch.compile"] = compiled_reference(given, both=True, reduce=reduce)
+    selective_scan_fn = _selective_scan_fn(given, absent)
+    if selective_scan_fn:
+        found["mamba-ssm as in Vim"] = mamba_ssm_as_in_vim(given, selective_scan_fn, reduce)
     return found, absent
 
 
@@ -46,27 +74,87 @@ def _installed(package: str, absent: list[str]) -> bool:
     return there
 
 
-def _transformers(**options: bool) -> Callable[..., Tensor]:
+def _selective_scan_fn(given: Operands, absent: list[str]) -> Callable | None:
+    """mamba-ssm's CUDA scan, or None with the reason."""
+    if given["u"].device.type == "cpu":
+        absent.append("peer mamba-ssm runs on a GPU only: left out")
+    elif importlib.util.find_spec("mamba_ssm") is None:
+        absent.append("peer mamba-ssm is not installed: left out; `make gpu-peers` builds it for this GPU")
+    else:
+        try:
+            from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+        except ImportError as error:
+            absent.append(f"peer mamba-ssm is installed but cannot be imported ({error}): left out; `make gpu-peers` builds it for this GPU")
+        else:
+            return selective_scan_fn
+    return None
+
+
+def compiled_reference(given: Operands, both: bool = False, reduce: Callable[[Tensor], Tensor] = lambda out: out) -> Contender:
+    """The reference under torch.compile, COMPILED_TOKENS tokens at a time, the state handed on."""
+    scan = torch.compile(reference.selective_scan, dynamic=False)
+    finish = torch.compile(lambda y, z: reduce(y * F.silu(z)), dynamic=False)
+
+    def one_way(reverse: bool, u, delta, A, B, C, D, delta_bias):
+        learns = torch.is_grad_enabled() and u.requires_grad  # so that the first tile needs no graph of its own
+        state = torch.zeros(u.shape[0], *A.shape, device=u.device, requires_grad=learns)
+        starts = list(range(0, u.shape[1], COMPILED_TOKENS))
+        outs = {}
+        for start in reversed(starts) if reverse else starts:
+            tile = slice(start, start + COMPILED_TOKENS)
+            outs[start], state = scan(
+                u[:, tile], delta[:, tile], A, B[:, tile], C[:, tile], D, None, delta_bias,
+                delta_softplus=True, reverse=reverse, initial_state=state, return_final_state=True,
+            )  # fmt: skip
+        return torch.cat([outs[start] for start in starts], 1)
+
+    def run(z, **operands):
+        y = one_way(False, **operands)
+        return finish(y + one_way(True, **operands) if both else y, z)
+
+    return Contender(run, given)
+
+
+def _transformers(given: Operands, **options: bool) -> Contender:
     """The path that Mamba models of transformers take where no kernel is found: a loop over tokens, or mambapy's parallel scan."""
     from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
     plain = getattr(mamba_selective_scan, "__wrapped__", mamba_selective_scan)
 
     def run(u, delta, A, B, C, D, z, delta_bias):
-        u, delta, B, C, z = (t.transpose(1, 2) for t in (u, delta, B, C, z))
         return plain(u, delta, A, B, C, D, z, delta_bias, delta_softplus=True, **options).transpose(1, 2)
 
-    return run
+    return Contender(run, _channels_first(given))
 
 
-def _mamba_ssm() -> Callable[..., Tensor]:
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+def mamba_ssm(given: Operands, selective_scan_fn: Callable[..., Tensor]) -> Contender:
+    """mamba-ssm's ``selective_scan_fn``, whose layout is (batch, E, L)."""
 
     def run(u, delta, A, B, C, D, z, delta_bias):
-        u, delta, B, C, z = (t.transpose(1, 2) for t in (u, delta, B, C, z))
         return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus=True).transpose(1, 2)
 
-    return run
+    return Contender(run, _channels_first(given))
+
+
+def mamba_ssm_as_in_vim(given: Operands, selective_scan_fn: Callable[..., Tensor], reduce: Callable[[Tensor], Tensor]) -> Contender:
+    """Both directions as Vim has them from mamba-ssm: x and z flipped, scanned and gated apart, the second flipped back, added.
+
+    Vim computes the second direction's delta, B and C from the flipped x: they are flipped outside of what is timed.
+    """
+    first = _channels_first(given)
+    flipped = {f"{name}_b": first[name].flip(-1) for name in ("delta", "B", "C")}
+
+    def run(u, delta, A, B, C, D, z, delta_bias, delta_b, B_b, C_b):
+        forward = selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus=True)
+        backward = selective_scan_fn(u.flip(-1), delta_b, A, B_b, C_b, D, z.flip(-1), delta_bias, delta_softplus=True)
+        return reduce((forward + backward.flip(-1)).transpose(1, 2))
+
+    return Contender(run, first | flipped)
+
+
+def _channels_first(given: Operands) -> Operands:
+    """(batch, L, E or S) -> (batch, E or S, L), in memory too; the rest as it is."""
+    return {name: t.transpose(1, 2).contiguous() if t.dim() == 3 else t for name, t in given.items()}
 
 
 def _jax(operands: Operands) -> Callable[..., Tensor]:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.scan --lengths 512,2048,8192 --dtypes float32,bfloat16 --modes forward,both --out benchmarks/results/scan.json
 
-Two ops: "scan", one direction with gate, D, bias and softplus, with peers; "bidirectional_scan", both directions in one call, whole and reduced.
+Two ops: "scan", one direction with gate, D, bias and softplus; "bidirectional_scan", both directions in one call, whole and reduced. Each with peers.
 The limit on a CPU is a loop of nothing but exp2 and the two multiply-adds, in registers; elsewhere torch.exp2 and torch.addcmul over as many
 elements.
 An item is one (channel, token, state) of one direction.
@@ -24,7 +24,7 @@ import storm_kernels
 from storm_kernels import Direction, TokenGrid, TokenReduction, reference
 
 from . import harness, subject
-from .peers import peers
+from .peers import Contender, bidirectional_peers, peers
 from .subject import Measurement
 
 # Channels are independent of each other, so the check runs in float64 over the full length on this many of them.
@@ -39,7 +39,9 @@ def main(
     states: Annotated[str, typer.Option(help="States S.")] = "16",
     dtypes: Annotated[str, typer.Option(help=", ".join(subject.DTYPES))] = "float32,bfloat16",
     modes: Annotated[str, typer.Option(help=", ".join(subject.MODES))] = "forward,both",
-    peer_length: Annotated[str, typer.Option(help="Longer sequences are timed without the reference and the peers.")] = "2048",
+    peer_length: Annotated[
+        str, typer.Option(help="Longer sequences are timed without what loops over tokens: the reference and most peers.")
+    ] = "2048",
     device: Annotated[str | None, typer.Option(help="cpu, cuda; without it, a GPU if there is one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Append rows to this file.")] = None,
 ) -> None:
@@ -71,18 +73,18 @@ def operands(length: int, channels: int, states: int, dtype: torch.dtype, device
     return {name: t.to(device, dtype) for name, t in activations.items()} | {name: t.to(device) for name, t in parameters.items()}
 
 
-def measurements(length: int, channels: int, states: int, dtype: torch.dtype, device: str, modes: list[str], with_peers: bool) -> list[Measurement]:
+def measurements(length: int, channels: int, states: int, dtype: torch.dtype, device: str, modes: list[str], loops: bool) -> list[Measurement]:
     """The checked measurements of one shape: one direction in each mode, then both directions, whole and reduced, in each mode."""
     given = operands(length, channels, states, dtype, device)
     shape = f"batch=1 tokens={length} channels={channels} states={states}"
-    made = _one_direction(given, shape, dtype, device, modes, with_peers)
+    made = _one_direction(given, shape, dtype, device, modes, loops)
     grid = TokenGrid(-(-length // TOKENS_PER_FRAME), 1, TOKENS_PER_FRAME)
     for reduction in (None, REDUCTION) if grid.tokens == length else (None,):
-        made += _both_directions(given, shape, dtype, device, modes, with_peers, grid, reduction)
+        made += _both_directions(given, shape, dtype, device, modes, loops, grid, reduction)
     return made
 
 
-def _one_direction(given: dict, shape: str, dtype: torch.dtype, device: str, modes: list[str], with_peers: bool) -> list[Measurement]:
+def _one_direction(given: dict, shape: str, dtype: torch.dtype, device: str, modes: list[str], loops: bool) -> list[Measurement]:
     def ours(backend: str) -> Callable[..., Tensor]:
         return lambda **x: storm_kernels.selective_scan(**x, delta_softplus=True, backend=backend)
 
@@ -90,13 +92,10 @@ def _one_direction(given: dict, shape: str, dtype: torch.dtype, device: str, mod
         return reference.selective_scan(**x, delta_softplus=True)
 
     functions = {backend: ours(backend) for backend in subject.usable("scan", device, dtype)}
-    rivals, notes = peers(given) if with_peers else ({}, ["without the reference and peers at this length"])
-    checked = _check("scan", functions, rivals, plain, given)
-    functions |= rivals | ({"torch": plain} if with_peers else {})
-    return _in_modes("scan", functions, given, checked, shape, dtype, device, modes, notes, directions=1)
+    return _in_modes("scan", functions, plain, *peers(given, loops), given, shape, dtype, device, modes, loops, directions=1)
 
 
-def _both_directions(given, shape, dtype, device, modes, with_peers, grid: TokenGrid, reduction: TokenReduction | None) -> list[Measurement]:
+def _both_directions(given, shape, dtype, device, modes, loops, grid: TokenGrid, reduction: TokenReduction | None) -> list[Measurement]:
     options = {"delta_softplus": True, "grid": grid if reduction else None, "reduction": reduction}
 
     def calling(scan: Callable, **more) -> Callable[..., Tensor]:
@@ -107,21 +106,22 @@ def _both_directions(given, shape, dtype, device, modes, with_peers, grid: Token
 
     ours, plain = storm_kernels.bidirectional_selective_scan, calling(reference.bidirectional_selective_scan)
     functions = {backend: calling(ours, backend=backend) for backend in subject.usable("scan", device, dtype)}
-    checked = _check("bidirectional_scan", functions, {}, plain, given)
-    functions |= {"torch": plain} if with_peers else {}
+    rivals, notes = bidirectional_peers(given, loops, lambda out: reference.reduce_tokens(out, grid, reduction or TokenReduction()))
     if reduction:
         shape += f" pool={reduction.temporal_pool} stride={reduction.temporal_stride}"
-    return _in_modes("bidirectional_scan", functions, given, checked, shape, dtype, device, modes, [], directions=2)
+    return _in_modes("bidirectional_scan", functions, plain, rivals, notes, given, shape, dtype, device, modes, loops, directions=2)
 
 
-def _in_modes(op, functions, given, checked, shape, dtype, device, modes, notes, directions: int) -> list[Measurement]:
+def _in_modes(op, functions, plain, rivals, notes, given, shape, dtype, device, modes, loops, directions: int) -> list[Measurement]:
+    checked = _check(op, functions, rivals, plain, given)
+    contenders = {name: Contender(call, given) for name, call in (functions | ({"torch": plain} if loops else {})).items()} | rivals
+    notes = notes if loops else [*notes, "without the reference and the peers that loop over tokens at this length"]
     items = directions * given["u"].numel() * given["A"].shape[1]
     limit = _limit(items, device)
-    forward_only = [name for name in functions if name in ("jax.lax.scan", "numba")]
     made = []
     for mode in modes:
-        some = {name: f for name, f in functions.items() if mode == "forward" or name not in forward_only}
-        calls = {name: subject.modes_of(function, given, [mode])[mode] for name, function in some.items()}
+        some = {name: one for name, one in contenders.items() if mode == "forward" or not one.forward_only}
+        calls = {name: subject.modes_of(one.call, one.inputs, [mode])[mode] for name, one in some.items()}
         made.append(Measurement(op, mode, shape, dtype, calls, checked, items, "items", limit, notes))
     return made
 
@@ -131,11 +131,10 @@ def _check(op: str, functions: dict, rivals: dict, plain: Callable[..., Tensor],
     channels = given["A"].shape[0]
     some = torch.linspace(0, channels - 1, min(CHECKED_CHANNELS, channels)).long().to(given["u"].device)
     narrow = {name: t if name in ("B", "C") else t[some] if name in ("A", "D", "delta_bias") else t[..., some] for name, t in given.items()}
-    results = {name: f(**given)[..., some] for name, f in (functions | rivals).items()}
     same, truth = plain(**narrow), plain(**{name: t.double() for name, t in narrow.items()})
     checked = {"torch": {"error": (same.double() - truth).square().mean().sqrt().item()}}
-    checked |= {name: harness.verify(f"{op} on {name}", results[name], same, truth) for name in functions}
-    checked |= {name: subject.same_work(f"{op} of {name}", results[name], truth) for name in rivals}
+    checked |= {name: harness.verify(f"{op} on {name}", function(**given)[..., some], same, truth) for name, function in functions.items()}
+    checked |= {name: subject.same_work(f"{op} of {name}", one.call(**one.inputs)[..., some], truth) for name, one in rivals.items()}
     gradients = [_gradient_of_u(plain, narrow, torch.float64), _gradient_of_u(plain, narrow, None)]
     for name, function in functions.items():
         whole = _gradient_of_u(function, given, None)[..., some]
@@ -172,7 +171,7 @@ def _exp2_fma_rate() -> float:
 
 def test_scan(benchmark):
     """Collected by `pytest benchmarks --benchmark-only`."""
-    one = measurements(512, 768, 16, torch.float32, "cpu", ["forward"], with_peers=False)[0]
+    one = measurements(512, 768, 16, torch.float32, "cpu", ["forward"], loops=False)[0]
     backend = next(iter(one.contenders))
     benchmark.extra_info.update(shape=one.shape, backend=backend, items=one.work, **one.checked[backend])
     benchmark(one.contenders[backend])

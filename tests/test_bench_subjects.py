@@ -1,6 +1,6 @@
 """The benchmarks of single operations: small shapes run, rows are complete, wrong kernels are not timed, peers compute the same."""
 
-import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import storm_kernels
+import storm_kernels.compat.mamba_ssm
 from benchmarks import conv, harness, peers, projector, reduce, scan, subject
 from benchmarks.harness import CheckFailed, load_rows
-from storm_kernels import TokenGrid, reference
+from storm_kernels import TokenGrid, TokenReduction, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASUREMENTS = {
-    "scan": lambda modes, dtype: scan.measurements(32, 64, 16, dtype, "cpu", modes, with_peers=False),
+    "scan": lambda modes, dtype: scan.measurements(32, 64, 16, dtype, "cpu", modes, loops=False),
     "conv": lambda modes, dtype: conv.measurements(64, 64, dtype, "cpu", modes),
     "reduce": lambda modes, dtype: reduce.measurements(TokenGrid(8, 4, 4), 64, reduce.REDUCTIONS[3], dtype, "cpu", modes),
     "projector": lambda modes, dtype: projector.measurements(TokenGrid(4, 2, 2), 32, 16, 1, dtype, "cpu", modes),
@@ -60,12 +61,63 @@ def test_a_wrong_kernel_is_not_timed(name, operation, monkeypatch):
 def test_the_peers_that_are_installed_compute_the_same():
     given = scan.operands(16, 8, 4, torch.float32, "cpu")
     truth = reference.selective_scan(**{name: t.double() for name, t in given.items()}, delta_softplus=True)
-    found, absent = peers.peers(given)
+    found, absent = peers.peers(given, loops=True)
     found.pop("numba", None)  # compiling it takes longer than all other tests here; benchmarks.scan checks it before timing it
     assert "transformers" in found
-    assert all("not installed" in line for line in absent)
+    assert "peer mamba-ssm runs on a GPU only: left out" in absent
+    assert all("not installed" in line or "mamba-ssm" in line for line in absent)
     for name, peer in found.items():
-        torch.testing.assert_close(peer(**given).double(), truth, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(peer.call(**peer.inputs).double(), truth, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("reduction", [None, TokenReduction(2, 1, 2)], ids=str)
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("name", ["mamba-ssm", "torch.compile"])
+def test_the_peers_of_a_gpu_compute_the_same(name, both, reduction, monkeypatch):
+    """Forward and backward, with our own selective_scan_fn for mamba-ssm's, and the reference's tiles as they are, not compiled."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(peers, "COMPILED_TOKENS", 5)
+    given, grid = scan.operands(12, 8, 4, torch.float64, "cpu"), TokenGrid(6, 1, 2)
+
+    def reduce(out):
+        return reference.reduce_tokens(out, grid, reduction or TokenReduction())
+
+    def truth(z, **one):
+        if not both:
+            return reference.selective_scan(**one, z=z, delta_softplus=True)
+        directions = reference.Direction(**one), reference.Direction(**one)
+        return reference.bidirectional_selective_scan(*directions, z, delta_softplus=True, grid=grid, reduction=reduction)
+
+    selective_scan_fn = storm_kernels.compat.mamba_ssm.selective_scan_fn
+    if name == "torch.compile":
+        peer = peers.compiled_reference(given, both, reduce if both else lambda out: out)
+    elif both:
+        peer = peers.mamba_ssm_as_in_vim(given, selective_scan_fn, reduce)
+    else:
+        peer = peers.mamba_ssm(given, selective_scan_fn)
+    with storm_kernels.use_backend("torch"):
+        got, expected = (subject.modes_of(call, inputs, ["both"])["both"]() for call, inputs in ((peer.call, peer.inputs), (truth, given)))
+        torch.testing.assert_close(peer.call(**peer.inputs), truth(**given))
+    got = dict(zip(peer.inputs, got, strict=True))
+    for operand, right in zip(given, expected, strict=True):
+        ours = got[operand]
+        if f"{operand}_b" in got:
+            ours = ours + got[f"{operand}_b"].flip(-1)
+        if name == "mamba-ssm" and ours.dim() == 3:
+            ours = ours.transpose(1, 2)
+        torch.testing.assert_close(ours, right, msg=lambda text, operand=operand: f"{operand}: {text}")
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_an_unusable_mamba_ssm_is_left_out_with_the_reason(found, monkeypatch):
+    """Absent, and there without its compiled half."""
+    spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if found and name == "mamba_ssm" else spec(name))
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    given = {name: t.to("meta") for name, t in scan.operands(4, 2, 2, torch.float32, "cpu").items()}
+    contenders, absent = peers.bidirectional_peers(given, loops=False, reduce=lambda out: out)
+    assert contenders == {}
+    assert "make gpu-peers" in absent[0] and ("cannot be imported" if found else "not installed") in absent[0]
 
 
 def test_a_peer_that_computes_something_else_is_told():
