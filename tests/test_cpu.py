@@ -56,6 +56,7 @@ FUNCTIONS = [
     ("sigmoid", 1, torch.sigmoid, (-30.0, 30.0)),
     ("silu", 2, torch.nn.functional.silu, (-30.0, 30.0)),
     ("softplus", 3, torch.nn.functional.softplus, (-30.0, 25.0)),
+    ("exp2", 4, torch.exp2, (-124.0, 127.9)),
 ]
 
 
@@ -89,6 +90,7 @@ def test_elementary_functions_at_the_ends(isa):
         (0, [0, 0, 0, inf, inf, inf, nan, 1]),
         (1, [0, 0, 0, 1, 1, 1, nan, 0.5]),
         (3, [0, 0, 0, 200, 1e30, inf, nan, 0.6931472]),
+        (4, [0, 0, 0, inf, inf, inf, nan, 1]),
     ):
         torch.testing.assert_close(elementary(isa, number, x), torch.tensor(expected, dtype=torch.float32), equal_nan=True)
 
@@ -241,6 +243,18 @@ def test_extreme_decays_match_the_reference():
     out, expected = (sk.selective_scan(u, delta, A, B, B, backend=backend) for backend in ("cpu", "torch"))
     torch.testing.assert_close(out, expected, equal_nan=True)
     assert expected[0, 2, 1].isinf() and expected[0, 0, 2].isnan() and expected[0, 2, 0] == 4.0
+
+
+@built
+@pytest.mark.parametrize("extreme", [-1e6, 60.0, float("nan")])
+def test_one_extreme_decay_matches_the_reference(extreme):
+    """exp(delta A) of one channel is zero, infinite or not a number, those of its neighbours are tame."""
+    u, B, delta = torch.ones(1, 3, 24), torch.ones(1, 3, 2), torch.full((1, 3, 24), 2.0)
+    A = torch.full((24, 2), -1.0)
+    A[1] = extreme
+    out, expected = (sk.selective_scan(u, delta, A, B, B, backend=backend) for backend in ("cpu", "torch"))
+    torch.testing.assert_close(out, expected, equal_nan=True)
+    assert not torch.equal(expected[0, 2, 1], expected[0, 2, 0])
 
 
 MEMORY = """

@@ -14,7 +14,7 @@ void map(const float* in, float* out, int64_t count, F f) {
   }
 }
 
-enum { EXP, SIGMOID, SILU, SOFTPLUS };
+enum { EXP, SIGMOID, SILU, SOFTPLUS, EXP2 };
 
 }  // namespace
 
@@ -25,11 +25,12 @@ STORM_EXPORT(storm_probe_function)(int function, const float* in, float* out, in
     case SIGMOID: map(in, out, count, [](vf x) { return sigmoid(x); }); return STORM_OK;
     case SILU: map(in, out, count, [](vf x) { return silu(x); }); return STORM_OK;
     case SOFTPLUS: map(in, out, count, [](vf x) { return softplus(x); }); return STORM_OK;
+    case EXP2: map(in, out, count, [](vf x) { return exp2_any(x); }); return STORM_OK;
   }
   return -1;
 }
 
-// steps x 8 x LANES items of h = exp(delta A) h + x, y += h c on each thread, all in registers where there are enough; returns the lanes.
+// steps x 8 x LANES items of h = 2^(delta A) h + x, y += h c on each thread, all in registers where there are enough; returns the lanes.
 STORM_EXPORT(storm_probe_rate)(int64_t steps, int64_t threads, float* sink) {
   float total = 0.0f;
 #pragma omp parallel num_threads((int)threads) reduction(+ : total)
@@ -38,7 +39,7 @@ STORM_EXPORT(storm_probe_rate)(int64_t steps, int64_t threads, float* sink) {
     vf h[CHAINS] = {}, y = {}, delta = splat(-0.25f);
     for (int64_t i = 0; i < steps; i++) {
       for (int n = 0; n < CHAINS; n++) {
-        h[n] = exp_decay(delta * (1.0f + n)) * h[n] + delta;
+        h[n] = exp2_in_range(delta * (1.0f + n)) * h[n] + delta;
         y += h[n] * delta;
       }
       delta = (vf)((vi)delta ^ 1);  // so that nothing can be hoisted

@@ -33,7 +33,7 @@ void scan_block(const Block& b) {
     vf even = {}, odd = {}, y = {};
     auto step = [&](int64_t s, vf h) INLINE_LAMBDA {
       vf exponent = delta * load(b.A + s * LANES);
-      h = (DECAY ? exp_decay(exponent) : exponential(exponent)) * h + delta_u * B[s];
+      h = (DECAY ? exp2_in_range(exponent) : exp2_any(exponent)) * h + delta_u * B[s];
       if (WITH_Y) (s % 2 ? odd : even) += h * C[s];
       return h;
     };

@@ -10,9 +10,9 @@ constexpr int64_t STATE_RUN = 32;
 
 // One direction's parameters for one chunk.
 struct Parameters {
-  float* A;         // [block][state][lane]
-  float* lowest;    // (pitch,): min over states of A
-  float* highest;   // (pitch,): max over states of A
+  float* A;         // log2(e) A, [block][state][lane]: 2^(delta A) has one operation less than e^(delta A)
+  float* lowest;    // (pitch,): min over states of it
+  float* highest;   // (pitch,): max over states of it
   float *bias, *D;  // (pitch,), zero where absent
   bool has_D;
   void take(Arena& arena, int pitch, int64_t states) {
@@ -34,7 +34,7 @@ void load_parameters(Parameters& p, const StormDirection& d, const Chunk& c, int
     p.D[e] = inside && d.D ? d.D[c.first + e] : 0.0f;
     float lowest = 0.0f, highest = 0.0f;
     for (int64_t s = 0; s < states; s++) {
-      float a = inside ? d.A[(c.first + e) * states + s] : 0.0f;
+      float a = inside ? (float)(d.A[(c.first + e) * states + s] * 1.4426950408889634) : 0.0f;
       p.A[state_index(e, s, states)] = a;
       if (!(a >= lowest)) lowest = a;  // takes NaN too
       if (a > highest) highest = a;
@@ -99,12 +99,12 @@ void load_tile(Tile& tile, const ScanRows& rows, int64_t first, int count, const
     }
 }
 
-// Whether every exponent delta * A of this block stays in the range of exp_decay.
+// Whether every exponent delta * A of this block stays in the range of exp2_in_range.
 INLINE bool decays_only(const float* delta, int pitch, int count, vf lowest, vf highest) {
   vi inside = vi{} - 1;
   for (int i = 0; i < count; i++) {
     vf step = load(delta + i * pitch);
-    inside &= (step >= 0.0f) & (step * lowest >= EXP_LOWEST) & (step * highest <= 4.0f);
+    inside &= (step >= 0.0f) & (step * lowest >= EXP2_LOWEST) & (step * highest < EXP2_END);
   }
   return !any(~inside);
 }
