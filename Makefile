@@ -23,7 +23,7 @@ test-main: $(VENV)/.test
 	$(PY) -m pytest tests
 
 test-interpreted: $(VENV)/.test
-	STORM_KERNELS_FUZZ=0.1 TRITON_INTERPRET=1 $(PY) -m pytest tests/test_parity.py
+	STORM_KERNELS_FUZZ=0.1 TRITON_INTERPRET=1 $(PY) -m pytest tests/test_parity.py tests/test_large.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -1,5 +1,9 @@
 import pytest
 import torch
+from hypothesis import Phase, settings
+
+# For tools/mutants.py: any failure will do, it need not be the smallest.
+settings.register_profile("first-failure", phases=[Phase.explicit, Phase.generate])
 
 
 @pytest.fixture(autouse=True)
