@@ -23,7 +23,7 @@ test-main: $(VENV)/.test
 	$(PY) -m pytest tests
 
 test-interpreted: $(VENV)/.test
-	STORM_KERNELS_FUZZ=0.1 TRITON_INTERPRET=1 $(PY) -m pytest tests/test_parity.py tests/test_large.py
+	STORM_KERNELS_FUZZ=0.1 TRITON_INTERPRET=1 $(PY) -m pytest tests/test_parity.py tests/test_large.py tests/test_triton_edges.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -53,6 +53,7 @@ bench: $(VENV)/.test
 	$(PY) -m benchmarks.conv
 	$(PY) -m benchmarks.reduce
 	$(PY) -m benchmarks.projector
+	$(PY) -m benchmarks.prefill
 
 # Steps of at most nine minutes, to be run one by one or all in a row, with the Python that has a CUDA build of torch: make gpu PY=python3
 gpu: gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector gpu-e2e-128 gpu-e2e-256

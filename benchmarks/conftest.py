@@ -2,7 +2,7 @@
 
 import pytest
 
-SUBJECTS = ("scan.py", "conv.py", "reduce.py", "projector.py")
+SUBJECTS = ("scan.py", "conv.py", "reduce.py", "projector.py", "prefill.py")
 
 
 def pytest_collect_file(file_path, parent):

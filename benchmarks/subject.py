@@ -165,7 +165,7 @@ def _print(what: Measurement, rows: list[Row]) -> None:
     table = Table(box=box.SIMPLE)
     for column in ("", "p20 ms", "p50 ms", "p80 ms", f"G{what.unit}/s", "of limit", "peak MiB", "rms error", "times ours"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    ours = min((row["p50_ms"] for row in rows if row["backend"] in (*BACKENDS, "fused")), default=None)
+    ours = min((row["p50_ms"] for row in rows if row["backend"] in (*BACKENDS, "fused", "patched")), default=None)
     for row in rows:
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
         times = [f"{row[column]:,.3f}" for column in ("p20_ms", "p50_ms", "p80_ms")]

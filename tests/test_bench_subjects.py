@@ -9,7 +9,7 @@ import torch
 
 import storm_kernels
 import storm_kernels.compat.mamba_ssm
-from benchmarks import conv, harness, peers, projector, reduce, scan, subject
+from benchmarks import conv, harness, peers, prefill, projector, reduce, scan, subject
 from benchmarks.harness import CheckFailed, load_rows
 from storm_kernels import TokenGrid, TokenReduction, reference
 
@@ -37,6 +37,19 @@ def test_each_subject_checks_times_rates_and_records(name, dtype, tmp_path, caps
         assert row["error"] >= 0
         assert row["dtype"] == str(dtype).removeprefix("torch.")
     assert "limit: " in capsys.readouterr().out
+
+
+def test_prefill_checks_and_times_a_patched_model(capsys):
+    patched, unpatched = subject.measure(prefill.measurement("falcon_mamba", 130, 32, 1, torch.float32, "cpu"), "cpu", None, rounds=1)
+    assert (patched["backend"], unpatched["backend"]) == ("patched", "unpatched")
+    assert patched["p50_ms"] < unpatched["p50_ms"]
+    assert "times ours" in capsys.readouterr().out
+
+
+def test_a_wrong_patch_is_not_timed(monkeypatch):
+    monkeypatch.setattr(prefill, "patch", lambda model: model.lm_head.weight.data.add_(0.01))
+    with pytest.raises(CheckFailed, match="rms error"):
+        prefill.measurement("mamba", 16, 32, 1, torch.float32, "cpu")
 
 
 def shifted(function):
