@@ -89,6 +89,21 @@ def test_reduced_scan_over_many_frames(reduction, z, on_cpu):
     check(simplest(ScanCase, grid=(23, 3, 5), reduction=reduction, direction="both", z=z, D=True, states=16, batch=1), "cuda")
 
 
+# Frames of 20 tokens: a tile lies within a group of its own, or where two meet, never at the same place; of 32: where a group begins; and rows of 16
+# pooled in twos.
+@pytest.mark.parametrize("grid, reduction", [((9, 4, 5), (2, 1, 2)), ((9, 4, 5), (3, 1, 1)), ((10, 4, 8), (2, 1, 3)), ((7, 3, 16), (2, 2, 1))])
+@pytest.mark.parametrize("direction, z", [("both", "kept"), ("reverse", "all")])
+def test_reduced_scan_of_tiles_within_a_group(grid, reduction, direction, z, on_cpu):
+    check(simplest(ScanCase, grid=grid, reduction=reduction, direction=direction, z=z, D=True, states=16, channels_per_group=70, batch=2), "cuda")
+
+
+# A grid of 529 cells: their sums take 135 KB.
+@pytest.mark.parametrize("shared", [163 * 1024, 227 * 1024])
+def test_reduced_scan_whose_sums_grow_past_shared_memory(shared):
+    with launcher.using(OnCpu(shared=shared)):
+        check(simplest(ScanCase, grid=(4, 23, 23), reduction=(2, 1, 1), direction="both", z="all", D=True, states=16, batch=1), "cuda")
+
+
 @pytest.mark.parametrize("direction", ["forward", "reverse", "both"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_convolution_over_several_tiles(direction, packed, on_cpu):

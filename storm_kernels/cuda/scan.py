@@ -1,4 +1,12 @@
-"""Selective scan, forward: launch code of src/scan.cu, and what its backward shares."""
+"""Selective scan, forward: launch code of src/scan.cu, and what its backward shares.
+
+Blocks are handed out by the hardware, one for each sequence, direction and run of channels, and stay where they are. At batch 1 and 7168
+channels both directions are 224 blocks of 4 warps. On 132 multiprocessors 92 get two blocks and 40 one, so the scan lasts 2 blocks' time where
+224 / 132 = 1.70 would be balance: 15 % to be won at the very most by work items that wander between multiprocessors (KERNELS.md, tickets). But
+time is sequential, so there are never more than 224 runnable items: 40 multiprocessors would still run one block at a time, at an estimated 0.65
+to 0.75 of the rate of two. That leaves 1 - 112 / (92 + 40 x 0.7) = 7 %, before the cost of handing states on, which is why there are no tickets
+yet. On 108 multiprocessors 224 blocks are 8 too many for two each, and there tickets would win about a third. This is arithmetic, no measurement.
+"""
 
 from __future__ import annotations
 
@@ -139,9 +147,18 @@ def shared_bytes(shape: Geometry, directions: tuple[ScanInputs, ...], z: Tensor 
         return sum(-(-shape.TILE * width * (one.u if t is None else t).element_size() // 16) * 16 for t in formats)
 
     stage = rows(shape.block_channels, one.u, one.delta, z) + rows(shape.states, one.B, one.C)
-    tile = shape.TILE * shape.block_channels * 8 + 2 * (-(-shape.TILE * shape.states * 4 // 16) * 16)
-    part = shape.block_channels + (16 if shape.STATE_LANES > 1 else 0)
-    return 2 * stage + tile + shape.TILE * (shape.STATE_LANES * part * 4 + 3 * 16)
+    prepared = shape.TILE * (shape.block_channels * 8 + 2 * shape.states * 4)
+    pairs = shape.block_channels // 2
+    padding = 0 if 32 // shape.STATE_LANES >= 8 else 2 if 32 // shape.STATE_LANES == 4 else 1
+    y = shape.TILE // 2 * shape.STATE_LANES * (pairs + padding) * 16
+    return 2 * stage + prepared + y
+
+
+def _group_tokens(grid: TokenGrid, reduction: TokenReduction, tile: int) -> int:
+    """Tokens of a pooled group; 0 if two threads of src/cells.cuh, each with two neighbouring tokens of a tile, could meet in one cell."""
+    pairs_apart = reduction.spatial_pool == 2 and grid.width % 2 == 0 and grid.width >= tile
+    apart = pairs_apart or (reduction.spatial_pool == 1 and grid.height * grid.width >= tile)
+    return grid.height * grid.width * reduction.temporal_pool if apart else 0
 
 
 def launch_together(directions: tuple[ScanInputs, ...]) -> tuple[tuple[int, ...], ...]:
@@ -193,6 +210,7 @@ def scan(
             "partial": [None if partial is None else partial[i] for i in together],
             "final_state": final_state,
             "cells": cells if in_shared else 0,
+            "group_tokens": _group_tokens(grid, reduction, geometry(states).TILE) if in_shared and cells else 0,
         }
         flags = {
             "ASYNC": _asynchronous(some, z),
@@ -201,7 +219,7 @@ def scan(
             "REDUCED": cells > 0,
             "SOFTPLUS": delta_softplus,
         }
-        made = defines(some[0], z) | {name: int(flag) for name, flag in flags.items()} | {"SHARED_BYTES": shared, "UNROLL": 8}
+        made = defines(some[0], z) | {name: int(flag) for name, flag in flags.items()} | {"SHARED_BYTES": shared}
         count = blocks * set_.sequences * len(together)
         current().launch("scan.cu", "scan", made, "ScanArgs", values, count, shared + (cell_bytes if in_shared else 0))
     if out is None:

@@ -62,6 +62,9 @@ inline void copy_wait() {
     cuda_on_cpu::copy_wait(PENDING);
 }
 
+inline int held(int x) { return x; }
+inline int64 held(int64 x) { return x; }
+
 inline uint32 load_acquire(const uint32* flag) { return __atomic_load_n(flag, __ATOMIC_ACQUIRE); }
 inline void store_release(uint32* flag, uint32 value) { __atomic_store_n(flag, value, __ATOMIC_RELEASE); }
 inline void spin() { cuda_on_cpu::yield(); }

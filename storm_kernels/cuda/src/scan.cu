@@ -1,10 +1,12 @@
 // Forward selective scan (SPEC.md, Mixer): one block a sequence, direction and run of channels; sequential in time, states in registers.
 // A tile passes through four steps: its inputs arrive (stage.cuh, while the tile before is computed); delta and B, C are prepared in float32; the
-// recurrence runs, each thread leaving its states' part of y; the parts are added, gated, reduced and written.
+// recurrence runs, each thread leaving its states' part of y; the parts are added, gated, reduced and written (tile.cuh, cells.cuh).
 //
-// Issue slots per channel, token and state on sm_90, counted in the machine code by tests/test_cuda_code.py (S = 16, bfloat16, gate, no reduction):
-// 5.6 in the recurrence, of which one exp2; 9.4 with all else in the loop over tiles, the checkpoint's rare store counted as if at every tile.
-#include "stage.cuh"
+// Issue slots per channel, token and state in the loops over full tiles, counted in the machine code for sm_80, sm_90 and sm_100 by
+// tests/test_cuda_code.py (S = 16, gate, softplus, rows of whole 16 bytes): at most 7.8, reduced 7.9, dropped frames 5.7; the budget is 8. The
+// recurrence itself is 5.4 of them: 5 operations, one an exp2, and three loads and half a store per token for 8 items; softplus is 0.8, the gate 0.5.
+// The exp2 unit is the limit before that: 8 cycles an item a scheduler, and 1.5 for the exponentials and reciprocals of softplus and gate.
+#include "cells.cuh"
 
 struct ScanArgs {
     Direction direction[2];
@@ -14,221 +16,160 @@ struct ScanArgs {
     float* partial[2];   // (batch, L', channels) float32; zeros if a reduction's sums do not fit in shared memory
     float* final_state;  // or null
     int64 cells;         // H' W' with a reduction: cells that are open at a time, their sums in shared memory; 0 if they do not fit
+    int64 group_tokens;  // with a reduction: of a whole pooled group; 0 if its tiles are all to be unusual ones
 };
 
-constexpr int CHANNEL_PAIRS = BLOCK_CHANNELS / PAIR;
-constexpr int STRIDE = THREADS / CHANNEL_PAIRS;                     // tokens between two of a thread's in the elementwise steps
-constexpr int ROUNDS = (TILE + STRIDE - 1) / STRIDE;
-constexpr int PART = BLOCK_CHANNELS + (STATE_LANES > 1 ? 16 : 0);  // padded: two state lanes write without a bank conflict
-
-struct Shared {
-    __align__(16) Stage stage[2];
-    Tile tile;
-    __align__(16) float y[TILE][STATE_LANES][PART];  // parts of h . C; the first ones then hold the gated y of a reduction
-    __align__(16) TokenEntry map[3][TILE];
-};
-static_assert(sizeof(Shared) == SHARED_BYTES, "scan.py counts the same");
-
-// The elementwise steps' share of a thread: one pair of channels, every STRIDE-th token.
-struct Pair {
-    int channel, token, channels;  // of the pair's channels, those that exist
-    float bias[PAIR], skip[PAIR];
-    int64 out;                     // where the pair of this tile's first token goes
-    int64 out_row;                 // from there to the next token's in scan order
-
-    __device__ __forceinline__ Pair(const Problem& p, const Direction& d, const Share& s) {
-        channel = threadIdx.x % CHANNEL_PAIRS * PAIR;
-        token = threadIdx.x / CHANNEL_PAIRS;
-        channels = (int)smaller(PAIR, s.channels - channel);
-#pragma unroll
-        for (int c = 0; c < PAIR; c++) {
-            bias[c] = c < channels && d.delta_bias ? d.delta_bias[s.channel + channel + c] : 0.0f;
-            skip[c] = c < channels && d.D ? d.D[s.channel + channel + c] : 0.0f;
-        }
-        out_row = s.reverse ? -p.channels : p.channels;
-        out = (s.batch * p.length + s.token(0)) * p.channels + token * out_row + s.channel + channel;
-    }
-};
-
-__device__ __forceinline__ void prepare(Tile& tile, const Stage& stage, const Pair& at, int tokens) {
-    const int tokens_x = at.channels > 0 ? tokens : 0, tokens_y = at.channels > 1 ? tokens : 0;
-#pragma unroll
-    for (int k = 0; k < ROUNDS; k++) {
-        int t = at.token + k * STRIDE;
-        if (TILE % STRIDE != 0 && t >= TILE) break;
-        float2 delta = load_pair(&stage.delta[t][at.channel]), u = load_pair(&stage.u[t][at.channel]);
-        delta.x += at.bias[0];
-        delta.y += at.bias[1];
-        if (SOFTPLUS) delta = make_float2(softplus(delta.x), softplus(delta.y));
-        if (t >= tokens_x) delta.x = 0.0f;
-        if (t >= tokens_y) delta.y = 0.0f;
-        *(float4*)&tile.step[t][at.channel] = make_float4(delta.x, delta.x * u.x, delta.y, delta.y * u.y);
-    }
-    constexpr int PAIRS = TILE * STATES / 2;  // of neighbouring states or, where there is one, tokens
-#pragma unroll
-    for (int k = 0; k < (PAIRS + THREADS - 1) / THREADS; k++) {
-        int i = threadIdx.x + k * THREADS;
-        if (PAIRS % THREADS != 0 && i >= PAIRS) break;
-        *(float2*)(&tile.B[0][0] + 2 * i) = load_pair(&stage.B[0][0] + 2 * i);
-        *(float2*)(&tile.C[0][0] + 2 * i) = load_pair(&stage.C[0][0] + 2 * i);
-    }
-}
-
-// One token for this thread's states: h = exp(delta A) h + delta u B and, with OUTPUT, its part of h . C.
-template <bool OUTPUT>
-__device__ __forceinline__ void advance(float (&h)[ITEMS], const float (&A)[ITEMS], Shared& shared, int t, const Place& at) {
-    const float4 step = *(const float4*)&shared.tile.step[t][at.channel];
-    float B[LANE_STATES], C[LANE_STATES], y[PAIR] = {0.0f, 0.0f};
-    load_run(B, &shared.tile.B[t][at.state]);
-    if (OUTPUT) load_run(C, &shared.tile.C[t][at.state]);
-#pragma unroll
-    for (int c = 0; c < PAIR; c++) {
-        float delta = c ? step.z : step.x, input = c ? step.w : step.y;
-#pragma unroll
-        for (int n = 0; n < LANE_STATES; n++) {
-            int i = c * LANE_STATES + n;
-            h[i] = fmaf(exp2_fast(delta * A[i]), h[i], input * B[n]);
-            if (OUTPUT) y[c] = n ? fmaf(h[i], C[n], y[c]) : h[i] * C[n];
-        }
-    }
-    if (OUTPUT) *(float2*)&shared.y[t][at.state / LANE_STATES][at.channel] = make_float2(y[0], y[1]);
-}
-
-// Adds the parts of y, D u and the gate; writes the rows or, with a reduction, leaves the weighted values for `add_to_cells`.
-__device__ __forceinline__ void finish(Shared& shared, const Stage& stage, const TokenEntry (&map)[TILE], const ScanArgs& a, Pair& at, int tokens,
-                                       float* partial) {
-    const int limit = at.channels > 0 ? tokens : 0;
-#pragma unroll
-    for (int k = 0; k < ROUNDS; k++) {
-        int t = at.token + k * STRIDE;
-        if (t >= limit) break;
-        float2 u = load_pair(&stage.u[t][at.channel]);
-        float2 y = make_float2(at.skip[0] * u.x, at.skip[1] * u.y);
-#pragma unroll
-        for (int j = 0; j < STATE_LANES; j++) {
-            float2 part = load_pair(&shared.y[t][j][at.channel]);
-            y = make_float2(y.x + part.x, y.y + part.y);
-        }
-        if (GATED) {
-            float2 z = load_pair(&stage.z[t][at.channel]);
-            y = make_float2(y.x * z.x * sigmoid(z.x), y.y * z.y * sigmoid(z.y));
-        }
-        const bool whole = ASYNC || at.channels == PAIR;
-        const int64 to = at.out + k * STRIDE * at.out_row;
-        if (REDUCED)
-            *(float2*)&shared.y[t][0][at.channel] = make_float2(y.x * map[t].weight, y.y * map[t].weight);
-        else if (PARTIAL)
-            store_pair(y, partial + to, whole, ASYNC);
-        else
-            store_pair(y, a.out + to, whole, ASYNC);
-    }
-}
-
-// A reduction's sums lie in shared memory, [cells][BLOCK_CHANNELS], each channel one thread's. The frames of a pooled group follow each other in
-// either order: when another group begins, all its cells are complete.
-struct OpenCells {
-    float* sums;
-    int64 begin;  // first cell of the open group, or -1
-
-    __device__ __forceinline__ void close(const ScanArgs& a, const Share& s, float* partial) {
-        if (begin >= 0)
-            for (int64 i = threadIdx.x; i < a.cells * BLOCK_CHANNELS; i += THREADS)
-                if (i % BLOCK_CHANNELS < s.channels)
-                    partial[(s.batch * a.p.out_rows + begin + i / BLOCK_CHANNELS) * a.p.channels + s.channel + i % BLOCK_CHANNELS] = sums[i];
-    }
-    __device__ __forceinline__ void open(const ScanArgs& a, int64 cell) {
-        begin = cell / a.cells * a.cells;
-        for (int64 i = threadIdx.x; i < a.cells * BLOCK_CHANNELS; i += THREADS) sums[i] = 0.0f;
-    }
-};
-
-__device__ __forceinline__ void add_to_cells(OpenCells& cells, const Shared& shared, const TokenEntry (&map)[TILE], const ScanArgs& a, const Share& s,
-                                             int tokens, float* partial) {
-    for (int t = 0; t < tokens; t++) {
-        int64 cell = map[t].cell;
-        if (cell < 0) continue;
-        if (a.cells == 0) {
-            for (int c = threadIdx.x; c < s.channels; c += THREADS)
-                partial[(s.batch * a.p.out_rows + cell) * a.p.channels + s.channel + c] += shared.y[t][0][c];
-            continue;
-        }
-        if (cells.begin < 0 || cell < cells.begin || cell >= cells.begin + a.cells) {
-            __syncthreads();
-            cells.close(a, s, partial);
-            __syncthreads();
-            cells.open(a, cell);
-            __syncthreads();
-        }
-#pragma unroll
-        for (int k = 0; k < (BLOCK_CHANNELS + THREADS - 1) / THREADS; k++) {
-            int c = threadIdx.x + k * THREADS;
-            if (c < BLOCK_CHANNELS) cells.sums[(cell - cells.begin) * BLOCK_CHANNELS + c] += shared.y[t][0][c];
-        }
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant__ ScanArgs a) {
-    DYNAMIC_SHARED(memory);
-    Shared& shared = *(Shared*)memory;
-    int64 work = blockIdx.x;
-    const int which = work / (a.blocks * a.p.sequences);
-    const Direction& d = a.direction[which];
-    const Share s = share_of(a.p, d, work / a.blocks % a.p.sequences, work % a.blocks);
-    const Place at;
-    Pair pair(a.p, d, s);
-    Inputs inputs(a.p, d, s);
-    OpenCells cells{(float*)(&shared + 1), -1};
-
+// A block at work on its share.
+struct Scan {
+    const ScanArgs& a;
+    const Direction& d;
+    const Share s;
+    Shared& shared;
+    const Place place;
+    const Quad quad;
+    const Lane lane;
+    Inputs inputs;
+    OutputRows<float> partial;
+    OutputRows<U_T> out;
+    OpenCells open;
+    const Reduced reduced;
     float A[ITEMS], h[ITEMS];
-    load_states(A, d.A + s.channel * D_STATE, at, s.channels);
-#pragma unroll
-    for (int i = 0; i < ITEMS; i++) A[i] *= LOG2E;
-    const int64 state_row = (s.sequence * a.p.channels + s.channel) * D_STATE;
-    load_states(h, a.p.initial_state ? a.p.initial_state + state_row : nullptr, at, s.channels);
+    int64 position;  // of the tile that comes next
+    int rest;        // tokens from there on, as many as matter
+    int half;        // bytes to the half of the stage where its inputs are
+    int left;        // with a reduction: tokens of its pooled group from there on, 0 if not known
+    bool dropped;    // that group
 
-    stage_map(shared.map[0], a.p, s, 0);
-    copy_commit();
-    copy_wait<0>();
-    __syncthreads();
-    if (s.length > 0) inputs.stage(shared.stage[0], a.p, s, shared.map[0], 0);
-    stage_map(shared.map[1], a.p, s, TILE);
-    copy_commit();
-    int tile = 0;
-    for (int64 first = 0; first < s.length; first += TILE, tile++) {
-        const Stage& stage = shared.stage[tile % 2];
-        const TokenEntry(&map)[TILE] = shared.map[tile % 3];
-        const int tokens = (int)smaller(TILE, s.length - first);
-        if (d.checkpoints && first % CHUNK == 0)
-            store_states(h, d.checkpoints + (checkpoint_row(a.p, s, first / CHUNK) * a.p.channels + s.channel) * D_STATE, at, s.channels);
+    __device__ __forceinline__ Scan(const ScanArgs& a, Shared& shared, int which, int64 sequence, int64 block)
+        : a(a), d(a.direction[which]), s(share_of(a.p, d, sequence, block)), shared(shared), quad(d, s), lane(place), inputs(a.p, d, s),
+          partial(a.partial[which], a.p, s, quad), out(a.out, a.p, s, quad), open((float*)(&shared + 1), a.p, s, quad),
+          reduced{a.partial[which], (int)a.cells}, position(0), rest(0), half(0), left(0), dropped(false) {
+        load_states(A, d.A + s.channel * D_STATE, place, s.channels);
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) A[i] *= LOG2E;
+    }
+    __device__ __forceinline__ Stage& stage() { return *past(&shared.stage[0], half); }
+
+    // Waits for the next tile's inputs, has those after it brought, and prepares the tile.
+    __device__ __forceinline__ Stage& begin_tile(float (&u)[2][QUAD], bool with_z) {
+        Stage& now = stage();
         copy_wait<0>();
         __syncthreads();
-        if (first + TILE < s.length) inputs.stage(shared.stage[(tile + 1) % 2], a.p, s, shared.map[(tile + 1) % 3], first + TILE);
-        stage_map(shared.map[(tile + 2) % 3], a.p, s, first + 2 * TILE);
+        half = (int)sizeof(Stage) - half;
+        rest -= TILE;
+        left -= TILE;
+        inputs.stage(stage(), rest);
+        if (GATED && with_z) inputs.z.copy(stage().z, REDUCED ? left : rest);
         copy_commit();
-        prepare(shared.tile, stage, pair, tokens);
-        bool any_kept = true;
+        prepare(shared, now, quad, u);
+        return now;
+    }
+    __device__ __forceinline__ void end_tile() {
         if (REDUCED)
-            any_kept = __syncthreads_or((int)threadIdx.x < tokens && map[threadIdx.x].cell >= 0);
+            open.next_tile();
+        else if (PARTIAL)
+            partial.next_tile();
         else
+            out.next_tile();
+    }
+
+    // Full tiles, with a reduction all within one pooled group.
+    __device__ __forceinline__ void run_kept(int tiles) {
+#pragma unroll 1
+        for (const int end = rest - tiles * TILE; rest > end;) {
+            float u[2][QUAD], y[2][QUAD];
+            uint4 entries[2];
+            const Stage& now = begin_tile(u, true);
+            if (REDUCED) open.load(entries);
             __syncthreads();
-        if (any_kept) {
-#pragma unroll UNROLL
-            for (int t = 0; t < TILE; t++) advance<true>(h, A, shared, t, at);
+            advance_tile<true, TILE>(h, A, shared, lane);
             __syncthreads();
-            finish(shared, stage, map, a, pair, tokens, a.partial[which]);
-            if (REDUCED) {
-                __syncthreads();
-                add_to_cells(cells, shared, map, a, s, tokens, a.partial[which]);
-            }
-        } else {
-#pragma unroll UNROLL
-            for (int t = 0; t < TILE; t++) advance<false>(h, A, shared, t, at);
+            finish(y, shared, now, u, quad);
+            if (REDUCED)
+                open.add(y, entries);
+            else if (PARTIAL)
+                partial.write(y, quad);
+            else
+                out.write(y, quad);
+            end_tile();
         }
-        pair.out += TILE * pair.out_row;
     }
-    if (REDUCED) {
+    __device__ __forceinline__ void run_dropped(int tiles) {
+#pragma unroll 1
+        for (const int end = rest - tiles * TILE; rest > end;) {
+            float u[2][QUAD];
+            begin_tile(u, false);
+            __syncthreads();
+            advance_tile<false, TILE>(h, A, shared, lane);
+            end_tile();
+        }
+    }
+
+    // Any tile: the sequence's last tokens and, with a reduction, where pooled groups meet, or each tile where its tokens may meet in a cell.
+    __device__ __forceinline__ void run_unusual() {
+        const int tokens = (int)smaller(s.length - position, TILE);
+        float u[2][QUAD], y[2][QUAD];
+        Stage& now = begin_tile(u, !REDUCED);
+        stand_still(shared, quad, tokens);
+        if (GATED && REDUCED) load_kept(now.z, a.p, s, position, tokens);
         __syncthreads();
-        cells.close(a, s, a.partial[which]);
+        advance_tile<true, 1>(h, A, shared, lane);
+        __syncthreads();
+        finish(y, shared, now, u, quad);
+        if (REDUCED)
+            open.add_each(y, shared, a.p.map + s.token(position), quad, tokens, reduced, a.p, s);
+        else if (PARTIAL)
+            partial.write_some(y, quad, tokens);
+        else
+            out.write_some(y, quad, tokens);
+        end_tile();
+        left = 0;
     }
-    if (a.final_state) store_states(h, a.final_state + state_row, at, s.channels);
+
+    // The pooled group of the token that comes next: its sums opened, its rows of z asked for.
+    __device__ __forceinline__ void enter_group() {
+        const TokenEntry next = a.p.map[s.token(position)];
+        const int into = next.token % (int)a.group_tokens;
+        left = s.reverse ? into + 1 : (int)smaller(a.group_tokens - into, a.p.length - next.token);
+        dropped = next.cell < 0;
+        if (dropped) return;
+        open.open(reduced, a.p, s, quad, next.cell);
+        if (!GATED) return;
+        inputs.z.seek(a.p.z + s.batch * a.p.z_batch + s.channel + (a.p.z_kept ? next.kept : next.token) * a.p.z_row);
+        inputs.z.copy(stage().z, left);
+        copy_commit();
+    }
+
+    __device__ __forceinline__ void run() {
+        rest = (int)smaller(s.length, 1 << 30);
+        inputs.stage(stage(), rest);
+        if (GATED && !REDUCED) inputs.z.copy(stage().z, rest);
+        copy_commit();
+        while (position < s.length) {
+            if (d.checkpoints && position % CHUNK == 0)
+                store_states(h, d.checkpoints + (checkpoint_row(a.p, s, position / CHUNK) * a.p.channels + s.channel) * D_STATE, place, s.channels);
+            if (REDUCED && a.group_tokens && left == 0) enter_group();
+            rest = (int)smaller(s.length - position, 1 << 30);
+            const int tiles = (int)smaller(CHUNK - position % CHUNK, REDUCED ? left : rest) / TILE;
+            if (tiles == 0)
+                run_unusual();
+            else if (REDUCED && dropped)
+                run_dropped(tiles);
+            else
+                run_kept(tiles);
+            position += TILE * (tiles ? tiles : 1);
+        }
+        if (REDUCED) open.close(reduced, a.p, s);
+    }
+};
+
+// Three blocks a multiprocessor: with fewer registers than that leaves, the compiler spills some of a reduction's.
+extern "C" __global__ void __launch_bounds__(THREADS, 3) scan(const __grid_constant__ ScanArgs a) {
+    DYNAMIC_SHARED(memory);
+    const int64 work = blockIdx.x;
+    Scan scan(a, *(Shared*)memory, work / (a.blocks * a.p.sequences), work / a.blocks % a.p.sequences, work % a.blocks);
+    const int64 row = (scan.s.sequence * a.p.channels + scan.s.channel) * D_STATE;
+    load_states(scan.h, a.p.initial_state ? a.p.initial_state + row : nullptr, scan.place, scan.s.channels);
+    scan.run();
+    if (a.final_state) store_states(scan.h, a.final_state + row, scan.place, scan.s.channels);
 }

@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) token_map(const __grid_con
     entry.kept = kept ? (int)((row * r.temporal_pool + frame % r.temporal_pool) * r.height * r.width + inside) : -1;
     entry.weight = 1.0f / (float)(block_length(group, r.temporal_pool, r.frames) * block_length(i, r.spatial_pool, r.height) *
                                   block_length(j, r.spatial_pool, r.width));
-    entry.unused = 0;
+    entry.token = (int)l;
     a.map[l] = entry;
 }
 

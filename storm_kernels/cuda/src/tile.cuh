@@ -1,0 +1,191 @@
+// The forward scan's tile: its inputs prepared in float32, the recurrence through it, and its outputs.
+#pragma once
+#include "stage.cuh"
+
+// In the elementwise steps a thread owns QUAD channels of two neighbouring tokens.
+constexpr int QUAD = 4;
+constexpr int QUADS = BLOCK_CHANNELS / QUAD;
+constexpr int WORKERS = QUADS * TILE / 2;  // threads that own any
+static_assert(WORKERS <= THREADS && TILE % 4 == 0, "a tile is one round of the elementwise steps");
+
+// Where the channel pair `p` lies in a row: a thread's two pairs apart, so that neither the recurrence nor the elementwise steps meet a bank twice.
+constexpr int PAIR_SLOTS = 2 * QUADS;
+__device__ __forceinline__ int slot_of(int p) { return p % 2 * QUADS + (p / 2 ^ (QUADS >= 8 && p % 2 ? 4 : 0)); }
+constexpr int PART = PAIR_SLOTS + (CHANNEL_LANES >= 8 ? 0 : CHANNEL_LANES == 4 ? 2 : 1);  // padded where lanes beside each other hold other states
+constexpr int SLOT = 16;  // bytes
+
+struct Shared {
+    __align__(16) Stage stage[2];
+    float4 step[TILE][PAIR_SLOTS];          // delta and delta * u of a pair; past the sequence's end 0: the state stays as it is
+    __align__(16) float BC[2][TILE][STATES];
+    float4 y[TILE / 2][STATE_LANES][PART];  // two tokens' parts of h . C; row 0 then holds the weighted y of a reduction's exceptional tile
+};
+static_assert(sizeof(Shared) == SHARED_BYTES, "scan.py counts the same");
+
+struct Quad {
+    int channel, token, channels;  // of the quad's channels, those that exist; none if the thread owns nothing
+    float bias[QUAD], skip[QUAD];
+    int staged, slot[2], part[2], BC;  // offsets in bytes: in the stage's arrays of two-byte numbers; in step; in y; in BC
+    int first_valid;                   // token where there is a channel, else past every tile
+
+    __device__ __forceinline__ Quad(const Direction& d, const Share& s) {
+        channel = threadIdx.x % QUADS * QUAD;
+        token = threadIdx.x / QUADS * 2;
+        channels = WORKERS < THREADS && threadIdx.x >= WORKERS ? 0 : s.channels - channel;
+#pragma unroll
+        for (int c = 0; c < QUAD; c++) {
+            bias[c] = c < channels && d.delta_bias ? d.delta_bias[s.channel + channel + c] : 0.0f;
+            skip[c] = c < channels && d.D ? d.D[s.channel + channel + c] : 0.0f;
+        }
+        staged = held((token * BLOCK_CHANNELS + channel) * 2);
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const int own = slot_of(threadIdx.x % QUADS * 2 + k);
+            slot[k] = held((token * PAIR_SLOTS + own) * SLOT);
+            part[k] = held((token / 2 * STATE_LANES * PART + own) * SLOT);
+        }
+        first_valid = held(channels > 0 ? token : TILE);
+        BC = held((int)threadIdx.x * 16);
+    }
+    template <typename T>
+    __device__ __forceinline__ void load(float (&v)[QUAD], const T (&rows)[TILE][BLOCK_CHANNELS], int j) const {
+        load_quad(v, past(&rows[j][0], staged * (int)sizeof(T) / 2));
+    }
+};
+
+__device__ __forceinline__ void prepare(Shared& shared, const Stage& stage, const Quad& at, float (&u)[2][QUAD]) {
+    if (WORKERS == THREADS || threadIdx.x < WORKERS) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float delta[QUAD];
+            at.load(delta, stage.delta, j);
+            at.load(u[j], stage.u, j);
+#pragma unroll
+            for (int c = 0; c < QUAD; c++) {
+                delta[c] += at.bias[c];
+                if (SOFTPLUS) delta[c] = softplus(delta[c]);
+            }
+#pragma unroll
+            for (int k = 0; k < 2; k++)
+                *past(&shared.step[j][0], at.slot[k]) =
+                    make_float4(delta[2 * k], delta[2 * k] * u[j][2 * k], delta[2 * k + 1], delta[2 * k + 1] * u[j][2 * k + 1]);
+        }
+    }
+    constexpr int EACH = TILE * STATES / QUAD;
+#pragma unroll
+    for (int k = 0; k < (2 * EACH + THREADS - 1) / THREADS; k++) {
+        const int i = threadIdx.x + k * THREADS;
+        if (2 * EACH % THREADS != 0 && i >= 2 * EACH) break;
+        float v[QUAD];
+        if constexpr (C_AFTER_B == sizeof(stage.B) && sizeof(stage.B) == sizeof(stage.C) && alike(B_T(), C_T())) {
+            load_quad(v, past(&stage.B[0][0], at.BC * (int)sizeof(B_T) / 4) + k * THREADS * QUAD);
+        } else {
+            if (i < EACH)
+                load_quad(v, &stage.B[0][0] + QUAD * i);
+            else
+                load_quad(v, &stage.C[0][0] + QUAD * (i - EACH));
+        }
+        store_quad(v, past(&shared.BC[0][0][0], at.BC) + k * THREADS * QUAD);
+    }
+}
+
+// Past the sequence's end nothing happens to the states.
+__device__ __forceinline__ void stand_still(Shared& shared, const Quad& at, int tokens) {
+    if (WORKERS < THREADS && threadIdx.x >= WORKERS) return;
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+        if (at.token + j >= tokens)
+            *past(&shared.step[j][0], at.slot[0]) = *past(&shared.step[j][0], at.slot[1]) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+}
+
+// Where a thread's channels and states lie in the prepared tile, in bytes.
+struct Lane {
+    int slot, state, part;
+
+    __device__ __forceinline__ explicit Lane(const Place& at) {
+        const int own = slot_of(at.channel / PAIR);
+        slot = held(own * SLOT);
+        state = held(at.state * (int)sizeof(float));
+        part = held((at.state / LANE_STATES * PART + own) * SLOT);
+    }
+};
+
+// One token for this thread's states: h = exp(delta A) h + delta u B and, with OUTPUT, its part of h . C.
+template <bool OUTPUT>
+__device__ __forceinline__ float2 advance(float (&h)[ITEMS], const float (&A)[ITEMS], const Shared& shared, int t, const Lane& lane) {
+    const float4 step = *past(&shared.step[t][0], lane.slot);
+    float B[LANE_STATES], C[LANE_STATES], y[PAIR] = {0.0f, 0.0f};
+    load_run(B, past(&shared.BC[0][t][0], lane.state));
+    if (OUTPUT) load_run(C, past(&shared.BC[1][t][0], lane.state));
+#pragma unroll
+    for (int c = 0; c < PAIR; c++) {
+        const float delta = c ? step.z : step.x, input = c ? step.w : step.y;
+#pragma unroll
+        for (int n = 0; n < LANE_STATES; n++) {
+            const int i = c * LANE_STATES + n;
+            h[i] = fmaf(exp2_fast(delta * A[i]), h[i], input * B[n]);
+            if (OUTPUT) y[c] = n ? fmaf(h[i], C[n], y[c]) : h[i] * C[n];
+        }
+    }
+    return make_float2(y[0], y[1]);
+}
+template <bool OUTPUT, int UNROLL>
+__device__ __forceinline__ void advance_tile(float (&h)[ITEMS], const float (&A)[ITEMS], Shared& shared, const Lane& lane) {
+#pragma unroll UNROLL
+    for (int t = 0; t < TILE; t += 2) {
+        const float2 first = advance<OUTPUT>(h, A, shared, t, lane), second = advance<OUTPUT>(h, A, shared, t + 1, lane);
+        if (OUTPUT) *past(&shared.y[t / 2][0][0], lane.part) = make_float4(first.x, first.y, second.x, second.y);
+    }
+}
+
+// Adds the parts of y, D u and the gate.
+__device__ __forceinline__ void finish(float (&y)[2][QUAD], const Shared& shared, const Stage& stage, const float (&u)[2][QUAD], const Quad& at) {
+#pragma unroll
+    for (int c = 0; c < QUAD; c++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) y[j][c] = at.skip[c] * u[j][c];
+#pragma unroll
+    for (int lane = 0; lane < STATE_LANES; lane++)
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const float4 part = *past(&shared.y[0][lane][0], at.part[k]);
+            y[0][2 * k] += part.x;
+            y[0][2 * k + 1] += part.y;
+            y[1][2 * k] += part.z;
+            y[1][2 * k + 1] += part.w;
+        }
+    if (!GATED) return;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        float z[QUAD];
+        at.load(z, stage.z, j);
+#pragma unroll
+        for (int c = 0; c < QUAD; c++) y[j][c] *= z[c] * sigmoid(z[c]);
+    }
+}
+
+// A thread's rows of the output: `to` is where the first one of this tile goes, `row` the elements from there to the next token's in scan order.
+template <typename T>
+struct OutputRows {
+    T* to;
+    int64 row, step;  // step: bytes to the next tile's
+
+    __device__ __forceinline__ OutputRows(T* out, const Problem& p, const Share& s, const Quad& at) {
+        row = s.reverse ? -p.channels : p.channels;
+        step = held(row * TILE * (int64)sizeof(T));
+        to = out ? out + (s.batch * p.length + s.token(0)) * p.channels + at.token * row + s.channel + at.channel : nullptr;
+    }
+    __device__ __forceinline__ void write(const float (&y)[2][QUAD], const Quad& at) {
+        if (ASYNC && at.first_valid < TILE) {
+            store_quad(y[0], to);
+            store_quad(y[1], to + row);
+        }
+        if (!ASYNC) write_some(y, at, TILE);
+    }
+    __device__ __forceinline__ void next_tile() { to = (T*)((char*)to + step); }
+    __device__ __forceinline__ void write_some(const float (&y)[2][QUAD], const Quad& at, int tokens) {
+        for (int j = 0; j < 2; j++)
+            for (int c = 0; c < QUAD; c++)
+                if (at.token + j < tokens && c < at.channels) from_float(y[j][c], to[j * row + c]);
+    }
+};
