@@ -141,14 +141,3 @@ def test_forward_scan_keeps_its_budget_of_slots(variant, arch):
     assert not any(loop.inner for loop in tiles)
     assert max(slots) <= 8
     assert used.stack == used.local == 0
-
-
-def test_backward_scan_keeps_its_budget_of_slots():
-    asked = {key: shared for key, shared in variants(torch.bfloat16, reduction=False).items() if key[1] == "scan_backward"}
-    defines, (chunks,), _ = _compiled(asked, "scan_backward")
-    exps = defines["GROUP"] * 8
-    save, retreat = (loop for pass_ in chunks.inner for loop in pass_.inner if loop.count("MUFU.EX2") == exps)
-    slots = [len(loop.own) / exps for loop in (save, retreat)]
-    print(f"backward scan, slots per item: {slots[0]:.2f} to save the states, {slots[1]:.2f} to recompute and retreat")
-    assert slots[0] <= 4.7
-    assert slots[1] <= 20.8

@@ -22,7 +22,7 @@ from .launcher import THREADS, current
 from .tokens import FORMATS, sum_terms, token_map
 
 LARGEST_STATE = 512
-_SAVED_BYTES = 64 * 1024  # of states the backward keeps in shared memory: two blocks fit on a multiprocessor of every GPU from sm_80 on
+_SAVED_BYTES = 32 * 1024  # of states the backward keeps in shared memory, twice as much with more than 128 states
 
 
 class Geometry(NamedTuple):
@@ -53,9 +53,9 @@ def _power(n: int) -> int:
 def geometry(d_state: int) -> Geometry:
     lanes = min(32, _power(-(-d_state // 4)))
     run = _power(-(-d_state // lanes))
-    # The backward holds GROUP tokens' states and decays in registers, 64 of each.
-    group = min(8, 32 // run)
-    chunk = min(128, 64 * lanes, _SAVED_BYTES // (THREADS * 2 * run * 4) * group)
+    # The backward holds GROUP tokens' states and decays in registers: more than this, and one of the architectures spills.
+    group = min(8, 32 // run) if lanes == 4 else max(1, min(4, 16 // run))
+    chunk = min(64, 16 * lanes, _SAVED_BYTES * min(2, max(1, run // 4)) // (THREADS * 2 * run * 4) * group)
     # 16 tokens of 64 channels and 16 states: with the 64 KB of sums of a 16 x 16 grid two blocks still fit on an H100's multiprocessor.
     tile = max(1, min(16, chunk, 4 * lanes, 2048 // (lanes * run)))
     return Geometry(d_state, lanes, run, tile, chunk, min(group, tile))

@@ -1,0 +1,222 @@
+// What surrounds the adjoint in the scan's backward: the elementwise steps, and the sums over states and channels.
+#pragma once
+#include "backward.cuh"
+
+// A lane's share of the elementwise steps: its own pair of channels, of every BATCH-th token. Tokens `t` are counted from the chunk's first.
+struct Elements {
+    int token, channel, channels;    // the first token; the pair's first channel within the block; of the pair, those that exist
+    int limit[PAIR];                 // tokens of the present chunk, none for a channel that does not exist
+    Column<U_T> grad_out;            // of the batch to come, as z; under a reduction these two and dz stay at row 0
+    Column<Z_T> z;
+    Column<U_T> u, du;               // of the present batch
+    Column<DELTA_T> delta, ddelta;
+    Column<float> dz;
+
+    __device__ __forceinline__ Elements(const BackwardArgs& a, const Direction& d, const Gradients& grad, const Share& s, const Place& at,
+                                        int64 begin) {
+        channel = at.channel;
+        token = at.lane / CHANNEL_LANES;
+        channels = (int)smaller(PAIR, s.channels - channel);
+        const int64 e = s.channel + channel, l = s.token(begin + token), row = a.p.channels, first = REDUCED ? 0 : l;
+        u = column(d.u, s.batch * d.u_batch + l * d.u_row + e);
+        delta = column(d.delta, s.batch * d.delta_batch + l * d.delta_row + e);
+        du = column(grad.u, (s.batch * a.p.length + l) * row + e);
+        ddelta = column(grad.delta, (s.batch * a.p.length + l) * row + e);
+        grad_out = column(a.grad_out, s.batch * a.grad_out_batch + first * a.grad_out_row + e * a.grad_out_channel, a.grad_out_channel);
+        if (!GATED) return;
+        z = column(a.p.z, s.batch * a.p.z_batch + first * a.p.z_row + e);
+        dz = column(grad.z, (s.batch * a.z_rows + first) * row + e);
+    }
+    __device__ __forceinline__ void set_limit(int left) {
+#pragma unroll
+        for (int c = 0; c < PAIR; c++) limit[c] = c < channels ? left : 0;
+    }
+    // Channels the lane has of token `t`; none of one before the chunk.
+    __device__ __forceinline__ int count(int t) const {
+        return PAIRED ? ((uint32)t < (uint32)limit[0] ? PAIR : 0) : ((uint32)t < (uint32)limit[0]) + ((uint32)t < (uint32)limit[1]);
+    }
+    __device__ __forceinline__ void to_last_batch(const Steps& steps, int back) {
+        u.move(back * steps.u);
+        delta.move(back * steps.delta);
+        du.move(back * steps.du);
+        ddelta.move(back * steps.ddelta);
+        if (!REDUCED && GATED) dz.move(back * steps.dz);
+    }
+};
+
+// delta and delta u of a chunk, each warp its own channels'. `batches` from the chunk's first batch to the present one.
+__device__ __forceinline__ void prepare_steps(Shared& shared, const Elements& e, const Offsets& at, const Steps& steps, int batches) {
+    Column<U_T> us = e.u;
+    Column<DELTA_T> deltas = e.delta;
+    const float2 bias = load_pair(beyond(shared.bias, at.pair / 2));
+    us.move(-batches * steps.u);
+    deltas.move(-batches * steps.delta);
+#pragma unroll 4
+    for (int k = 0; k < (CHUNK + STATE_LANES - 1) / STATE_LANES; k++) {
+        const int t = e.token + k * STATE_LANES;
+        if (CHUNK % STATE_LANES != 0 && t >= CHUNK) break;
+        const float2 u = unpacked(us.read(e.count(t)));
+        float2 delta = unpacked(deltas.read(e.count(t), no_delta()));
+        delta = make_float2(delta.x + bias.x, delta.y + bias.y);
+        if (SOFTPLUS) delta = make_float2(softplus(delta.x), softplus(delta.y));
+        if (!SOFTPLUS && t >= e.limit[0]) delta.x = 0.0f;
+        if (!SOFTPLUS && t >= e.limit[1]) delta.y = 0.0f;
+        *(float4*)beyond(shared.step[t], at.pair) = make_float4(delta.x, delta.x * u.x, delta.y, delta.y * u.y);
+        us.move(STATE_LANES / BATCH * steps.u);
+        deltas.move(STATE_LANES / BATCH * steps.delta);
+    }
+}
+
+// `rows`: of the tile's first token, `row` elements apart; `tokens` of the tile exist.
+template <typename T>
+__device__ __forceinline__ void prepare_rows(float (&to)[TILE][STATES], const T* rows, int64 row, int tokens) {
+    constexpr int WIDTH = STATES % 2 ? 1 : 2, AT_ONCE = THREADS * WIDTH;
+    constexpr int TOKENS = AT_ONCE > STATES ? AT_ONCE / STATES : 1, PIECES = STATES > AT_ONCE ? STATES / AT_ONCE : 1;  // at once; of a token
+    const int first = threadIdx.x * WIDTH / STATES, n = threadIdx.x * WIDTH % STATES;
+    Column<T> from = column(rows, first * row + n);
+#pragma unroll
+    for (int k = 0; k < (TILE + TOKENS - 1) / TOKENS; k++) {
+        const int t = first + k * TOKENS;
+        if (TILE % TOKENS != 0 && t >= TILE) break;
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            const float2 x = unpacked(from.read(t < tokens ? D_STATE - n - i * AT_ONCE : 0));
+            if (WIDTH == 2)
+                *(float2*)&to[t][n + i * AT_ONCE] = x;
+            else
+                to[t][n] = x.x;
+            if (PIECES > 1) from.move(AT_ONCE * sizeof(T));
+        }
+        from.move((TOKENS * row - (PIECES > 1 ? STATES : 0)) * (int64)sizeof(T));
+    }
+}
+
+__device__ __forceinline__ void prepare_states(Shared& shared, const Direction& d, const Share& s, int64 first) {
+    const int64 l = s.token(first);
+    const int tokens = (int)smaller(TILE, s.length - first);
+    prepare_rows(shared.B, d.B + s.batch * d.B_batch + l * d.B_row + s.group * d.B_group, s.reverse ? -d.B_row : d.B_row, tokens);
+    prepare_rows(shared.C, d.C + s.batch * d.C_batch + l * d.C_row + s.group * d.C_group, s.reverse ? -d.C_row : d.C_row, tokens);
+}
+
+// What a lane's element of a batch needs before the adjoint and after it. `t`: its token within the chunk.
+struct Element {
+    Two<U_T> grad_out, u;
+    Two<Z_T> z;
+    Two<DELTA_T> delta;
+    float2 gz;  // gradient of z over y
+
+    __device__ __forceinline__ void request_gate(const Shared& shared, const BackwardArgs& a, Elements& e, const Share& s, int64 begin, int t) {
+        int count = e.count(t);
+        Column<U_T> from = e.grad_out;
+        Column<Z_T> from_z = e.z;
+        if (REDUCED) {
+            const TokenEntry entry = shared.map[t < 0 ? 0 : t];
+            count = entry.cell < 0 ? 0 : count;
+            from.now += entry.cell * a.grad_out_row;
+            if (GATED) from_z.now += (a.p.z_kept ? entry.kept : s.token(begin + t)) * a.p.z_row;
+        }
+        grad_out = from.read(count);
+        if (GATED) z = from_z.read(count);
+    }
+    __device__ __forceinline__ void open_gate(Shared& shared, const Elements& e, const Offsets& at, int t) {
+        float2 gy = unpacked(grad_out);
+        if (REDUCED) gy = make_float2(gy.x * shared.map[t].weight, gy.y * shared.map[t].weight);
+        if (GATED) {
+            const float2 x = unpacked(z), open = make_float2(sigmoid(x.x), sigmoid(x.y));
+            const float2 part = make_float2(gy.x * open.x, gy.y * open.y);
+            gy = make_float2(part.x * x.x, part.y * x.y);
+            gz = make_float2(fmaf(gy.x, 1.0f - open.x, part.x), fmaf(gy.y, 1.0f - open.y, part.y));
+        }
+        *(float2*)beyond(shared.gy[0], at.step / 2) = gy;
+    }
+    __device__ __forceinline__ void request_inputs(const Elements& e, int t) {
+        u = e.u.read(e.count(t));
+        delta = e.delta.read(e.count(t), no_delta());
+    }
+};
+
+// The gradients of u, delta and z, and shares of those of D and the bias.
+__device__ __forceinline__ void write_gradients(Shared& shared, const BackwardArgs& a, const Elements& e, const Element& x, const Offsets& at,
+                                                const Share& s, int64 begin, int t) {
+    const int count = e.count(t);
+    float4 sums = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    float2 y = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int j = 0; j < STATE_LANES; j++) {
+        const float4 part = *(const float4*)beyond(shared.channel[0][j * CHANNEL_LANES], at.element);
+        sums = j ? make_float4(sums.x + part.x, sums.y + part.y, sums.z + part.z, sums.w + part.w) : part;
+        if (GATED) {
+            const float2 more = load_pair(beyond(shared.y[0][j * CHANNEL_LANES], at.element / 2));
+            y = j ? make_float2(y.x + more.x, y.y + more.y) : more;
+        }
+    }
+    const float2 u = unpacked(x.u), raw = unpacked(x.delta), gy = load_pair(beyond(shared.gy[0], at.step / 2));
+    const float2 bias = load_pair(beyond(shared.bias, at.pair / 2)), skip = load_pair(beyond(shared.skip, at.pair / 2));
+    const float4 step = *(const float4*)beyond(shared.step[t - e.token], at.step);
+    float2 ddelta = make_float2(fmaf(sums.x, u.x, sums.z * LN2), fmaf(sums.y, u.y, sums.w * LN2));
+    if (SOFTPLUS) ddelta = make_float2(ddelta.x * sigmoid(raw.x + bias.x), ddelta.y * sigmoid(raw.y + bias.y));
+    float4& rows = *(float4*)beyond(shared.row_sums[0], at.own);
+    if (!SOFTPLUS && count < 1) ddelta.x = 0.0f;
+    if (!SOFTPLUS && count < 2) ddelta.y = 0.0f;
+    rows = make_float4(fmaf(gy.x, u.x, rows.x), fmaf(gy.y, u.y, rows.y), rows.z + ddelta.x, rows.w + ddelta.y);
+    e.du.write(make_float2(fmaf(sums.x, step.x, skip.x * gy.x), fmaf(sums.y, step.z, skip.y * gy.y)), count);
+    e.ddelta.write(ddelta, count);
+    if (!GATED) return;
+    const float2 gz = make_float2(x.gz.x * fmaf(skip.x, u.x, y.x), x.gz.y * fmaf(skip.y, u.y, y.y));
+    Column<float> to = e.dz;
+    bool wanted = true;
+    if (REDUCED) {
+        const int kept = shared.map[t].kept;
+        wanted = !a.p.z_kept || kept >= 0;
+        to.now += (a.p.z_kept ? kept : s.token(begin + t)) * a.p.channels;
+    }
+    to.write(gz, wanted ? count : 0);
+}
+
+// Adds the lanes' parts of a batch's dB and dC over the warp's channels. `first`: the batch's first token within the group.
+__device__ __forceinline__ void add_channels(Shared& shared, const Offsets& at, int first) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < (OUTPUTS + 31) / 32; k++) {
+        float sum[RUN], part[RUN];
+        load_floats(sum, 0, beyond(&shared.state[0][0][32 * k * RUN], at.output));
+#pragma unroll
+        for (int j = 1; j < PARTS; j++) {
+            load_floats(part, 0, beyond(&shared.state[0][j][32 * k * RUN], at.output));
+#pragma unroll
+            for (int i = 0; i < RUN; i++) sum[i] += part[i];
+        }
+#pragma unroll
+        for (int bit = OUTPUTS; bit < 32; bit *= 2)
+#pragma unroll
+            for (int i = 0; i < RUN; i++) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], bit);
+        constexpr int MORE = 32 / STATE_LANES;  // runs from one output of a lane to its next
+        float* to = &shared.BC[0][first + k * MORE / RUNS][k * MORE % RUNS / (RUNS / 2) * STATES + k * MORE % (RUNS / 2) * RUN];
+        if (lane < LIVE) store_floats(beyond(to, at.sum), sum, 0);
+    }
+}
+
+// Adds a group's dB and dC over the warps and writes them, `left` of its tokens. `to`: where the thread's first run goes, `row` floats a token.
+__device__ __forceinline__ void write_states(const Shared& shared, const Offsets& at, float* to, int64 row, int left) {
+    constexpr int AT_ONCE = THREADS * RUN;
+#pragma unroll
+    for (int k = 0; k < (GROUP * 2 * STATES + AT_ONCE - 1) / AT_ONCE; k++) {
+        const int t = threadIdx.x * RUN / (2 * STATES) + k * AT_ONCE / (2 * STATES), n = threadIdx.x * RUN % STATES;
+        if (t >= GROUP || t >= left) break;
+        float sum[RUN], part[RUN];
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            load_floats(part, 0, beyond(&shared.BC[w][0][0] + k * AT_ONCE, at.own / (4 / RUN)));
+#pragma unroll
+            for (int j = 0; j < RUN; j++) sum[j] = w ? sum[j] + part[j] : part[j];
+        }
+        float* out = to + k * AT_ONCE / (2 * STATES) * row + k * AT_ONCE / STATES % 2 * D_STATE;
+        if (D_STATE == STATES) {
+            store_floats(out, sum, 0);
+        } else {
+#pragma unroll
+            for (int j = 0; j < RUN; j++)
+                if (n + j < D_STATE) out[j] = sum[j];
+        }
+    }
+}

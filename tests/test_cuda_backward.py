@@ -1,0 +1,110 @@
+"""The CUDA backend's backward scan: machine code within its budget on every architecture, plans for GPUs with less shared memory, determinism."""
+
+import pytest
+import torch
+
+import storm_kernels as sk
+from storm_kernels.contract import ScanInputs
+from storm_kernels.cuda import launcher, scan, scan_backward
+from storm_kernels.cuda.scan import geometry
+from storm_kernels.cuda.scan_backward import TWO_BLOCKS, plan_for, plans, shared_bytes
+from tools import sass
+
+from .cuda_on_cpu import OnCpu
+from .parity import check
+from .parity_cases import ScanCase, simplest
+from .test_cuda_code import GRID, REDUCTION, TARGETS, Recorder
+
+STATES = (4, 8, 16, 32, 64, 128, 256)
+A100, RTX_4090 = 163 * 1024, 99 * 1024  # shared memory a block may have
+
+
+def compiled(arch: str, *, states: int = 16, gated: bool = True, reduced: bool = False) -> tuple[dict, bytes]:
+    """Definitions and machine code of what the backward of a bidirectional bfloat16 scan runs."""
+    pytest.importorskip("cuda.core", reason="needs cuda-core and nvidia-cuda-nvrtc to compile")
+    x = torch.zeros(1, GRID.tokens, 256, dtype=torch.bfloat16)
+    state, row = torch.zeros(1, GRID.tokens, 1, states, dtype=torch.bfloat16), torch.zeros(256)
+    both = tuple(ScanInputs(x, x, torch.zeros(256, states), state, state, row, row, reverse) for reverse in (False, True))
+    options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None}
+    options |= {"grid": GRID, "reduction": REDUCTION} if reduced else {"grid": None, "reduction": None}
+    z = x if gated else None
+    with launcher.using(Recorder()) as recorder:
+        found = scan(both, z, save_checkpoints=True, **options)
+        scan_backward(found.out, None, both, z, found.checkpoints, needs=frozenset({"u", "delta", "A", "B", "C", "z"}), **options)
+    (defines,) = (dict(defines) for _, kernel, defines in recorder.asked if kernel == "scan_backward")
+    return defines, launcher.compile_cubin("scan_backward.cu", defines, arch)
+
+
+def slots(defines: dict, code: bytes) -> dict[str, float]:
+    """Instructions a warp issues, per channel, token and state of a thread, in each of the loops inside the one over chunks and in all."""
+    (chunks,) = (loop for loop in sass.loops(sass.disassemble(code)["scan_backward"]) if loop.inner)
+    per_chunk = defines["CHUNK"] * 2 * defines["LANE_STATES"]
+    groups, exps = defines["CHUNK"] // defines["GROUP"], defines["GROUP"] * 2 * defines["LANE_STATES"]
+    found = {"the chunk": len(chunks.own) / per_chunk}
+    for loop in chunks.inner:
+        count = loop.count("MUFU.EX2")
+        if count == 0:
+            found["token map"] = len(loop.own) / per_chunk
+        elif count < exps:  # two softplus a pair of channels
+            found["delta"] = len(loop.own) * defines["CHUNK"] // defines["STATE_LANES"] // (count // 2) / per_chunk
+        elif count == exps:
+            found["states saved"] = len(loop.own) * (groups - 1) / per_chunk
+        else:
+            found["adjoint"] = len(loop.own) * groups / per_chunk
+    assert {"delta", "states saved", "adjoint"} <= found.keys()
+    return found | {"all": sum(found.values())}
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize(
+    ("gated", "reduced", "budget"), [(False, False, 24.0), (True, False, 26.4), (True, True, 28.6)], ids=["plain", "gated", "reduced"]
+)
+def test_backward_keeps_its_budget_of_slots(arch, gated, reduced, budget):
+    found = slots(*compiled(arch, gated=gated, reduced=reduced))
+    print(f"backward scan for {arch}, slots per item:", ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
+    assert found["all"] <= budget
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("states", STATES)
+def test_every_state_size_compiles_without_spills_or_atomics(states, arch):
+    _, code = compiled(arch, states=states)
+    used = sass.resources(code)["scan_backward"]
+    assert used.stack == used.local == 0 and used.registers <= 255, used
+    assert not [i.text for i in sass.disassemble(code)["scan_backward"] if i.opcode.startswith(("RED.", "ATOM"))]
+
+
+def test_plans_fit_the_shared_memory_of_every_gpu():
+    assert shared_bytes(geometry(16), plan_for(geometry(16), 227 * 1024)) <= TWO_BLOCKS
+    assert shared_bytes(geometry(16)) <= RTX_4090
+    for states in (1, *STATES, 512):
+        assert shared_bytes(geometry(states)) <= A100
+        assert shared_bytes(geometry(states), plan_for(geometry(states), A100)) <= A100
+
+
+def test_every_plan_keeps_the_bound():
+    for plan in plans(geometry(16)):
+        with launcher.using(OnCpu(shared=shared_bytes(geometry(16), plan))):
+            check(simplest(ScanCase, length=150, batch=1, direction="both", states=16, z="all", D=True, bias=True, initial=True), "cuda")
+
+
+class _Cuda:
+    def __getattr__(self, name):
+        return lambda *args, **options: getattr(sk, name)(*args, backend="cuda", **options)
+
+
+@pytest.mark.parametrize(
+    "kind", [{"length": 150, "packed": True, "direction": "reverse"}, {"grid": (9, 4, 4), "reduction": (2, 2, 2), "direction": "both"}]
+)
+def test_reruns_with_blocks_side_by_side_change_no_bit(kind):
+    case = simplest(ScanCase, channels_per_group=130, groups=2, D=True, z="all", bias=True, states=16, dtype="bfloat16", **kind)
+    leaves = {name: value.requires_grad_() for name, value in case.operands().items()}
+
+    def gradients():
+        return torch.autograd.grad(case.call(_Cuda(), leaves)["out"].square().sum(), list(leaves.values()))
+
+    with launcher.using(OnCpu()):
+        alone = gradients()
+    with launcher.using(OnCpu(at_once=4)):
+        for _ in range(10):
+            assert all(torch.equal(a, b) for a, b in zip(alone, gradients(), strict=True))
