@@ -10,7 +10,7 @@ GPU_E2E := --preset storm-7b --device cuda
 MAMBA := mamba-ssm==2.3.2.post1
 SOURCES := pyproject.toml setup.py $(wildcard storm_kernels/cpu/src/*)
 
-.PHONY: demo test test-main test-interpreted lint nightly sanitize mutants large kernel-mix bench gpu gpu-peers gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector gpu-e2e-128 gpu-e2e-256 clean
+.PHONY: demo test test-main test-interpreted test-triton lint nightly sanitize mutants large kernel-mix bench gpu gpu-peers gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector gpu-e2e-128 gpu-e2e-256 clean
 
 demo: $(VENV)/.demo
 	$(PY) -m benchmarks.e2e --frames 32,128 --projector both --out $(OUT)
@@ -24,6 +24,10 @@ test-main: $(VENV)/.test
 
 test-interpreted: $(VENV)/.test
 	STORM_KERNELS_FUZZ=0.1 TRITON_INTERPRET=1 $(PY) -m pytest tests/test_parity.py tests/test_large.py tests/test_triton_edges.py
+
+# 300 random cases and the designed ones, all interpreted.
+test-triton: $(VENV)/.test
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_parity.py tests/test_triton.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -5,7 +5,6 @@ Random cases are in test_parity.py. Compiled and interpreted kernels need separa
 
 import subprocess
 import sys
-from collections import Counter
 
 import pytest
 import torch
@@ -16,14 +15,18 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from storm_kernels import triton as backend  # noqa: E402
 from storm_kernels.triton.launch import recorded  # noqa: E402
-from storm_kernels.triton.scan import INTERVAL  # noqa: E402
+from storm_kernels.triton.scan import reduce_mode  # noqa: E402
+from storm_kernels.triton.scan_layout import INTERVAL  # noqa: E402
 from tools import kernel_mix  # noqa: E402
 
+from .interpreted import patch_once  # noqa: E402
 from .parity import check  # noqa: E402
 from .parity_cases import ConvCase, ScanCase, simplest  # noqa: E402
 
 compiled = pytest.mark.skipif(backend.INTERPRETED, reason="TRITON_INTERPRET=1 is set: there are no compiled kernels in this process")
 interpreted = pytest.mark.skipif(not backend.INTERPRETED, reason="needs TRITON_INTERPRET=1, which `make test` sets in a process of its own")
+if backend.INTERPRETED:
+    patch_once()
 VARIANTS = {} if backend.INTERPRETED else {kernel_mix.name_of(launch): launch for launch in kernel_mix.variants()}
 
 
@@ -42,7 +45,7 @@ def test_machine_code_keeps_its_budget(name):
 @compiled
 def test_every_kernel_is_among_the_variants():
     kernels = {launch.kernel.__name__ for launch in VARIANTS.values()}
-    expected = {"scan", "backward", "combine", "conv", "conv_backward", "reduce", "spread", "norm", "norm_backward"}
+    expected = {"scan", "backward", "combine", "conv", "conv_backward", "conv_state", "reduce", "spread", "norm", "norm_backward"}
     assert kernels == {f"{name}_kernel" for name in expected}
 
 
@@ -54,15 +57,6 @@ def test_a_fault_is_reported(changes, fault):
     sound = {"registers": 96, "spilled": 0, "instructions": 900, "atomics": 0, "loops": (), "slots_per_item": 10.9, "budget": 11.0}
     assert not kernel_mix.Report("scan", "sm_90", **sound).faults
     assert fault in kernel_mix.Report("scan", "sm_90", **(sound | changes)).faults[0]
-
-
-def test_loops_are_read_from_a_listing():
-    line = "        /*{:04x}*/                   {} ;"
-    body = [line.format(0, "MOV R1, R2"), ".L_x_1:", line.format(16, "FADD R1, R2, R3"), ".L_x_0:", line.format(32, "MUFU.EX2 R1, R2"),
-            line.format(48, "@!P0 BRA `(.L_x_0)"), line.format(64, "@P1 BRA `(.L_x_1)"), ".L_x_2:", line.format(80, "BRA `(.L_x_2)")]  # fmt: skip
-    opcodes, loops = kernel_mix.parse("\n".join(body))
-    assert opcodes == ["MOV", "FADD", "MUFU", "BRA", "BRA", "BRA"]
-    assert [loop.instructions for loop in loops] == [Counter(MUFU=1, BRA=1), Counter(FADD=1, BRA=1)]
 
 
 @compiled
@@ -94,6 +88,15 @@ def test_checkpoints_of_packed_sequences():
 @pytest.mark.parametrize("z", ["all", "kept"])
 def test_reduced_both_directions_with_groups(z):
     check(simplest(ScanCase, direction="both", reduction=(2, 2, 2), z=z, groups=2, D=True, dtype="bfloat16", states=5), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize(("frames", "reverse"), [(5, False), (2, True)])
+def test_sums_read_ahead(frames, reverse):
+    """Eight tokens a frame are the fewest with which the rows of two groups in a row differ; the last group of frames is not full."""
+    case = simplest(ScanCase, batch=1, grid=(frames, 2, 4), reduction=(3, 1, 1), direction="reverse" if reverse else "both", z="all", D=True)
+    assert reduce_mode(case.token_grid, case.token_reduction) == "apart"
+    check(case, "triton")
 
 
 @interpreted

@@ -1,8 +1,8 @@
 """What the Triton kernels cost, read from the machine code compiled for a GPU that need not be there.
 
 ``python -m tools.kernel_mix [--target sm_90 ...] [--kernel scan] [--mix]`` prints one line for each kernel and variant: registers, spilled bytes,
-instructions, and for scans the issue slots per item against the budget of `storm_kernels/triton/configs.py`; with ``--mix`` also the instructions of
-each loop. It exits with 1 on a spill, on an atomic, or on a scan over its budget (budgets are for sm_90; other targets have other instructions).
+instructions, and for scans on NVIDIA targets the issue slots per item against the budget of `storm_kernels/triton/configs.py`; with ``--mix`` also
+the instructions of each loop. It exits with 1 on a spill, on an atomic, or on a scan over its budget.
 A *slot* is one instruction of one warp; an *item* is one (channel, token, state), for each lane of that warp.
 """
 
@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import argparse
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, compile
 
 from storm_kernels.tokens import TokenGrid, TokenReduction
 from storm_kernels.triton import configs
 from storm_kernels.triton.launch import Launch
-from storm_kernels.triton.warm import model_launches
+from storm_kernels.triton.warm import conv_state_launch, model_launches
+
+from . import sass
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,18 +33,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-
-
-@dataclass(frozen=True)
-class Loop:
-    """A loop of the machine code without its inner loops."""
-
-    instructions: Counter[str]
-
-    @property
-    def slots(self) -> int:
-        return self.instructions.total()
 
 
 @dataclass(frozen=True)
@@ -58,7 +45,7 @@ class Report:
     spilled: int  # bytes
     instructions: int
     atomics: int
-    loops: tuple[Loop, ...]
+    loops: tuple[Counter[str], ...]  # the instructions of each loop, less those of its inner loops
     slots_per_item: float | None  # scans on NVIDIA targets
     budget: float | None
 
@@ -69,32 +56,42 @@ class Report:
             found.append(f"spills {self.spilled} bytes")
         if self.atomics:
             found.append(f"{self.atomics} atomic instructions")
-        if self.target == "sm_90" and self.budget is not None and self.slots_per_item > self.budget:
+        if self.budget is not None and self.slots_per_item > self.budget:
             found.append(f"{self.slots_per_item:.2f} slots per item are over the budget of {self.budget}")
         return found
 
     def __str__(self) -> str:
-        slots = "" if self.slots_per_item is None else f", {self.slots_per_item:.2f} slots/item (budget {self.budget})"
+        slots = "" if self.budget is None else f", {self.slots_per_item:.2f} slots/item (budget {self.budget})"
         faults = "".join(f"; FAULT: {fault}" for fault in self.faults)
         return f"{self.target:7} {self.name}: {self.registers} registers, {self.spilled} B spilled, {self.instructions} instructions{slots}{faults}"
 
 
-def variants(dtype: torch.dtype = torch.bfloat16, backward: bool = True) -> list[Launch]:
-    """Every kernel as the storm-7b projector launches it, without and with reduction, one and both directions; duplicates removed."""
-    shape = {"d_model": 3584, "d_inner": 7168, "d_state": 16, "d_conv": 4, "grid": TokenGrid(32, 16, 16), "dtype": dtype, "backward": backward}
-    launches = model_launches(reduction=TokenReduction(4, 1, 2), **shape)
-    launches += model_launches(reduction=None, bidirectional=False, **shape)
+def variants(dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """Every kernel as the storm-7b projector launches it, both directions and one, whole and with either kind of reduction, and the one that
+    only a given state needs; duplicates removed."""
+    shape = {"d_model": 3584, "d_inner": 7168, "d_state": 16, "d_conv": 4, "grid": TokenGrid(32, 16, 16), "dtype": dtype}
+    launches = []
+    for reduction in (TokenReduction(4), TokenReduction(4, 1, 2)):
+        launches += model_launches(reduction=reduction, backward=True, **shape)
+    launches += model_launches(reduction=None, bidirectional=False, backward=True, **shape)
+    launches += model_launches(reduction=None, backward=False, **shape)
+    launches.append(conv_state_launch(shape["d_inner"], shape["d_conv"], dtype))
     return list({name_of(one): one for one in launches}.values())
+
+
+_REDUCED = {"none": "whole", "apart": "reduced", "any": "pooled", False: "whole", True: "reduced"}
 
 
 def name_of(launch: Launch) -> str:
     options = launch.options
     words = [launch.kernel.__name__.removesuffix("_kernel")]
     if "GATE" in options:
-        words += ["both directions" if len(launch.args[0]) == 2 else "one direction", "reduced" if options["REDUCE"] else "whole"]
+        words += ["both directions" if len(launch.args[0]) == 2 else "one direction", _REDUCED[options["REDUCE"]]]
+        if options["GATE"] == "kept":
+            words[-1] = "sampled"
     if words[0] == "scan":
-        words.append("with checkpoints" if launch.args[0][0][-1] is not None else "without checkpoints")
-    elif words[0].startswith("conv"):
+        words.append("with checkpoints" if launch.args[0][0][2] is not None else "without checkpoints")
+    elif words[0] in ("conv", "conv_backward"):
         words.append(f"{len(launch.args[2])} filters")
     elif words[0] == "combine":
         scale, z = launch.args[1:3]
@@ -132,7 +129,7 @@ def source(launch: Launch) -> ASTSource:
 def report(launch: Launch, target: str) -> Report:
     """Compile and read. On AMD registers and the memory of a lane, where spills go, come from the assembly's metadata."""
     wanted = {"num_warps", "num_stages", "enable_fp_fusion"} | ({"maxnreg"} if target != "gfx942" else set())
-    compiled = triton.compile(source(launch), target=TARGETS[target], options={k: v for k, v in launch.options.items() if k in wanted})
+    compiled = compile(source(launch), target=TARGETS[target], options={k: v for k, v in launch.options.items() if k in wanted})
     name, budget = name_of(launch), _budget(launch)
     if target == "gfx942":
         text = compiled.asm["amdgcn"]
@@ -141,19 +138,18 @@ def report(launch: Launch, target: str) -> Report:
         atomics = sum("atomic" in line for line in lines)
         return Report(name, target, read["vgpr_count"], read["private_segment_fixed_size"], len(lines), atomics, (), None, None)
     atomics = len(re.findall(r"^\s*(?:@!?%\w+ )?(?:atom|red)\.", compiled.asm["ptx"], re.M))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(compiled.asm["cubin"])
-        usage = _run("cuobjdump", "-res-usage", path)
-        code = _run("nvdisasm", "-c", path)
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    instructions, loops = parse(code)
+    cubin = compiled.asm["cubin"]
+    (used,) = sass.resources(cubin).values()
+    (instructions,) = sass.disassemble(cubin).values()
+    loops = tuple(_mixes(sass.loops(instructions)))
     slots = None if budget is None else slots_per_item(launch, loops)
-    return Report(name, target, registers, stack + local, len(instructions), atomics, tuple(loops), slots, budget)
+    return Report(name, target, used.registers, used.stack + used.local, len(instructions), atomics, loops, slots, budget)
 
 
-def _run(tool: str, *arguments) -> str:
-    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+def _mixes(loops: list[sass.Loop]) -> Iterator[Counter[str]]:
+    for loop in loops:
+        yield Counter(instruction.opcode.split(".")[0] for instruction in loop.own)
+        yield from _mixes(loop.inner)
 
 
 def _budget(launch: Launch) -> float | None:
@@ -161,38 +157,18 @@ def _budget(launch: Launch) -> float | None:
     if kernel == "backward_kernel":
         return configs.SCAN_BACKWARD.budget
     if kernel == "scan_kernel":
-        return configs.REDUCED_BUDGET if launch.options["REDUCE"] else configs.SCAN_FORWARD.budget
+        return configs.SCAN_FORWARD.budget
     return None
 
 
-def parse(code: str) -> tuple[list[str], list[Loop]]:
-    """Opcodes of an nvdisasm listing, and its loops: from a backward branch's target to the branch, less the loops inside."""
-    labels, opcodes, branches = {}, [], []
-    for line in code.splitlines():
-        if label := re.match(r"\.(L_x_\d+):", line):
-            labels[label[1]] = len(opcodes)
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
-            if target := re.search(r"\.(L_x_\d+)", found[2]):
-                branches.append((len(opcodes), target[1]))
-            opcodes.append(found[1].split(".")[0])
-    # the jump to itself at the end of a kernel is padding
-    spans = [(labels[target], at) for at, target in branches if labels.get(target, at) < at]
-    loops = []
-    for begin, end in spans:
-        inside = {i for b, e in spans if begin <= b and e <= end and (b, e) != (begin, end) for i in range(b, e + 1)}
-        loops.append(Loop(Counter(opcodes[i] for i in range(begin, end + 1) if i not in inside)))
-    return opcodes, loops
-
-
-def slots_per_item(launch: Launch, loops: list[Loop]) -> float:
+def slots_per_item(launch: Launch, loops: tuple[Counter[str], ...]) -> float:
     """Forward: the largest loop, of GROUP tokens. Backward: the largest, the adjoint, and the largest without shuffles, the recomputation."""
     options = launch.options
     items = options["GROUP"] * options["STATES"] * options["BLOCK_E"] / 32
-    adjoint = max(loops, key=lambda loop: loop.slots).slots
-    if launch.kernel.__name__ == "scan_kernel":
-        return adjoint / items
-    recomputed = max((loop for loop in loops if not loop.instructions["SHFL"] and loop.instructions["MUFU"]), key=lambda loop: loop.slots)
-    return (adjoint + recomputed.slots) / items
+    slots = max(loop.total() for loop in loops)
+    if launch.kernel.__name__ == "backward_kernel":
+        slots += max(loop.total() for loop in loops if loop["MUFU"] and not loop["SHFL"])
+    return slots / items
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -210,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
                 faults += len(result.faults)
                 print(result, flush=True)
                 for loop in result.loops if args.mix else ():
-                    print(f"        loop of {loop.slots}: " + ", ".join(f"{n} {op}" for op, n in loop.instructions.most_common(16)))
+                    print(f"        loop of {loop.total()}: " + ", ".join(f"{n} {op}" for op, n in loop.most_common(16)))
     return 1 if faults else 0
 
 

@@ -13,8 +13,9 @@ import triton
 from .conv import conv, conv_backward
 from .norm import norm, norm_backward
 from .reduce import reduce, reduce_backward
-from .scan import checkpoint_shape, scan
+from .scan import scan
 from .scan_backward import scan_backward
+from .scan_layout import checkpoint_shape
 from .warm import warmup
 
 __all__ = [

@@ -11,8 +11,9 @@ from .conv import conv, conv_backward
 from .launch import Launch, recorded
 from .norm import norm, norm_backward
 from .reduce import reduce, reduce_backward
-from .scan import checkpoint_shape, scan
+from .scan import scan
 from .scan_backward import scan_backward
+from .scan_layout import checkpoint_shape
 
 SCAN_NEEDS = frozenset(("u", "delta", "A", "B", "C", "D", "delta_bias", "z"))
 
@@ -68,6 +69,15 @@ def _scan_launches(directions: tuple[ScanInputs, ...], grid: TokenGrid, reductio
     if backward:
         checkpoint = _meta(*checkpoint_shape(1, grid.tokens, *A.shape, 0))
         scan_backward(out, None, directions, z, (checkpoint,) * len(directions), **options, needs=SCAN_NEEDS)
+
+
+def conv_state_launch(channels: int, width: int, dtype: torch.dtype) -> Launch:
+    """The gradient of a convolution's initial state, which no projector has."""
+    x, state = _meta(1, 64, channels, dtype=dtype), _meta(1, channels, width - 1)
+    filters = (ConvFilter(_meta(channels, width), _meta(channels), False),)
+    with recorded() as launches:
+        conv_backward((x,), x, filters, silu=True, initial_state=state, cu_seqlens=None, needs=frozenset(("initial_state",)))
+    return launches[-1]
 
 
 def warmup(**model) -> list[str]:
