@@ -14,8 +14,8 @@ pytest.importorskip("cuda.core", reason="needs cuda-core and nvidia-cuda-nvrtc t
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 GRID, REDUCTION = TokenGrid(4, 2, 2), TokenReduction(2, 2, 2)
-# Registers a thread: 65,536 a multiprocessor, 128 threads a block. Three blocks of the forward scan, which sources state; two of its backward.
-REGISTERS = {"scan": 168, "scan_backward": 255, "conv": 128, "conv_backward": 128}
+# Registers a thread: 65,536 a multiprocessor, 128 threads a block. Two blocks of either scan; check_states says where three.
+REGISTERS = {"scan": 255, "scan_backward": 255, "conv": 128, "conv_backward": 128}
 
 
 class Recorder:
@@ -91,6 +91,51 @@ def test_every_kernel_compiles_without_spills_or_atomics(arch):
 @pytest.mark.skipif(fuzz_cases(1) < 2, reason="compiles for minutes: asked for by STORM_KERNELS_FUZZ=2 or more")
 def test_every_format_compiles_without_spills_or_atomics(arch, dtype, reduction):
     check_code(variants(dtype, reduction), arch)
+
+
+def forward_of(states: int, formats: tuple[torch.dtype, ...], reduction: bool) -> dict:
+    """A gated bidirectional forward scan of ``formats``: those of u and z, of delta, and of B and C."""
+    x, delta = (torch.zeros(1, GRID.tokens, 256, dtype=dtype) for dtype in formats[:2])
+    state = torch.zeros(1, GRID.tokens, 1, states, dtype=formats[2])
+    row, A = torch.zeros(256), torch.zeros(256, states)
+    both = tuple(ScanInputs(x, delta, A, state, state, row, row, reverse) for reverse in (False, True))
+    options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None}
+    options |= {"grid": GRID, "reduction": REDUCTION} if reduction else {"grid": None, "reduction": None}
+    with launcher.using(Recorder()) as asked:
+        scan(both, x, save_checkpoints=True, **options)
+    return {key: shared for key, shared in asked.asked.items() if key[1] == "scan"}
+
+
+def check_states(arch: str, states: int, formats: tuple[torch.dtype, ...], reduction: bool) -> None:
+    (((name, kernel, defines), shared),) = forward_of(states, formats, reduction).items()
+    blocks = 3 if 8 < states <= 16 and not reduction else 2
+    used = sass.resources(launcher.compile_cubin(name, dict(defines), arch))[kernel]
+    assert used.stack == used.local == 0, f"{states} states for {arch} spill: {used}"
+    assert used.registers * launcher.THREADS * blocks <= 65536
+    assert (shared + 1024) * 2 <= (164 if arch == "sm_80" else 228) * 1024
+
+
+STATES = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+FORMATS = {
+    "bfloat16": (torch.bfloat16,) * 3,
+    "float16": (torch.float16,) * 3,
+    "float32": (torch.float32,) * 3,
+    "mixed": (torch.bfloat16, torch.float32, torch.float16),
+}
+
+
+@pytest.mark.parametrize("states", STATES)
+def test_forward_scan_of_every_number_of_states_stays_in_registers(states):
+    check_states("sm_90", states, FORMATS["bfloat16"], reduction=False)
+
+
+@pytest.mark.parametrize("reduction", [False, True])
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.skipif(fuzz_cases(1) < 2, reason="compiles for minutes: asked for by STORM_KERNELS_FUZZ=2 or more")
+def test_every_forward_scan_stays_in_registers(arch, states, formats, reduction):
+    check_states(arch, states, FORMATS[formats], reduction)
 
 
 def test_reduced_scan_compiles_without_spills_or_atomics():

@@ -163,8 +163,8 @@ struct Scan {
     }
 };
 
-// Three blocks a multiprocessor: with fewer registers than that leaves, the compiler spills some of a reduction's.
-extern "C" __global__ void __launch_bounds__(THREADS, 3) scan(const __grid_constant__ ScanArgs a) {
+// Blocks a multiprocessor: with the registers of one more the compiler spills some of a reduction's or, with other numbers of states, of any scan's.
+extern "C" __global__ void __launch_bounds__(THREADS, STATE_LANES == 4 && !REDUCED ? 3 : 2) scan(const __grid_constant__ ScanArgs a) {
     DYNAMIC_SHARED(memory);
     const int64 work = blockIdx.x;
     Scan scan(a, *(Shared*)memory, work / (a.blocks * a.p.sequences), work / a.blocks % a.p.sequences, work % a.blocks);

@@ -13,6 +13,7 @@ constexpr int PAIR_SLOTS = 2 * QUADS;
 __device__ __forceinline__ int slot_of(int p) { return p % 2 * QUADS + (p / 2 ^ (QUADS >= 8 && p % 2 ? 4 : 0)); }
 constexpr int PART = PAIR_SLOTS + (CHANNEL_LANES >= 8 ? 0 : CHANNEL_LANES == 4 ? 2 : 1);  // padded where lanes beside each other hold other states
 constexpr int SLOT = 16;  // bytes
+constexpr int PARTS_AT_ONCE = STATE_LANES < 8 ? STATE_LANES : 8;  // of y: all of 32 loaded together do not fit in registers
 
 struct Shared {
     __align__(16) Stage stage[2];
@@ -144,7 +145,7 @@ __device__ __forceinline__ void finish(float (&y)[2][QUAD], const Shared& shared
     for (int c = 0; c < QUAD; c++)
 #pragma unroll
         for (int j = 0; j < 2; j++) y[j][c] = at.skip[c] * u[j][c];
-#pragma unroll
+#pragma unroll PARTS_AT_ONCE
     for (int lane = 0; lane < STATE_LANES; lane++)
 #pragma unroll
         for (int k = 0; k < 2; k++) {
