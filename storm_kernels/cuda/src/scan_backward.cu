@@ -5,7 +5,7 @@
 //     dB = sum over channels of g delta u;  dC = sum over channels of gy h.
 // The channels of an elementwise step are those of the warp that computes it, so that only B, C and their gradients are shared between warps.
 // Issue slots per channel, token and state, loads, stores and elementwise steps included, S = 16 in bfloat16 on sm_80, sm_90 and sm_100
-// (tests/test_cuda_backward.py): 23.7 without a gate, 26.2 with it, 28.3 with a reduction as well; of these 3.9 save the states, whose last group
+// (tests/test_cuda_backward.py): 23.7 without a gate, 26.2 with it, 28.4 with a reduction as well; of these 3.9 save the states, whose last group
 // needs none. The gate's own share is its gradient's: y has to be had again. Two blocks of 113 KB and 255 registers fit on an H100's multiprocessor.
 // Nothing is added atomically: what several blocks contribute to goes to partial results that sum_terms adds in order.
 #include "gradient.cuh"
