@@ -1,4 +1,4 @@
-// What the scan and its backward share: arguments, the mapping of threads to channels and states, and the preparation of a tile of tokens.
+// What the scan and its backward share: arguments, and the mapping of threads to channels and states.
 //
 // Defined by the launch code (scan.py): D_STATE; STATE_LANES, LANE_STATES; TILE, CHUNK, GROUP (tokens); U_T, DELTA_T, B_T, C_T, Z_T (formats).
 //
@@ -125,42 +125,4 @@ __device__ __forceinline__ void store_states(const float (&v)[ITEMS], float* to,
         int channel = at.channel + i / LANE_STATES, state = at.state + i % LANE_STATES;
         if (channel < channels && state < D_STATE) to[(int64)channel * D_STATE + state] = v[i];
     }
-}
-
-// A prepared tile in shared memory. Past the sequence's end and the last channel delta is 0: the state stays as it is.
-struct Tile {
-    __align__(16) float2 step[TILE][BLOCK_CHANNELS];  // delta, and delta * u
-    __align__(16) float B[TILE][STATES];
-    __align__(16) float C[TILE][STATES];
-};
-
-__device__ __forceinline__ void prepare_tile(Tile& tile, const Problem& p, const Direction& d, const Share& s, int64 first) {
-    int tokens = (int)smaller(TILE, s.length - first);
-    for (int i = threadIdx.x; i < TILE * BLOCK_CHANNELS; i += THREADS) {
-        int t = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS;
-        float2 step = make_float2(0.0f, 0.0f);
-        if (t < tokens && c < s.channels) {
-            int64 l = s.token(first + t), e = s.channel + c;
-            float delta = to_float(d.delta[s.batch * d.delta_batch + l * d.delta_row + e]) + (d.delta_bias ? d.delta_bias[e] : 0.0f);
-            if (p.softplus) delta = softplus(delta);
-            step = make_float2(delta, delta * to_float(d.u[s.batch * d.u_batch + l * d.u_row + e]));
-        }
-        tile.step[t][c] = step;
-    }
-    for (int i = threadIdx.x; i < TILE * STATES; i += THREADS) {
-        int t = i / STATES, n = i % STATES;
-        bool inside = t < tokens && n < D_STATE;
-        int64 l = s.token(first + t);
-        tile.B[t][n] = inside ? to_float(d.B[s.batch * d.B_batch + l * d.B_row + s.group * d.B_group + n]) : 0.0f;
-        tile.C[t][n] = inside ? to_float(d.C[s.batch * d.C_batch + l * d.C_row + s.group * d.C_group + n]) : 0.0f;
-    }
-}
-
-// What a token's output is multiplied by before the gate: 1, or its share in its cell; 0 if it is dropped. `row` is its row in the output.
-__device__ __forceinline__ float output_row(const Problem& p, int64 token, int64& row) {
-    row = p.map ? p.map[token].cell : token;
-    return row < 0 ? 0.0f : p.map ? p.map[token].weight : 1.0f;
-}
-__device__ __forceinline__ int64 gate_index(const Problem& p, int64 batch, int64 token, int64 channel) {
-    return batch * p.z_batch + (p.z_kept ? p.map[token].kept : token) * p.z_row + channel;
 }
