@@ -24,7 +24,7 @@ from .scan_steps import advance, first_checkpoint, load_drive, load_gate, load_p
 def load_token(streams, out, rows, t, lanes, GATE: tl.constexpr, REDUCE: tl.constexpr):
     """What token t reads of the large tensors: u, delta, z, the offset of its row of sums and, if REDUCE is "apart", the sum that stands there."""
     u_t, delta_t = load_drive(streams, t, lanes)
-    z_t = load_gate(streams, t, lanes, GATE, 1)
+    z_t = load_gate(streams, t, lanes, GATE)
     row, total = 0, 0
     if REDUCE != "none":
         row = tl.load(rows + t)

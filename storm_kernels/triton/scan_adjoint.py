@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .math import cast, sigmoid, softplus
-from .scan_steps import load_drive, load_gate, states_place
+from .scan_steps import load_drive, states_place
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def add_to(total, tail, value, mask):
 @triton.jit
 def add_sums(totals, sums, sequence, channels, channel, mask, STATES: tl.constexpr):
     """`add_to` of dA (STATES, BLOCK_E), dD and d(delta_bias) (BLOCK_E,), the rows of ``totals`` (n, 2, STATES + 2, E)."""
-    total = totals + sequence * (2 * (STATES + 2)) * channels
+    total = totals + sequence.to(tl.int64) * (2 * (STATES + 2)) * channels
     tail = total + (STATES + 2) * channels
     add_to(states_place(total, 0, channels, channel, STATES), states_place(tail, 0, channels, channel, STATES), sums[0], mask[None, :])
     dD, dbias = STATES * channels + channel, (STATES + 1) * channels + channel
@@ -37,11 +37,18 @@ def add_sums(totals, sums, sequence, channels, channel, mask, STATES: tl.constex
 
 
 @triton.jit
+def load_gate(streams, places, t, lanes, GATE: tl.constexpr):
+    """z of token t; of a dropped token, where z holds the kept ones only, that of the first one."""
+    row = tl.load(places + 2 * t).to(tl.int64) if GATE == "kept" else t
+    return tl.load(streams[2] + row * streams[5] + lanes)
+
+
+@triton.jit
 def load_gradient(source, t, channel, mask, REDUCE: tl.constexpr):
     """The gradient of one token's output, or of its share of its row."""
     grad, stride, channel_stride, places = source
-    row = tl.load(places + 2 * t + 1) if REDUCE else t * stride
-    return tl.load(grad + row + channel * channel_stride, mask=mask, other=0.0).to(tl.float32)
+    row = tl.load(places + 2 * t + 1).to(tl.int64) if REDUCE else t
+    return tl.load(grad + row * stride + channel * channel_stride, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -49,7 +56,7 @@ def replay_token(h, t, inputs, outputs, lanes, spot, STATES: tl.constexpr, SOFTP
     """One step forward again; writes dz and dC. -> state, (u, delta before and after softplus, decay, dy)."""
     streams, bc, bc_stride, source, (A, D, delta_bias) = inputs
     _, _, dz, dbc = outputs
-    channels, channel, mask = spot
+    channels, channel, mask, rows = spot
     states = tl.arange(0, STATES)
     u_t, raw = load_drive(streams, t, lanes)
     b = tl.load(bc + t * bc_stride + states)
@@ -59,15 +66,14 @@ def replay_token(h, t, inputs, outputs, lanes, spot, STATES: tl.constexpr, SOFTP
     a = tl.exp2(delta_t[None, :] * A)
     h = a * h + (delta_t * u_t)[None, :] * b[:, None]
 
-    z_t = load_gate(streams, t, lanes, GATE, 2)
     dy = load_gradient(source, t, channel, mask, REDUCE)
     if GATE != "none":
-        z_t = z_t.to(tl.float32)
+        z_t = load_gate(streams, source[3], t, lanes, GATE).to(tl.float32)
         gate = sigmoid(z_t)
         if dz is not None:
             y = tl.sum(h * tl.load(bc + t * bc_stride + STATES + states)[:, None], 0) + D * u_t
             dz_t = cast(dy * y * gate * (1.0 + z_t * (1.0 - gate)), dz.dtype.element_ty)
-            tl.store(dz + t * channels + channel, dz_t, mask=mask)
+            tl.store(dz + (rows + t * channels), dz_t, mask=mask)
         dy *= z_t * gate
     if dbc is not None:
         tl.store(dbc + t * bc_stride + STATES + states, tl.sum(h * dy[None, :], 1))
@@ -79,7 +85,7 @@ def adjoint_token(g, sums, before, token, t, inputs, outputs, spot, STATES: tl.c
     """One step of the adjoint from the gradient g that reaches its state; writes du, ddelta, dB. -> g of the step before, sums with its own added."""
     _, bc, bc_stride, _, (A, D, _) = inputs
     du, ddelta, _, dbc = outputs
-    channels, channel, mask = spot
+    channels, channel, mask, rows = spot
     dA, dD, dbias = sums
     u_t, v, delta_t, a, dy = token
     states = tl.arange(0, STATES)
@@ -95,18 +101,19 @@ def adjoint_token(g, sums, before, token, t, inputs, outputs, spot, STATES: tl.c
     if SOFTPLUS:
         dv *= sigmoid(v)
     if du is not None:
-        tl.store(du + t * channels + channel, cast(delta_t * q + D * dy, du.dtype.element_ty), mask=mask)
+        tl.store(du + (rows + t * channels), cast(delta_t * q + D * dy, du.dtype.element_ty), mask=mask)
     if ddelta is not None:
-        tl.store(ddelta + t * channels + channel, cast(dv, ddelta.dtype.element_ty), mask=mask)
+        tl.store(ddelta + (rows + t * channels), cast(dv, ddelta.dtype.element_ty), mask=mask)
     return g, (dA + w * delta_t[None, :], dD + dy * u_t, dbias + dv)
 
 
 @triton.jit
 def adjoint_group(
     g, sums, tile, t, inputs, outputs, lanes, spot, STATES: tl.constexpr, STEP: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr,
-    REDUCE: tl.constexpr, GROUP: tl.constexpr,
+    REDUCE: tl.constexpr, GROUP: tl.constexpr, REREAD: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint of GROUP steps from token t on, whose first state lies at ``tile``: forward to keep what each needs, then back."""
+    """The adjoint of GROUP steps from token t on, whose first state lies at ``tile``: forward to keep what each needs, then back. With REREAD
+    the first state is read again rather than kept."""
     h = tl.load(tile)
     before = ()
     tokens = ()
@@ -115,7 +122,6 @@ def adjoint_group(
         h, token = replay_token(h, t + r * STEP, inputs, outputs, lanes, spot, STATES, SOFTPLUS, GATE, REDUCE)
         tokens = tokens + (token,)
     for r in tl.static_range(GROUP - 1, -1, -1):
-        # the first state is read again rather than kept: registers are short
-        h = before[r] if r else tl.load(tile)
+        h = tl.load(tile) if REREAD and r == 0 else before[r]
         g, sums = adjoint_token(g, sums, h, tokens[r], t + r * STEP, inputs, outputs, spot, STATES, SOFTPLUS)
     return g, sums

@@ -61,26 +61,22 @@ def backward_direction(
     BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,
     FLUSH: tl.constexpr,
+    REREAD: tl.constexpr,
 ):
     tl.static_assert(GROUP == 2, "the last step of an odd count is a group of its own")
     operands, checkpoints, (du, ddelta, dz, dbc, totals) = direction
-    gate, grad, grad_strides, grad_final, grad_initial, cu_seqlens, scratch = shared
+    gate, grad, grad_strides, grad_rows, grad_final, grad_initial, cu_seqlens, scratch = shared
     sequence, batch, start, count, block, group, channel, mask = locate(program, cu_seqlens, length, channels // groups, groups, BLOCK_E)
     # Clamped channels need no mask in loads: a channel that is not real gets no gradient, so it adds nothing to dB and dC.
     lanes = tl.minimum(channel, (group + 1) * (channels // groups) - 1)
     streams, bc, bc_stride = open_streams(operands, gate, batch, group, length, groups, STATES, GATE)
     if dbc is not None:
         dbc += ((batch * tl.cdiv(channels // groups, BLOCK_E) + block) * length * groups + group) * (2 * STATES)
-    if dz is not None:
-        dz += batch * length * channels
-    if du is not None:
-        du += batch * length * channels
-    if ddelta is not None:
-        ddelta += batch * length * channels
-    source = (grad + batch * grad_strides[0], grad_strides[1], grad_strides[2], gate[2])
+    source = (grad + batch * grad_strides[0], grad_strides[1], grad_strides[2], grad_rows)
     inputs = (streams, bc, bc_stride, source, load_parameters(operands, channels, lanes, STATES, BLOCK_E))
     outputs = (du, ddelta, dz, dbc)
-    spot = (channels, channel, mask)
+    # One offset for du, ddelta and dz, whose pointers then stay out of registers.
+    spot = (channels, channel, mask, batch * length * channels + channel)
     g = tl.zeros([STATES, BLOCK_E], tl.float32)
     if grad_final is not None:
         g = tl.load(states_place(grad_final, sequence, channels, lanes, STATES), mask=mask[None, :], other=0.0)
@@ -88,13 +84,15 @@ def backward_direction(
     scratch += tl.program_id(0).to(tl.int64) * (INTERVAL // GROUP * STATES * BLOCK_E)
 
     step: tl.constexpr = -1 if REVERSE else 1
+    sequence32 = sequence.to(tl.int32)
     first = tl.maximum(start + (count - 1 if REVERSE else 0), 0)
     nothing = (tl.zeros([STATES, BLOCK_E], tl.float32), tl.zeros([BLOCK_E], tl.float32), tl.zeros([BLOCK_E], tl.float32))
-    for chunk in range(tl.cdiv(count, INTERVAL) - 1, -1, -1):
-        # within an interval steps are counted in 32 bits
-        steps = tl.minimum(count - chunk * INTERVAL, INTERVAL).to(tl.int32)
+    # intervals, and steps within one, are counted in 32 bits: registers are short
+    for chunk in range(tl.cdiv(count, INTERVAL).to(tl.int32) - 1, -1, -1):
+        done = tl.full([], INTERVAL, tl.int64) * chunk
+        steps = tl.minimum(count - done, INTERVAL).to(tl.int32)
         whole = steps // GROUP
-        origin = first + chunk * INTERVAL * step
+        origin = first + done * step
         h = tl.load(states_place(checkpoints, checkpoint + chunk, channels, lanes, STATES))
         keep_states(h, origin, scratch, tl.cdiv(steps, GROUP) - 1, inputs, lanes, STATES, step, SOFTPLUS, BLOCK_E, GROUP)
         tl.debug_barrier()  # a lane may read below what another one wrote
@@ -103,13 +101,13 @@ def backward_direction(
         if whole * GROUP < steps:
             tile = load_states(scratch + whole * (STATES * BLOCK_E), STATES, BLOCK_E)
             t = origin + whole * (GROUP * step)
-            g, sums = adjoint_group(g, sums, tile, t, inputs, outputs, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, 1)
+            g, sums = adjoint_group(g, sums, tile, t, inputs, outputs, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, 1, REREAD)
         for part in range(tl.maximum(tl.cdiv(whole, FLUSH), 1) - 1, -1, -1):
             for k in range(tl.minimum((part + 1) * FLUSH, whole) - 1, part * FLUSH - 1, -1):
                 tile = load_states(scratch + k * (STATES * BLOCK_E), STATES, BLOCK_E)
                 t = origin + k * (GROUP * step)
-                g, sums = adjoint_group(g, sums, tile, t, inputs, outputs, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, GROUP)
-            add_sums(totals, sums, sequence, channels, channel, mask, STATES)
+                g, sums = adjoint_group(g, sums, tile, t, inputs, outputs, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, GROUP, REREAD)
+            add_sums(totals, sums, sequence32, channels, channel, mask, STATES)
             sums = nothing
         tl.debug_barrier()  # nor may the next interval's states overtake the reads of this one's
     if grad_initial is not None:
@@ -132,16 +130,17 @@ def backward_kernel(
     BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,
     FLUSH: tl.constexpr,  # groups between two additions of dA, dD and d(delta_bias) to memory
+    REREAD: tl.constexpr,  # of `adjoint_group`
 ):
     """Program order as in `scan.scan_kernel`."""
     pid = tl.program_id(0)
     share = tl.num_programs(0) // len(directions)
     if len(directions) == 1 or pid < share:
         backward_direction(directions[0], shared, pid, length, channels, groups,
-                           STATES, REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, GROUP, FLUSH)  # fmt: skip
+                           STATES, REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, GROUP, FLUSH, REREAD)  # fmt: skip
     else:
         backward_direction(directions[-1], shared, pid - share, length, channels, groups,
-                           STATES, not REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, GROUP, FLUSH)  # fmt: skip
+                           STATES, not REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, GROUP, FLUSH, REREAD)  # fmt: skip
 
 
 def scan_backward(
@@ -195,17 +194,17 @@ def scan_backward(
 
 
 def _sources(grad_out: Tensor, z: Tensor | None, grid: TokenGrid | None, reduction: TokenReduction | None) -> tuple:
-    """(z, its strides, offsets), the gradient and its strides. With a reduction, the gradient is that of one token's share of each row, and a row
-    of zeros for the dropped ones; offsets are (L, 2) int64: of each token's z and of its row of the gradient."""
+    """(z, its strides, None), the gradient, its strides, and a table. With a reduction, the gradient is that of one token's share of each row, and a
+    row of zeros for the dropped ones; the table is (L, 2) int32: the row of each token's z and of its gradient (offsets would cost registers)."""
     strides = (0, 0) if z is None else z.stride()[:2]
     if reduction is None:
-        return (z, strides, None), grad_out, grad_out.stride()
+        return (z, strides, None), grad_out, grad_out.stride(), None
     rows, places = token_places(grid, reduction, grad_out.device)
     batch, count, channels = grad_out.shape
     share = torch.zeros(batch, count + 1, channels, dtype=torch.float32, device=grad_out.device)
     torch.mul(grad_out, inverse_counts(grid, reduction, grad_out.device)[:, None], out=share[:, :count])
-    offsets = torch.stack((places.clamp(min=0) * strides[1], rows.masked_fill(rows < 0, count) * channels), 1)
-    return (z, strides, offsets), share, share.stride()
+    table = torch.stack((places.clamp(min=0), rows.masked_fill(rows < 0, count)), 1).to(torch.int32)
+    return (z, strides, None), share, share.stride(), table
 
 
 class Outputs(NamedTuple):

@@ -59,14 +59,14 @@ def load_drive(streams, t, lanes):
 
 
 @triton.jit
-def load_gate(streams, t, lanes, GATE: tl.constexpr, WIDTH: tl.constexpr):
-    """z of token t, 0 without a gate; of a dropped token, where z holds the kept ones only, that of the first one. ``offsets`` has WIDTH columns."""
+def load_gate(streams, t, lanes, GATE: tl.constexpr):
+    """z of token t, 0 without a gate; of a dropped token, where z holds the kept ones only, that of the first one."""
     _, _, z, _, _, z_stride, offsets = streams
     z_t = 0
     if GATE == "all":
         z_t = tl.load(z + t * z_stride + lanes)
     elif GATE == "kept":
-        z_t = tl.load(z + tl.load(offsets + WIDTH * t) + lanes)
+        z_t = tl.load(z + tl.load(offsets + t) + lanes)
     return z_t
 
 
