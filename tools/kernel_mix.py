@@ -71,7 +71,7 @@ def variants(dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
     only a given state needs; duplicates removed."""
     shape = {"d_model": 3584, "d_inner": 7168, "d_state": 16, "d_conv": 4, "grid": TokenGrid(32, 16, 16), "dtype": dtype}
     launches = []
-    for reduction in (TokenReduction(4), TokenReduction(4, 1, 2)):
+    for reduction in (TokenReduction(4), TokenReduction(4, 2), TokenReduction(4, 1, 2)):
         launches += model_launches(reduction=reduction, backward=True, **shape)
     launches += model_launches(reduction=None, bidirectional=False, backward=True, **shape)
     launches += model_launches(reduction=None, backward=False, **shape)
