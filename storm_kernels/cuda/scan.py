@@ -197,31 +197,31 @@ def scan(
         out, partial = None, torch.empty(len(directions), batch * set_.out_rows * channels, **empty)
     for together in launch_together(directions):
         some = tuple(directions[i] for i in together)
-        a_group, blocks = channel_blocks(some[0])
         shared = shared_bytes(geometry(states), some, z)
         in_shared = shared + cell_bytes <= current().shared_limit()
         if cells and not in_shared:
             partial[list(together)] = 0
         values = {
             "direction": [direction_values(directions[i], checkpoints[i] if checkpoints else None) for i in together],
-            "p": set_.values | {"group_channels": channels // some[0].B.shape[2], "group_blocks": a_group},
-            "blocks": blocks,
             "out": out,
             "partial": [None if partial is None else partial[i] for i in together],
             "final_state": final_state,
             "cells": cells if in_shared else 0,
             "group_tokens": _group_tokens(grid, reduction, geometry(states).TILE) if in_shared and cells else 0,
         }
-        flags = {
-            "ASYNC": _asynchronous(some, z),
-            "GATED": z is not None,
-            "PARTIAL": partial is not None,
-            "REDUCED": cells > 0,
-            "SOFTPLUS": delta_softplus,
-        }
-        made = defines(some[0], z) | {name: int(flag) for name, flag in flags.items()} | {"SHARED_BYTES": shared}
-        count = blocks * set_.sequences * len(together)
-        current().launch("scan.cu", "scan", made, "ScanArgs", values, count, shared + (cell_bytes if in_shared else 0))
+        flags = {"GATED": z is not None, "PARTIAL": partial is not None, "REDUCED": cells > 0, "SOFTPLUS": delta_softplus}
+        _launch(some, z, set_, values, flags, shared, cell_bytes if in_shared else 0)
     if out is None:
         out = sum_terms(partial[None], u.dtype).view(batch, set_.out_rows, channels)
     return ScanResult(out, final_state, checkpoints)
+
+
+def _launch(
+    some: tuple[ScanInputs, ...], z: Tensor | None, set_: Setting, values: dict, flags: dict[str, bool], shared: int, cell_bytes: int
+) -> None:
+    """One launch over the directions ``some``: what follows from their shapes is added to ``values`` and ``flags``."""
+    a_group, blocks = channel_blocks(some[0])
+    values |= {"p": set_.values | {"group_channels": some[0].u.shape[2] // some[0].B.shape[2], "group_blocks": a_group}, "blocks": blocks}
+    flags |= {"ASYNC": _asynchronous(some, z)}
+    made = defines(some[0], z) | {name: int(flag) for name, flag in flags.items()} | {"SHARED_BYTES": shared}
+    current().launch("scan.cu", "scan", made, "ScanArgs", values, blocks * set_.sequences * len(some), shared + cell_bytes)
