@@ -1,4 +1,4 @@
-"""The "cpu" backend beyond the shared parity suite: variants, elementary functions, determinism, empty inputs, memory. Building: test_cpu_build.py."""
+"""The "cpu" backend beyond the shared parity suite: variants, determinism, empty inputs, memory. For building: test_cpu_build.py."""
 
 import ctypes
 import os
