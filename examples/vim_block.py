@@ -4,7 +4,7 @@ import torch
 
 from storm_kernels.compat import install
 
-print(install())
+print(install())  # before the imports that it serves: the linter wants those first (E402)
 
 from mamba_ssm.modules.mamba_simple import Mamba  # noqa: E402
 from mamba_ssm.ops.triton.layernorm import RMSNorm, rms_norm_fn  # noqa: E402

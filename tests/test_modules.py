@@ -59,10 +59,12 @@ def rms(value, truth):
     return (value.double() - truth).square().mean().sqrt()
 
 
-def gradients(projector, features, reduction):
+def gradients(call, features, reduction, projector=None):
+    """Of ``projector``'s parameters, which is ``call`` unless told, and of the features; and the result."""
+    projector = projector or call
     projector.zero_grad()
     features = features.detach().requires_grad_()
-    out = projector(features, reduction)
+    out = call(features, reduction)
     out.double().square().sum().backward()
     return {"out": out.detach(), "features": features.grad} | {name: p.grad.clone() for name, p in projector.named_parameters()}
 
@@ -83,6 +85,26 @@ def test_the_last_layer_gates_and_projects_survivors_only():
     fused.layers[0].mixer.out_proj.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[1]))
     fused(torch.randn(1, 16, 4, 4, 6), TokenReduction(4, 1, 2))
     assert rows == [2 * 4]
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_lengths_give_each_video_what_it_gets_alone(backend):
+    """Through two layers, both directions, padding and the reduction; a parameter's gradient is the sum of the videos'."""
+    reason = sk.why_not("scan", backend)
+    if reason:
+        pytest.skip(reason)
+    _, fused = pair(layers=2)
+    reduction, frames, features = TokenReduction(2, 2, 2), (5, 1, 3), torch.randn(3, 5, 4, 4, 6)
+    with sk.use_backend(backend):
+        together = gradients(lambda x, how: fused(x, how, list(frames)), features, reduction, fused)
+        alone = [gradients(fused, features[i : i + 1, :count], reduction, fused) for i, count in enumerate(frames)]
+    for video, (count, one) in enumerate(zip(frames, alone, strict=True)):
+        kept = one["out"].shape[1]
+        torch.testing.assert_close(together["out"][video : video + 1, :kept], one["out"])
+        torch.testing.assert_close(together["features"][video : video + 1, :count], one["features"], rtol=1e-4, atol=1e-5)
+        assert (together["out"][video, kept:] == 0).all() and (together["features"][video, count:] == 0).all()
+    for name, _ in fused.named_parameters():
+        torch.testing.assert_close(together[name], sum(one[name] for one in alone), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [[3], [3, 3, 3], [0, 3], [3, 6]])

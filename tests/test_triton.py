@@ -12,6 +12,7 @@ import torch
 
 import storm_kernels as sk
 
+# Before the imports that need it, hence their E402.
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from storm_kernels import triton as backend  # noqa: E402

@@ -13,6 +13,8 @@ Symbols: b batch, l tokens, d channels, n states, w taps.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,23 +82,23 @@ def _past(mixer: nn.Module, cache, length: int, old: bool, cache_position: Tenso
     return _FlatPast(cache, mixer.layer_idx, mixer.conv_kernel_size, fresh)
 
 
-class _Past:
+class _Past(ABC):
     """What one mixer finds in a cache before a call and leaves there after it."""
 
     def __init__(self, cache, layer_idx: int, taps: int):
         self.cache, self.layer_idx, self.taps = cache, layer_idx, taps
 
+    @abstractmethod
     def read(self) -> tuple[Tensor | None, Tensor | None]:
         """The w - 1 inputs before the first (b, d, w - 1) and the state (b, d, n), as copies, for the cache is written in place; or None."""
-        raise NotImplementedError
 
+    @abstractmethod
     def keep_inputs(self, x: Tensor) -> None:
         """Leave the inputs x (b, l, d) of the convolution."""
-        raise NotImplementedError
 
+    @abstractmethod
     def keep_state(self, state: Tensor) -> None:
         """Leave the state after the last token (b, d, n)."""
-        raise NotImplementedError
 
     def _history(self, conv_state: Tensor) -> Tensor:
         return conv_state[..., conv_state.shape[-1] - (self.taps - 1) :].clone()
