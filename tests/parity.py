@@ -92,10 +92,12 @@ def _groupings(dims: int) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
 
 
 def _chunks(t: Tensor) -> Tensor:
-    """(batch, L, ...) -> (groups, elements): runs of CHUNK tokens, the last one padded with the first of its own values."""
-    missing = -t.shape[1] % CHUNK
-    padded = torch.cat([t, t[:, -1:].expand(-1, missing, *t.shape[2:])], 1) if missing else t
-    return padded.unflatten(1, (-1, CHUNK)).flatten(0, 1).flatten(1)
+    """(batch, L, ...) -> (groups, elements): runs of CHUNK tokens, of which the last ends where the sequence does."""
+    length = t.shape[1]
+    starts = [*range(0, length - CHUNK + 1, CHUNK)]
+    if length % CHUNK:
+        starts.append(max(0, length - CHUNK))
+    return torch.cat([t[:, start : start + CHUNK].flatten(1) for start in starts])
 
 
 def evaluate(case, room, operands: dict[str, Tensor], gradients: bool) -> dict[str, Tensor]:

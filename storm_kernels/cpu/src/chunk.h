@@ -71,11 +71,12 @@ INLINE void add_compensated(float* sum, float* error, vf value) {
 }
 
 // to[i] = sum over slots of partial[slot][i], in that order; nothing where `to` is null
-INLINE void add_slots(float* to, const float* partial, int64_t slots, int64_t count) {
+template <class Partial>
+INLINE void add_slots(float* to, const Partial* partial, int64_t slots, int64_t count) {
   for (int64_t i = 0; to && i < count; i++) {
-    float total = 0.0f;
+    double total = 0.0;
     for (int64_t slot = 0; slot < slots; slot++) total += partial[slot * count + i];
-    to[i] = total;
+    to[i] = (float)total;
   }
 }
 

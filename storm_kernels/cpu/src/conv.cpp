@@ -2,8 +2,6 @@
 // Positions are natural token indices of the sequence; those outside [0, length) hold the initial state on the filter's side, zeros elsewhere.
 #include <stdlib.h>
 
-#include <initializer_list>
-
 #include "chunk.h"
 #include "vmath.h"
 
@@ -43,7 +41,7 @@ struct ConvWork {
   float *w[2], *bias[2];        // [tap][pitch], (pitch,)
   float *x, *y;                 // [halo + TILE + halo][pitch]; [TILE + halo][pitch]
   float *dx, *dy;               // [TILE][pitch]; [TILE + halo][pitch]
-  float *sums[2], *errors[2];   // [tap, then bias][pitch]
+  double* sums[2];              // [tap, then bias][pitch]
 
   ConvWork(const StormConv& args, const Chunk& chunk) : a(args), c(chunk), taps((int)a.taps), halo(taps - 1) {}
 
@@ -53,7 +51,7 @@ struct ConvWork {
       for (int f = 0; f < a.filters; f++) {
         w[f] = arena.floats(size_t(taps) * c.pitch);
         bias[f] = arena.floats(c.pitch);
-        if (backward) sums[f] = arena.floats(size_t(taps + 1) * c.pitch), errors[f] = arena.floats(size_t(taps + 1) * c.pitch);
+        if (backward) sums[f] = (double*)arena.floats(size_t(taps + 1) * c.pitch * 2);
       }
       x = arena.floats(size_t(TILE + 2 * halo) * c.pitch);
       y = arena.floats(size_t(TILE + halo) * c.pitch);
@@ -62,8 +60,7 @@ struct ConvWork {
     }
     for (int f = 0; f < a.filters; f++) {
       load_filter(f);
-      if (!backward) continue;
-      for (float* piece : {sums[f], errors[f]}) memset(piece, 0, sizeof(float) * (taps + 1) * c.pitch);
+      if (backward) memset(sums[f], 0, sizeof(double) * (taps + 1) * c.pitch);
     }
     return true;
   }
@@ -159,19 +156,19 @@ struct ConvWork {
   }
 
   // dw[k] += sum_i dy[i] x[i + k - halo], mirrored in reverse; dbias += sum_i dy[i]; `own` is the row of dy at the tile's first position.
+  // In float64, where the products are exact: millions of terms of either sign can leave a small sum.
   void add_to_sums(int f, const float* own, int count) {
     int step = a.filter[f].reverse ? -1 : 1;
     for (int k = 0; k <= taps; k++)
       for (int j = 0; j < c.pitch; j += LANES) {
-        vf total = {};
+        double* sum = sums[f] + k * c.pitch + j;
         const float* from = x + (halo + step * (k - halo)) * c.pitch + j;
+        vd total = load_wide(sum);
         for (int i = 0; i < count; i++) {
-          vf d = load(own + i * c.pitch + j);
-          total += k < taps ? d * load(from + i * c.pitch) : d;
-          if ((i + 1) % SUM_RUN && i + 1 < count) continue;
-          add_compensated(sums[f] + k * c.pitch + j, errors[f] + k * c.pitch + j, total);
-          total = vf{};
+          const vd d = widened(load(own + i * c.pitch + j));
+          total += k < taps ? d * widened(load(from + i * c.pitch)) : d;
         }
+        store_wide(sum, total);
       }
   }
 
@@ -188,7 +185,7 @@ struct ConvWork {
   }
 
   // The slot's sums: (slots, E, K) weights and (slots, E) biases.
-  void write_sums(int f, int64_t slot, float* weights, float* biases) {
+  void write_sums(int f, int64_t slot, double* weights, double* biases) {
     int64_t at = slot * a.shape.channels + c.first;
     for (int e = 0; e < c.width; e++) {
       for (int k = 0; k < taps; k++) weights[(at + e) * taps + k] = sums[f][k * c.pitch + e];
@@ -219,7 +216,7 @@ int run_conv(const StormConv& a) {
   return failed ? STORM_NO_MEMORY : STORM_OK;
 }
 
-int run_conv_backward(const StormConv& a, int64_t slots, float* weights[2], float* biases[2]) {
+int run_conv_backward(const StormConv& a, int64_t slots, double* weights[2], double* biases[2]) {
   int64_t sequences = storm_sequence_count(a.shape), channels = a.shape.channels;
   int width = narrowed(CHUNK_WIDTH, slots, channels, 1, a.shape.threads), failed = 0;
   int64_t chunks = chunks_per_group(channels, 1, width);
@@ -252,9 +249,9 @@ STORM_EXPORT(storm_conv)(const StormConv* args) { return run_conv(*args); }
 STORM_EXPORT(storm_conv_backward)(const StormConv* args) {
   const StormConv& a = *args;
   int64_t sequences = storm_sequence_count(a.shape), slots = sequences < MOST_SLOTS ? sequences : MOST_SLOTS, per_slot = a.shape.channels * (a.taps + 1);
-  float* all = (float*)malloc(sizeof(float) * (a.filters * slots * per_slot + 1));
+  double* all = (double*)malloc(sizeof(double) * (a.filters * slots * per_slot + 1));
   if (!all) return STORM_NO_MEMORY;
-  float *weights[2], *biases[2];
+  double *weights[2], *biases[2];
   for (int f = 0; f < a.filters; f++) {
     weights[f] = all + f * slots * per_slot;
     biases[f] = weights[f] + slots * a.shape.channels * a.taps;

@@ -29,6 +29,7 @@ typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
 typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
+typedef double vd __attribute__((vector_size(LANES * 8)));
 
 INLINE vf splat(float x) { return x - vf{}; }  // x - 0 is x, of either sign
 INLINE vf load(const float* p) {
@@ -37,6 +38,13 @@ INLINE vf load(const float* p) {
   return v;
 }
 INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+INLINE vd widened(vf v) { return __builtin_convertvector(v, vd); }
+INLINE vd load_wide(const double* p) {
+  vd v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+INLINE void store_wide(double* p, vd v) { memcpy(p, &v, sizeof v); }
 INLINE vf absolute(vf v) { return (vf)((vi)v & 0x7fffffff); }
 
 template <class Mask>
