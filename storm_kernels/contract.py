@@ -36,7 +36,7 @@ class ScanInputs(NamedTuple):
 class ScanResult(NamedTuple):
     out: Tensor  # (batch, L', E) in u's dtype; the directions' sum, gated, reduced
     final_state: Tensor | None  # (n, E, S): the state after the last scanned token; None with two directions
-    checkpoints: tuple[Tensor, ...]  # one a direction, of `checkpoint_shape`, for `scan_backward`; () unless asked for
+    checkpoints: tuple[Tensor, ...]  # of `checkpoint_shapes`, for `scan_backward`; () unless asked for
 
 
 class ScanGrads(NamedTuple):
@@ -71,8 +71,20 @@ class Backend(Protocol):
         Cheap after the first call.
         """
 
-    def checkpoint_shape(self, batch: int, length: int, channels: int, states: int, sequences: int) -> tuple[int, ...]:
-        """Shape of one direction's float32 checkpoints; ``sequences`` is 0 unless packed. What they hold is the backend's own affair."""
+    def checkpoint_shapes(
+        self,
+        batch: int,
+        length: int,
+        channels: int,
+        states: int,
+        *,
+        directions: int,
+        sequences: int,  # 0 unless packed
+        gated: bool,
+        grid: TokenGrid | None,
+        reduction: TokenReduction | None,
+    ) -> tuple[tuple[int, ...], ...]:
+        """Shapes of a scan's float32 checkpoints, at most three. What they hold is the backend's own affair."""
 
     def scan(
         self,
@@ -93,7 +105,7 @@ class Backend(Protocol):
         grad_final_state: Tensor | None,
         directions: tuple[ScanInputs, ...],
         z: Tensor | None,
-        checkpoints: tuple[Tensor, ...],
+        checkpoints: tuple[Tensor, ...],  # those that are not empty
         *,
         delta_softplus: bool,
         initial_state: Tensor | None,

@@ -10,12 +10,12 @@ import torch
 from .conv import conv, conv_backward
 from .loader import library, why_missing
 from .reduce import reduce, reduce_backward
-from .scan import checkpoint_shape, scan, scan_backward
+from .scan import checkpoint_shapes, scan, scan_backward
 from .structs import DTYPES
 
 __all__ = [
     "NAME",
-    "checkpoint_shape",
+    "checkpoint_shapes",
     "conv",
     "conv_backward",
     "exp2_fma_rate",

@@ -27,11 +27,11 @@ from .structs import (
 )
 
 
-def checkpoint_shape(batch: int, length: int, channels: int, states: int, sequences: int) -> tuple[int, ...]:
-    """(chunks of all sequences, S, E): the state before each chunk's first token."""
+def checkpoint_shapes(batch: int, length: int, channels: int, states: int, *, directions: int, sequences: int, **gate) -> tuple[tuple[int, ...], ...]:
+    """(chunks of all sequences, S, E) a direction: the state before each chunk's first token."""
     interval = library().checkpoint_interval
     chunks = length // interval + sequences if sequences else batch * -(-length // interval)
-    return (chunks, states, channels)
+    return ((chunks, states, channels),) * directions
 
 
 def scan(
@@ -52,10 +52,11 @@ def scan(
     final_state = torch.empty(sequence_count(u, cu_seqlens), channels, states) if len(directions) == 1 else None
     checkpoints = ()
     if save_checkpoints:
-        shape = checkpoint_shape(batch, length, channels, states, 0 if cu_seqlens is None else len(cu_seqlens) - 1)
+        packed = 0 if cu_seqlens is None else len(cu_seqlens) - 1
         # Packed sequences have room for more chunks than they need: what is left stays defined.
         new = torch.empty if cu_seqlens is None else torch.zeros
-        checkpoints = tuple(new(shape) for _ in directions)
+        shapes = checkpoint_shapes(batch, length, channels, states, directions=len(directions), sequences=packed)
+        checkpoints = tuple(map(new, shapes))
     if out.numel() or (final_state is not None and final_state.numel()):
         offsets = int64_offsets(cu_seqlens)
         args = _scan_struct(directions, z, out, checkpoints, delta_softplus, initial_state, offsets, grid, reduction)

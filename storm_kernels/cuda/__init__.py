@@ -8,13 +8,13 @@ from ..contract import ConvFilter, ScanInputs
 from ..tokens import TokenGrid, TokenReduction
 from .conv import LARGEST_TAPS, conv, conv_backward
 from .launcher import current
-from .scan import LARGEST_STATE, checkpoint_shape, geometry, scan
+from .scan import LARGEST_STATE, checkpoint_shapes, geometry, scan
 from .scan_backward import scan_backward, shared_bytes
 from .tokens import FORMATS, reduce, reduce_backward
 
 NAME = "cuda"
 
-__all__ = ["NAME", "checkpoint_shape", "conv", "conv_backward", "reduce", "reduce_backward", "scan", "scan_backward", "warmup", "why_not"]
+__all__ = ["NAME", "checkpoint_shapes", "conv", "conv_backward", "reduce", "reduce_backward", "scan", "scan_backward", "warmup", "why_not"]
 
 
 def why_not(op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: int) -> str | None:

@@ -70,10 +70,10 @@ class Setting(NamedTuple):
     values: dict  # of `Problem`
 
 
-def checkpoint_shape(batch: int, length: int, channels: int, states: int, sequences: int) -> tuple[int, ...]:
-    """`Backend.checkpoint_shape`: the state before every CHUNK-th token, in scan order."""
+def checkpoint_shapes(batch: int, length: int, channels: int, states: int, *, directions: int, sequences: int, **gate) -> tuple[tuple[int, ...], ...]:
+    """`Backend.checkpoint_shapes`: the state before every CHUNK-th token, in scan order."""
     chunk = geometry(states).CHUNK
-    return (batch, length // chunk + sequences if sequences else -(-length // chunk), channels, states)
+    return ((batch, length // chunk + sequences if sequences else -(-length // chunk), channels, states),) * directions
 
 
 def defines(one: ScanInputs, z: Tensor | None) -> dict[str, object]:
@@ -95,7 +95,7 @@ def setting(directions, z, *, delta_softplus, initial_state, cu_seqlens, grid, r
     where = None if reduction is None else token_map(grid, reduction, one.u.device)
     out_rows = length if reduction is None else reduction.reduced(grid).tokens
     sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    rows = checkpoint_shape(batch, length, channels, one.A.shape[1], 0 if cu_seqlens is None else sequences)[1]
+    rows = checkpoint_shapes(batch, length, channels, one.A.shape[1], directions=1, sequences=0 if cu_seqlens is None else sequences)[0][1]
     values = {
         "length": length,
         "channels": channels,
@@ -186,8 +186,9 @@ def scan(
     states = directions[0].A.shape[1]
     set_ = setting(directions, z, delta_softplus=delta_softplus, initial_state=initial_state, cu_seqlens=cu_seqlens, grid=grid, reduction=reduction)
     empty = {"dtype": torch.float32, "device": u.device}
-    shape = checkpoint_shape(batch, length, channels, states, 0 if cu_seqlens is None else set_.sequences)
-    checkpoints = tuple(torch.empty(shape, **empty) for _ in directions) if save_checkpoints else ()
+    packed = 0 if cu_seqlens is None else set_.sequences
+    shapes = checkpoint_shapes(batch, length, channels, states, directions=len(directions), sequences=packed)
+    checkpoints = tuple(torch.empty(one, **empty) for one in shapes) if save_checkpoints else ()
     final_state = torch.empty(set_.sequences, channels, states, **empty) if len(directions) == 1 else None
     cells = 0 if reduction is None else set_.out_rows // reduction.reduced(grid).frames
     cell_bytes = cells * geometry(states).block_channels * 4

@@ -17,6 +17,7 @@ from .normalise import accumulator, parameter, unit_innermost
 # The operands of one direction, in the order of the schema; the backward direction's follow with "_b".
 _ONE = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 _DIFFERENTIABLE = (*_ONE, *(f"{name}_b" for name in _ONE), "z", "initial_state")
+_CHECKPOINTS = 3  # tensors that the operator hands to its backward
 
 
 def selective_scan(
@@ -153,8 +154,8 @@ def _scan(
     reduction: Sequence[int],
     save: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> out, final state, checkpoints of the first and of the second direction; what there is not is an empty tensor."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> out, final state, three checkpoints; what there is not is an empty tensor."""
     checks.bounds(cu_seqlens, u.shape[1])
     directions = _directions((u, delta, A, B, C, D, delta_bias), (u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b), reverse)
     options = _options(initial_state, cu_seqlens, delta_softplus, grid, reduction)
@@ -162,8 +163,8 @@ def _scan(
     module = _choose(directions, z, backend)
     dispatch.count("scan", module)
     result = module.scan(directions, unit_innermost(z), save_checkpoints=save, **options)
-    first, second = (*result.checkpoints, None, None)[:2]
-    return tuple(A.new_empty(0) if t is None else t for t in (result.out, result.final_state, first, second))
+    checkpoints = (*result.checkpoints, *(None,) * _CHECKPOINTS)[:_CHECKPOINTS]
+    return tuple(A.new_empty(0) if t is None else t for t in (result.out, result.final_state, *checkpoints))
 
 
 @_scan.register_fake
@@ -173,12 +174,12 @@ def _(u, delta, A, B, C, D, delta_bias, u_b, delta_b, A_b, *rest):
     sequences = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     out = u.new_empty(_out_shape(u, options))
     final_state = A.new_empty((sequences, *A.shape) if u_b is None else (0,))
-    none = A.new_empty(0)
-    if not save:
-        return out, final_state, none, A.new_empty(0)
-    module = dispatch.choose("scan", backend, u, delta, B, C, z, d_state=A.shape[1])
-    shape = module.checkpoint_shape(*u.shape, A.shape[1], 0 if cu_seqlens is None else sequences)
-    return out, final_state, A.new_empty(shape), none if u_b is None else A.new_empty(shape)
+    shapes = ()
+    if save:
+        module = dispatch.choose("scan", backend, u, delta, B, C, z, d_state=A.shape[1])
+        packed, where = 0 if cu_seqlens is None else sequences, {name: options[name] for name in ("grid", "reduction")}
+        shapes = module.checkpoint_shapes(*u.shape, A.shape[1], directions=1 if u_b is None else 2, sequences=packed, gated=z is not None, **where)
+    return (out, final_state, *(A.new_empty(shape) for shape in (*shapes, *((0,),) * _CHECKPOINTS)[:_CHECKPOINTS]))
 
 
 @torch.library.custom_op("storm_kernels::scan_backward", mutates_args=())
@@ -202,8 +203,9 @@ def _scan_backward(
     z: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    checkpoints: Tensor,
-    checkpoints_b: Tensor,
+    first: Tensor,
+    second: Tensor,
+    third: Tensor,
     delta_softplus: bool,
     reverse: bool,
     grid: Sequence[int],
@@ -211,13 +213,13 @@ def _scan_backward(
     needs: str,
     backend: str,
 ) -> list[Tensor]:
-    """-> the gradients of the operands that ``needs`` names, separated by spaces, in its order."""
+    """-> the gradients of the operands that ``needs`` names, separated by spaces, in its order. ``first`` to ``third`` are the checkpoints."""
     names = needs.split()
     directions = _directions((u, delta, A, B, C, D, delta_bias), (u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b), reverse)
     options = _options(initial_state, cu_seqlens, delta_softplus, grid, reduction)
     module = _choose(directions, z, backend)
     dispatch.count("scan_backward", module)
-    kept = (checkpoints, checkpoints_b)[: len(directions)]
+    kept = tuple(t for t in (first, second, third) if t.numel())
     wanted = frozenset(name.removesuffix("_b") for name in names)
     per_direction, grad_z, grad_state = module.scan_backward(grad_out, grad_final_state, directions, unit_innermost(z), kept, needs=wanted, **options)
     found = {"z": grad_z, "initial_state": grad_state}
@@ -234,7 +236,7 @@ def _(grad_out, grad_final_state, *rest):
 
 def _setup_context(ctx, inputs, output):
     operands, (cu_seqlens, delta_softplus, reverse, grid, reduction, save, backend) = inputs[:16], inputs[16:]
-    checkpoints = output[2:] if save else (None, None)
+    checkpoints = output[2:] if save else ()
     ctx.save_for_backward(*operands, cu_seqlens, *checkpoints)
     ctx.options = (delta_softplus, reverse, list(grid), list(reduction))
     ctx.backend, ctx.saved = backend, save
@@ -242,9 +244,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out, grad_final_state, *_):
-    *operands, cu_seqlens, first, second = ctx.saved_tensors
+    saved = ctx.saved_tensors  # to be asked for once
+    operands, cu_seqlens, checkpoints = saved[:16], saved[16], saved[17:]
     if not ctx.saved:  # the forward pass could not know that gradients would be asked for
-        *_, first, second = torch.ops.storm_kernels.scan(*operands, cu_seqlens, *ctx.options, True, ctx.backend)
+        checkpoints = torch.ops.storm_kernels.scan(*operands, cu_seqlens, *ctx.options, True, ctx.backend)[2:]
     if grad_out is None:
         grid, reduction = ctx.options[2:]
         options = _options(None, None, False, grid, reduction)
@@ -253,7 +256,7 @@ def _backward(ctx, grad_out, grad_final_state, *_):
         grad_final_state = None
     needs = [name for name, wanted in zip(_DIFFERENTIABLE, ctx.needs_input_grad, strict=False) if wanted]
     found = torch.ops.storm_kernels.scan_backward(
-        grad_out, grad_final_state, *operands, cu_seqlens, first, second, *ctx.options, " ".join(needs), ctx.backend
+        grad_out, grad_final_state, *operands, cu_seqlens, *checkpoints, *ctx.options, " ".join(needs), ctx.backend
     )
     grads = dict(zip(needs, found, strict=True))
     return (*(grads.get(name) for name in _DIFFERENTIABLE), *(None,) * 7)

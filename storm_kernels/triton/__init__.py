@@ -15,12 +15,12 @@ from .norm import norm, norm_backward
 from .reduce import reduce, reduce_backward
 from .scan import scan
 from .scan_backward import scan_backward
-from .scan_layout import checkpoint_shape
+from .scan_layout import checkpoint_shapes
 from .warm import warmup
 
 __all__ = [
     "NAME",
-    "checkpoint_shape",
+    "checkpoint_shapes",
     "conv",
     "conv_backward",
     "norm",

@@ -16,7 +16,7 @@ from .configs import SCAN_FORWARD
 from .launch import launch
 from .math import cast, sigmoid
 from .reduce import combine, inverse_counts, token_places
-from .scan_layout import INTERVAL, Shape, checkpoint_shape, direction_operands, gate_mode, gate_operands, states_first, states_last
+from .scan_layout import INTERVAL, Shape, checkpoint_shapes, direction_operands, gate_mode, gate_operands, states_first, states_last
 from .scan_steps import advance, first_checkpoint, load_drive, load_gate, load_parameters, locate, open_streams, states_place
 
 
@@ -192,8 +192,8 @@ def scan(
     gate = None if both and not reduction else z
     new = torch.zeros if reduction else torch.empty
     outs = [new(shape.batch, out_length, shape.channels, dtype=torch.float32 if both or reduction else dtype, device=device) for _ in directions]
-    kept = checkpoint_shape(*shape[:4], 0 if cu_seqlens is None else shape.sequences)
-    checkpoints = tuple(torch.empty(kept, dtype=torch.float32, device=device) for _ in directions) if save_checkpoints else (None,) * 2
+    kept = checkpoint_shapes(*shape[:4], directions=len(directions), sequences=0 if cu_seqlens is None else shape.sequences)
+    checkpoints = tuple(torch.empty(one, dtype=torch.float32, device=device) for one in kept) if save_checkpoints else (None,) * 2
     final = None if both else torch.empty(shape.sequences, shape.padded, shape.channels, dtype=torch.float32, device=device)
     initial = None if initial_state is None else states_first(initial_state)
     launch(

@@ -49,10 +49,10 @@ class Shape(NamedTuple):
         return self.sequences * self.groups * self.blocks(width)
 
 
-def checkpoint_shape(batch: int, length: int, channels: int, states: int, sequences: int) -> tuple[int, ...]:
+def checkpoint_shapes(batch: int, length: int, channels: int, states: int, *, directions: int, sequences: int, **gate) -> tuple[tuple[int, ...], ...]:
     """The state before every `INTERVAL`-th step of each sequence; packed sequence i starts at row ``cu_seqlens[i] // INTERVAL + i``."""
     rows = length // INTERVAL + sequences if sequences else batch * -(-length // INTERVAL)
-    return (rows, triton.next_power_of_2(states), channels)
+    return ((rows, triton.next_power_of_2(states), channels),) * directions
 
 
 def states_first(states: Tensor, scale: float = 1.0) -> Tensor:

@@ -82,7 +82,7 @@ def advance(h, A, u, delta, b, delta_bias, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def first_checkpoint(cu_seqlens, sequence, start, length, INTERVAL: tl.constexpr):
-    """The row of `scan_layout.checkpoint_shape` that a sequence's checkpoints start at."""
+    """The row of `scan_layout.checkpoint_shapes` that a sequence's checkpoints start at."""
     return sequence * tl.cdiv(length, INTERVAL) if cu_seqlens is None else start // INTERVAL + sequence
 
 

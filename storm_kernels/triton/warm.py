@@ -13,7 +13,7 @@ from .norm import norm, norm_backward
 from .reduce import reduce, reduce_backward
 from .scan import scan
 from .scan_backward import scan_backward
-from .scan_layout import checkpoint_shape
+from .scan_layout import checkpoint_shapes
 
 SCAN_NEEDS = frozenset(("u", "delta", "A", "B", "C", "D", "delta_bias", "z"))
 
@@ -67,8 +67,8 @@ def _scan_launches(directions: tuple[ScanInputs, ...], grid: TokenGrid, reductio
     z = u.new_empty(1, kept, u.shape[2])
     out = scan(directions, z, **options, save_checkpoints=backward).out
     if backward:
-        checkpoint = _meta(*checkpoint_shape(1, grid.tokens, *A.shape, 0))
-        scan_backward(out, None, directions, z, (checkpoint,) * len(directions), **options, needs=SCAN_NEEDS)
+        shapes = checkpoint_shapes(1, grid.tokens, *A.shape, directions=len(directions), sequences=0)
+        scan_backward(out, None, directions, z, tuple(_meta(*shape) for shape in shapes), **options, needs=SCAN_NEEDS)
 
 
 def conv_state_launch(channels: int, width: int, dtype: torch.dtype) -> Launch:

@@ -6,7 +6,7 @@
 enum { STORM_FLOAT32 = 0, STORM_BFLOAT16 = 1, STORM_FLOAT16 = 2 };
 enum { STORM_OK = 0, STORM_NO_MEMORY = 1 };
 
-// Tokens between two checkpoints of the scan; `checkpoint_shape` in __init__.py reads it through storm_checkpoint_interval().
+// Tokens between two checkpoints of the scan; `checkpoint_shapes` in scan.py reads it through storm_checkpoint_interval().
 enum { STORM_CHECKPOINT = 64 };
 
 // (batch, rows, [groups,] channels), the last axis of stride 1; data is null where the tensor is absent.
