@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 import storm_kernels as sk
 from storm_kernels import cuda
+from storm_kernels.contract import ScanInputs
 from storm_kernels.cuda import launcher, source
 from storm_kernels.cuda.tokens import sum_terms
+from storm_kernels.tokens import TokenGrid, TokenReduction
 
 from .cuda_on_cpu import OnCpu
 from .parity import check
@@ -169,7 +171,23 @@ def test_long_sums_lose_nothing(on_cpu):
 def test_warmup_runs_what_a_mixer_runs(on_cpu):
     on_cpu.launched.clear()
     cuda.warmup(torch.bfloat16, device="cpu", backward=True)
-    assert {kernel for _, kernel, _ in on_cpu.launched} == {"scan", "scan_backward", "conv", "conv_backward", "sum_terms", "token_map"}
+    kernels = {"scan", "merge_directions", "scan_backward", "gate_backward", "conv", "conv_backward", "sum_terms", "token_map"}
+    assert {kernel for _, kernel, _ in on_cpu.launched} == kernels
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("reduction", [None, TokenReduction(2, 1, 2)])
+def test_checkpoints_have_the_shapes_that_are_announced(reduction, gated, count, on_cpu):
+    grid, states = TokenGrid(6, 2, 3), 16
+    x, state, row = torch.zeros(2, grid.tokens, 8), torch.zeros(2, grid.tokens, 1, states), torch.zeros(8)
+    directions = tuple(ScanInputs(x, x, torch.zeros(8, states), state, state, row, row, reverse) for reverse in (False, True)[:count])
+    where = {"grid": grid, "reduction": reduction}
+    options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None, **where}
+    found = cuda.scan(directions, x if gated else None, save_checkpoints=True, **options).checkpoints
+    shapes = cuda.checkpoint_shapes(*x.shape, states, directions=count, sequences=0, gated=gated, **where)
+    assert [tuple(t.shape) for t in found] == list(shapes)
+    assert len({t.untyped_storage().data_ptr() for t in found}) == len(found)
 
 
 def test_reasons_against():
@@ -212,6 +230,8 @@ from tests.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
 with launcher.using(OnCpu(flags=("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"))):
     common = dict(channels_per_group=35, groups=2, states=16, D=True, z="kept", bias=True, batch=2)
     check(simplest(ScanCase, grid=(7, 3, 5), reduction=(3, 2, 2), direction="both", **common), "cuda")
+    for z in ("all", "none"):
+        check(simplest(ScanCase, length=43, direction="both", **common | dict(z=z)), "cuda")
     common |= dict(layout="sliced", layout_state="sliced", initial=True)
     check(simplest(ScanCase, seed=3, length=139, packed=True, direction="reverse", **common), "cuda")
     check(simplest(ConvCase, seed=3, length=270, channels=130, direction="both", packed=True, layout="sliced"), "cuda")

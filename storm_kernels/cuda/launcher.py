@@ -18,7 +18,7 @@ THREADS = 128
 PIP = 'pip install "cuda-core" "cuda-bindings" "nvidia-cuda-nvrtc"'
 
 # Macros of the sources that are 0 or 1 and stand in conditions only: what runs the sources elsewhere may hold them in variables.
-FLAGS = ("ASYNC", "GATED", "PACKED", "PAIRED", "PARTIAL", "REDUCED", "SOFTPLUS")
+FLAGS = ("ALIGNED", "ASYNC", "GATED", "PACKED", "PAIRED", "PARTIAL", "REDUCED", "SAVE_Y", "SOFTPLUS")
 
 _log = logging.getLogger("storm_kernels.cuda")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..contract import ScanInputs, ScanResult
 from ..tokens import TokenGrid, TokenReduction
+from .gate import merge_directions
 from .launcher import THREADS, current
 from .tokens import FORMATS, sum_terms, token_map
 
@@ -65,15 +66,36 @@ class Setting(NamedTuple):
     """What a launch needs beside the tensors of a direction."""
 
     sequences: int
-    token_map: Tensor | None
     out_rows: int
     values: dict  # of `Problem`
 
 
-def checkpoint_shapes(batch: int, length: int, channels: int, states: int, *, directions: int, sequences: int, **gate) -> tuple[tuple[int, ...], ...]:
-    """`Backend.checkpoint_shapes`: the state before every CHUNK-th token, in scan order."""
+def _checkpoint_rows(length: int, states: int, sequences: int) -> int:
+    """Checkpoints of a batch row; ``sequences`` is 0 unless packed."""
     chunk = geometry(states).CHUNK
-    return ((batch, length // chunk + sequences if sequences else -(-length // chunk), channels, states),) * directions
+    return length // chunk + sequences if sequences else -(-length // chunk)
+
+
+def checkpoint_shapes(
+    batch: int,
+    length: int,
+    channels: int,
+    states: int,
+    *,
+    directions: int,
+    sequences: int,
+    gated: bool,
+    grid: TokenGrid | None,
+    reduction: TokenReduction | None,
+) -> tuple[tuple[int, ...], ...]:
+    """`Backend.checkpoint_shapes`: the state before every CHUNK-th token in scan order, a direction; with a gate, y before it of the kept tokens.
+
+    Of two directions under a reduction each has a y; else theirs are added up.
+    """
+    shapes = ((batch, _checkpoint_rows(length, states, sequences), channels, states),) * directions
+    if not gated:
+        return shapes
+    return (*shapes, (1, batch, length, channels) if reduction is None else (directions, batch, reduction.kept(grid).tokens, channels))
 
 
 def defines(one: ScanInputs, z: Tensor | None) -> dict[str, object]:
@@ -95,7 +117,7 @@ def setting(directions, z, *, delta_softplus, initial_state, cu_seqlens, grid, r
     where = None if reduction is None else token_map(grid, reduction, one.u.device)
     out_rows = length if reduction is None else reduction.reduced(grid).tokens
     sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    rows = checkpoint_shapes(batch, length, channels, one.A.shape[1], directions=1, sequences=0 if cu_seqlens is None else sequences)[0][1]
+    rows = _checkpoint_rows(length, one.A.shape[1], 0 if cu_seqlens is None else sequences)
     values = {
         "length": length,
         "channels": channels,
@@ -113,7 +135,7 @@ def setting(directions, z, *, delta_softplus, initial_state, cu_seqlens, grid, r
         "map": where,
         "out_rows": out_rows,
     }
-    return Setting(sequences, where, out_rows, values)
+    return Setting(sequences, out_rows, values)
 
 
 def direction_values(one: ScanInputs, checkpoints: Tensor | None) -> dict:
@@ -180,49 +202,63 @@ def scan(
     reduction: TokenReduction | None,
     save_checkpoints: bool,
 ) -> ScanResult:
-    """`Backend.scan`."""
-    u = directions[0].u
-    batch, length, channels = u.shape
-    states = directions[0].A.shape[1]
+    """`Backend.scan`. Two directions without a reduction leave their gate to the kernel that adds them up."""
+    u, states, count = directions[0].u, directions[0].A.shape[1], len(directions)
+    merged = count == 2 and reduction is None
+    z, z_of_sum = (None, z) if merged else (z, None)
     set_ = setting(directions, z, delta_softplus=delta_softplus, initial_state=initial_state, cu_seqlens=cu_seqlens, grid=grid, reduction=reduction)
     empty = {"dtype": torch.float32, "device": u.device}
-    packed = 0 if cu_seqlens is None else set_.sequences
-    shapes = checkpoint_shapes(batch, length, channels, states, directions=len(directions), sequences=packed)
-    checkpoints = tuple(torch.empty(one, **empty) for one in shapes) if save_checkpoints else ()
-    final_state = torch.empty(set_.sequences, channels, states, **empty) if len(directions) == 1 else None
-    cells = 0 if reduction is None else set_.out_rows // reduction.reduced(grid).frames
-    cell_bytes = cells * geometry(states).block_channels * 4
-    if len(directions) == 1 and reduction is None:
-        out, partial = torch.empty(batch, length, channels, dtype=u.dtype, device=u.device), None
+    packed, kept = 0 if cu_seqlens is None else set_.sequences, {"gated": z is not None, "grid": grid, "reduction": reduction}
+    shapes = checkpoint_shapes(*u.shape, states, directions=count, sequences=packed, **kept) if save_checkpoints else ()
+    checkpoints = tuple(torch.empty(one, **empty) for one in shapes)
+    y = checkpoints[-1] if len(shapes) > count else None
+    final_state = torch.empty(set_.sequences, u.shape[2], states, **empty) if count == 1 else None
+    shape = (u.shape[0], set_.out_rows, u.shape[2])
+    if count == 1 and reduction is None:
+        out, partials = torch.empty(shape, dtype=u.dtype, device=u.device), (None,)
     else:
-        out, partial = None, torch.empty(len(directions), batch * set_.out_rows * channels, **empty)
+        out, partials = None, tuple(torch.empty(shape, **empty) for _ in directions) if merged else torch.empty(count, *shape, **empty)
     for together in launch_together(directions):
-        some = tuple(directions[i] for i in together)
-        shared = shared_bytes(geometry(states), some, z)
-        in_shared = shared + cell_bytes <= current().shared_limit()
-        if cells and not in_shared:
-            partial[list(together)] = 0
         values = {
             "direction": [direction_values(directions[i], checkpoints[i] if checkpoints else None) for i in together],
             "out": out,
-            "partial": [None if partial is None else partial[i] for i in together],
+            "partial": [partials[i] for i in together],
+            "y": [None if y is None else y[i] for i in together],
+            "kept_rows": 0 if y is None else y.shape[2],
             "final_state": final_state,
-            "cells": cells if in_shared else 0,
-            "group_tokens": _group_tokens(grid, reduction, geometry(states).TILE) if in_shared and cells else 0,
         }
-        flags = {"GATED": z is not None, "PARTIAL": partial is not None, "REDUCED": cells > 0, "SOFTPLUS": delta_softplus}
-        _launch(some, z, set_, values, flags, shared, cell_bytes if in_shared else 0)
-    if out is None:
-        out = sum_terms(partial[None], u.dtype).view(batch, set_.out_rows, channels)
+        flags = {"GATED": z is not None, "PARTIAL": out is None, "SAVE_Y": y is not None, "SOFTPLUS": delta_softplus}
+        _launch(tuple(directions[i] for i in together), z, set_, values, flags, grid, reduction)
+    if merged:
+        keep = save_checkpoints and z_of_sum is not None
+        out = merge_directions(*partials, z_of_sum, u.dtype, keep=keep)
+        checkpoints = (*checkpoints, partials[0][None]) if keep else checkpoints
+    elif out is None:
+        out = sum_terms(partials.view(1, count, -1), u.dtype).view(shape)
     return ScanResult(out, final_state, checkpoints)
 
 
 def _launch(
-    some: tuple[ScanInputs, ...], z: Tensor | None, set_: Setting, values: dict, flags: dict[str, bool], shared: int, cell_bytes: int
+    some: tuple[ScanInputs, ...],
+    z: Tensor | None,
+    set_: Setting,
+    values: dict,
+    flags: dict[str, bool],
+    grid: TokenGrid | None,
+    reduction: TokenReduction | None,
 ) -> None:
     """One launch over the directions ``some``: what follows from their shapes is added to ``values`` and ``flags``."""
+    shape = geometry(some[0].A.shape[1])
+    shared = shared_bytes(shape, some, z)
+    cells = 0 if reduction is None else set_.out_rows // reduction.reduced(grid).frames
+    flags |= {"ASYNC": _asynchronous(some, z), "REDUCED": cells > 0}
+    cell_bytes = cells * shape.block_channels * 4
+    if cells and shared + cell_bytes > current().shared_limit():
+        for partial in values["partial"]:
+            partial.zero_()
+        cells = cell_bytes = 0
     a_group, blocks = channel_blocks(some[0])
     values |= {"p": set_.values | {"group_channels": some[0].u.shape[2] // some[0].B.shape[2], "group_blocks": a_group}, "blocks": blocks}
-    flags |= {"ASYNC": _asynchronous(some, z)}
+    values |= {"cells": cells, "group_tokens": _group_tokens(grid, reduction, shape.TILE) if cells else 0}
     made = defines(some[0], z) | {name: int(flag) for name, flag in flags.items()} | {"SHARED_BYTES": shared}
     current().launch("scan.cu", "scan", made, "ScanArgs", values, blocks * set_.sequences * len(some), shared + cell_bytes)

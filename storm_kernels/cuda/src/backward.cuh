@@ -1,7 +1,7 @@
 // What the scan's backward is built of: arguments, shared memory, and how a lane finds its share of arrays there and in device memory.
 //
-// Defined by the launch code (scan_backward.py) besides scan.cuh's names: GATED, REDUCED, SOFTPLUS; PAIRED: channels come in aligned pairs, states
-// too; TILE: tokens whose B and C are prepared together, GROUP or CHUNK; BATCH: tokens between two elementwise steps, at most STATE_LANES.
+// Defined by the launch code (scan_backward.py) besides scan.cuh's names: GY_T (format of dL/dy); SOFTPLUS; PAIRED: channels come in aligned pairs,
+// states too; TILE: tokens whose B and C are prepared together, GROUP or CHUNK; BATCH: tokens between two elementwise steps, at most STATE_LANES.
 #pragma once
 #include "scan.cuh"
 
@@ -12,7 +12,6 @@ struct Gradients {
     float* A;           // (sequences, channels, D_STATE): partial
     float* D;           // (sequences, channels): partial, as delta_bias
     float* delta_bias;
-    float* z;           // (batch, z_rows, channels): this direction's part
 };
 
 // Bytes from a batch to the next in scan order.
@@ -21,9 +20,7 @@ struct Steps {
     int64 delta;
     int64 du;
     int64 ddelta;
-    int64 grad_out;
-    int64 z;
-    int64 dz;
+    int64 gy;
     int64 BC;  // from a group to the next
 };
 
@@ -34,12 +31,11 @@ struct BackwardArgs {
     Problem p;
     int64 blocks;
     int64 groups;
-    int64 z_rows;
     float* dA_sums;     // (blocks of threads, 2, 2 LANE_STATES, THREADS): what each thread has summed, and lost
-    const U_T* grad_out;
-    int64 grad_out_batch;
-    int64 grad_out_row;
-    int64 grad_out_channel;
+    const GY_T* gy;     // (batch, length, channels): dL/dy, of both directions; any strides
+    int64 gy_batch;
+    int64 gy_row;
+    int64 gy_channel;
     const float* grad_final_state;
     float* grad_initial_state;
 };
@@ -59,14 +55,12 @@ struct Shared {
     __align__(16) float B[TILE][STATES];
     __align__(16) float C[TILE][STATES];
     __align__(16) float channel[BATCH][THREADS][2 * PAIR];      // each lane's part of g . B and (g a h_{l-1}) . A log2(e)
-    __align__(16) float y[BATCH][THREADS][PAIR];                // and of h . C
     __align__(16) float state[WARPS][CHANNEL_LANES][ROW];      // each lane's part of dB and dC
     __align__(16) float BC[WARPS][GROUP][2 * STATES];          // dB and dC, summed over each warp's channels
-    __align__(16) float gy[BATCH][BLOCK_CHANNELS];             // gradient of y: after the gate, the pooling and the sampling
+    __align__(16) float gy[BATCH][BLOCK_CHANNELS];             // dL/dy
     __align__(16) float bias[BLOCK_CHANNELS];
     __align__(16) float skip[BLOCK_CHANNELS];                  // D
     __align__(16) float row_sums[THREADS][2 * PAIR];           // a chunk's share of each lane's gradients of D and the bias
-    __align__(16) TokenEntry map[CHUNK];
     Sum dD[PAIR][THREADS];                                     // each lane's own, like the bias's
     Sum dbias[PAIR][THREADS];
 };

@@ -107,6 +107,42 @@ __device__ __forceinline__ void store_pair(float2 x, T* to, bool whole, bool ali
     }
 }
 
+// Four values beside each other, aligned as four.
+__device__ __forceinline__ void load_quad(float (&v)[4], const float* x) {
+    const float4 four = *(const float4*)x;
+    v[0] = four.x;
+    v[1] = four.y;
+    v[2] = four.z;
+    v[3] = four.w;
+}
+__device__ __forceinline__ void unpack(float& low, float& high, uint32 bits, bf16) {
+    low = bits_to_float(bits << 16);
+    high = bits_to_float(bits & 0xffff0000u);
+}
+__device__ __forceinline__ void unpack(float& low, float& high, uint32 bits, fp16) {
+    low = to_float(fp16{(unsigned short)bits});
+    high = to_float(fp16{(unsigned short)(bits >> 16)});
+}
+template <typename T>
+__device__ __forceinline__ void load_quad(float (&v)[4], const T* x) {
+    const uint2 bits = *(const uint2*)x;
+    unpack(v[0], v[1], bits.x, T());
+    unpack(v[2], v[3], bits.y, T());
+}
+__device__ __forceinline__ void store_quad(const float (&v)[4], float* to) { *(float4*)to = make_float4(v[0], v[1], v[2], v[3]); }
+template <typename T>
+__device__ __forceinline__ void store_quad(const float (&v)[4], T* to) {
+    *(uint2*)to = make_uint2(packed(make_float2(v[0], v[1]), T()), packed(make_float2(v[2], v[3]), T()));
+}
+
+__device__ constexpr bool alike(float, float) { return true; }
+__device__ constexpr bool alike(bf16, bf16) { return true; }
+__device__ constexpr bool alike(fp16, fp16) { return true; }
+template <typename T, typename V>
+__device__ constexpr bool alike(T, V) {
+    return false;
+}
+
 // Where a token goes under a reduction.
 struct TokenEntry {
     int cell;      // row of the reduced output; -1 if sampling drops the token

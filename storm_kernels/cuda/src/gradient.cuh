@@ -6,26 +6,21 @@
 struct Elements {
     int token, channel, channels;    // the first token; the pair's first channel within the block; of the pair, those that exist
     int limit[PAIR];                 // tokens of the present chunk, none for a channel that does not exist
-    Column<U_T> grad_out;            // of the batch to come, as z; under a reduction these two and dz stay at row 0
-    Column<Z_T> z;
+    Column<GY_T> gy;                 // of the batch to come
     Column<U_T> u, du;               // of the present batch
     Column<DELTA_T> delta, ddelta;
-    Column<float> dz;
 
     __device__ __forceinline__ Elements(const BackwardArgs& a, const Direction& d, const Gradients& grad, const Share& s, const Place& at,
                                         int64 begin) {
         channel = at.channel;
         token = at.lane / CHANNEL_LANES;
         channels = (int)smaller(PAIR, s.channels - channel);
-        const int64 e = s.channel + channel, l = s.token(begin + token), row = a.p.channels, first = REDUCED ? 0 : l;
+        const int64 e = s.channel + channel, l = s.token(begin + token), row = a.p.channels;
         u = column(d.u, s.batch * d.u_batch + l * d.u_row + e);
         delta = column(d.delta, s.batch * d.delta_batch + l * d.delta_row + e);
         du = column(grad.u, (s.batch * a.p.length + l) * row + e);
         ddelta = column(grad.delta, (s.batch * a.p.length + l) * row + e);
-        grad_out = column(a.grad_out, s.batch * a.grad_out_batch + first * a.grad_out_row + e * a.grad_out_channel, a.grad_out_channel);
-        if (!GATED) return;
-        z = column(a.p.z, s.batch * a.p.z_batch + first * a.p.z_row + e);
-        dz = column(grad.z, (s.batch * a.z_rows + first) * row + e);
+        gy = column(a.gy, s.batch * a.gy_batch + l * a.gy_row + e * a.gy_channel, a.gy_channel);
     }
     __device__ __forceinline__ void set_limit(int left) {
 #pragma unroll
@@ -40,7 +35,6 @@ struct Elements {
         delta.move(back * steps.delta);
         du.move(back * steps.du);
         ddelta.move(back * steps.ddelta);
-        if (!REDUCED && GATED) dz.move(back * steps.dz);
     }
 };
 
@@ -100,55 +94,25 @@ __device__ __forceinline__ void prepare_states(Shared& shared, const Direction& 
 
 // What a lane's element of a batch needs before the adjoint and after it. `t`: its token within the chunk.
 struct Element {
-    Two<U_T> grad_out, u;
-    Two<Z_T> z;
+    Two<GY_T> gy;
+    Two<U_T> u;
     Two<DELTA_T> delta;
-    float2 gz;  // gradient of z over y
 
-    __device__ __forceinline__ void request_gate(const Shared& shared, const BackwardArgs& a, Elements& e, const Share& s, int64 begin, int t) {
-        int count = e.count(t);
-        Column<U_T> from = e.grad_out;
-        Column<Z_T> from_z = e.z;
-        if (REDUCED) {
-            const TokenEntry entry = shared.map[t < 0 ? 0 : t];
-            count = entry.cell < 0 ? 0 : count;
-            from.now += entry.cell * a.grad_out_row;
-            if (GATED) from_z.now += (a.p.z_kept ? entry.kept : s.token(begin + t)) * a.p.z_row;
-        }
-        grad_out = from.read(count);
-        if (GATED) z = from_z.read(count);
-    }
-    __device__ __forceinline__ void open_gate(Shared& shared, const Elements& e, const Offsets& at, int t) {
-        float2 gy = unpacked(grad_out);
-        if (REDUCED) gy = make_float2(gy.x * shared.map[t].weight, gy.y * shared.map[t].weight);
-        if (GATED) {
-            const float2 x = unpacked(z), open = make_float2(sigmoid(x.x), sigmoid(x.y));
-            const float2 part = make_float2(gy.x * open.x, gy.y * open.y);
-            gy = make_float2(part.x * x.x, part.y * x.y);
-            gz = make_float2(fmaf(gy.x, 1.0f - open.x, part.x), fmaf(gy.y, 1.0f - open.y, part.y));
-        }
-        *(float2*)beyond(shared.gy[0], at.step / 2) = gy;
-    }
+    __device__ __forceinline__ void request_gradient(const Elements& e, int t) { gy = e.gy.read(e.count(t)); }
     __device__ __forceinline__ void request_inputs(const Elements& e, int t) {
         u = e.u.read(e.count(t));
         delta = e.delta.read(e.count(t), no_delta());
     }
 };
 
-// The gradients of u, delta and z, and shares of those of D and the bias.
-__device__ __forceinline__ void write_gradients(Shared& shared, const BackwardArgs& a, const Elements& e, const Element& x, const Offsets& at,
-                                                const Share& s, int64 begin, int t) {
+// The gradients of u and delta, and shares of those of D and the bias.
+__device__ __forceinline__ void write_gradients(Shared& shared, const Elements& e, const Element& x, const Offsets& at, int t) {
     const int count = e.count(t);
     float4 sums = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    float2 y = make_float2(0.0f, 0.0f);
 #pragma unroll
     for (int j = 0; j < STATE_LANES; j++) {
         const float4 part = *(const float4*)beyond(shared.channel[0][j * CHANNEL_LANES], at.element);
         sums = j ? make_float4(sums.x + part.x, sums.y + part.y, sums.z + part.z, sums.w + part.w) : part;
-        if (GATED) {
-            const float2 more = load_pair(beyond(shared.y[0][j * CHANNEL_LANES], at.element / 2));
-            y = j ? make_float2(y.x + more.x, y.y + more.y) : more;
-        }
     }
     const float2 u = unpacked(x.u), raw = unpacked(x.delta), gy = load_pair(beyond(shared.gy[0], at.step / 2));
     const float2 bias = load_pair(beyond(shared.bias, at.pair / 2)), skip = load_pair(beyond(shared.skip, at.pair / 2));
@@ -161,16 +125,6 @@ __device__ __forceinline__ void write_gradients(Shared& shared, const BackwardAr
     rows = make_float4(fmaf(gy.x, u.x, rows.x), fmaf(gy.y, u.y, rows.y), rows.z + ddelta.x, rows.w + ddelta.y);
     e.du.write(make_float2(fmaf(sums.x, step.x, skip.x * gy.x), fmaf(sums.y, step.z, skip.y * gy.y)), count);
     e.ddelta.write(ddelta, count);
-    if (!GATED) return;
-    const float2 gz = make_float2(x.gz.x * fmaf(skip.x, u.x, y.x), x.gz.y * fmaf(skip.y, u.y, y.y));
-    Column<float> to = e.dz;
-    bool wanted = true;
-    if (REDUCED) {
-        const int kept = shared.map[t].kept;
-        wanted = !a.p.z_kept || kept >= 0;
-        to.now += (a.p.z_kept ? kept : s.token(begin + t)) * a.p.channels;
-    }
-    to.write(gz, wanted ? count : 0);
 }
 
 // Adds the lanes' parts of a batch's dB and dC over the warp's channels. `first`: the batch's first token within the group.

@@ -3,7 +3,8 @@
 // recurrence runs, each thread leaving its states' part of y; the parts are added, gated, reduced and written (tile.cuh, cells.cuh).
 //
 // Issue slots per channel, token and state in the loops over full tiles, counted in the machine code for sm_80, sm_90 and sm_100 by
-// tests/test_cuda_code.py (S = 16, gate, softplus, rows of whole 16 bytes): at most 7.8, reduced 7.9, dropped frames 5.7; the budget is 8. The
+// tests/test_cuda_code.py (S = 16, softplus, rows of whole 16 bytes): both directions 7.2, to which gate.cu adds 0.5 for their sum and its gate; one
+// with its gate 7.8; reduced 7.8, where y is saved for the backward 7.9; dropped frames 5.7. The budget is 8. The
 // recurrence itself is 5.4 of them: 5 operations, one an exp2, and three loads and half a store per token for 8 items; softplus is 0.8, the gate 0.5.
 // The exp2 unit is the limit before that: 8 cycles an item a scheduler, and 1.5 for the exponentials and reciprocals of softplus and gate.
 #include "cells.cuh"
@@ -14,6 +15,8 @@ struct ScanArgs {
     int64 blocks;        // channel blocks
     U_T* out;            // (batch, L', channels); with PARTIAL each direction writes its own `partial`
     float* partial[2];   // (batch, L', channels) float32; zeros if a reduction's sums do not fit in shared memory
+    float* y[2];         // with SAVE_Y: (batch, kept_rows, channels), before the gate, of the tokens that are kept, for the backward
+    int64 kept_rows;
     float* final_state;  // or null
     int64 cells;         // H' W' with a reduction: cells that are open at a time, their sums in shared memory; 0 if they do not fit
     int64 group_tokens;  // with a reduction: of a whole pooled group; 0 if its tiles are all to be unusual ones
@@ -29,10 +32,11 @@ struct Scan {
     const Quad quad;
     const Lane lane;
     Inputs inputs;
-    OutputRows<float> partial;
+    OutputRows<float> partial, saved;
     OutputRows<U_T> out;
     OpenCells open;
     const Reduced reduced;
+    float* const y_rows;  // of its batch row
     float A[ITEMS], h[ITEMS];
     int64 position;  // of the tile that comes next
     int rest;        // tokens from there on, as many as matter
@@ -42,8 +46,9 @@ struct Scan {
 
     __device__ __forceinline__ Scan(const ScanArgs& a, Shared& shared, int which, int64 sequence, int64 block)
         : a(a), d(a.direction[which]), s(share_of(a.p, d, sequence, block)), shared(shared), quad(d, s), lane(place), inputs(a.p, d, s),
-          partial(a.partial[which], a.p, s, quad), out(a.out, a.p, s, quad), open((float*)(&shared + 1), a.p, s, quad),
-          reduced{a.partial[which], (int)a.cells}, position(0), rest(0), half(0), left(0), dropped(false) {
+          partial(a.partial[which], a.p, s, quad), saved(SAVE_Y && !REDUCED ? a.y[which] : nullptr, a.p, s, quad),
+          out(a.out, a.p, s, quad), open((float*)(&shared + 1), a.p, s, quad), reduced{a.partial[which], (int)a.cells},
+          y_rows(SAVE_Y ? a.y[which] + s.batch * a.kept_rows * a.p.channels : nullptr), position(0), rest(0), half(0), left(0), dropped(false) {
         load_states(A, d.A + s.channel * D_STATE, place, s.channels);
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) A[i] *= LOG2E;
@@ -73,6 +78,11 @@ struct Scan {
             out.next_tile();
     }
 
+    __device__ __forceinline__ void save(const float (&y)[2][QUAD]) {
+        saved.write(y, quad);
+        saved.next_tile();
+    }
+
     // Full tiles, with a reduction all within one pooled group.
     __device__ __forceinline__ void run_kept(int tiles) {
 #pragma unroll 1
@@ -84,7 +94,9 @@ struct Scan {
             __syncthreads();
             advance_tile<true, TILE>(h, A, shared, lane);
             __syncthreads();
-            finish(y, shared, now, u, quad);
+            finish(y, shared, u, quad);
+            if (SAVE_Y) save(y);
+            if (GATED) gate(y, now, quad);
             if (REDUCED)
                 open.add(y, entries);
             else if (PARTIAL)
@@ -105,6 +117,15 @@ struct Scan {
         }
     }
 
+    __device__ __forceinline__ void save_some(const float (&y)[2][QUAD], int tokens) {
+        if (!REDUCED) saved.write_some(y, quad, tokens);
+        for (int j = 0; REDUCED && j < 2 && quad.token + j < tokens; j++) {
+            const int kept = a.p.map[s.token(position + quad.token + j)].kept;
+            for (int c = 0; c < QUAD; c++)
+                if (kept >= 0 && c < quad.channels) y_rows[kept * a.p.channels + s.channel + quad.channel + c] = y[j][c];
+        }
+    }
+
     // Any tile: the sequence's last tokens and, with a reduction, where pooled groups meet, or each tile where its tokens may meet in a cell.
     __device__ __forceinline__ void run_unusual() {
         const int tokens = (int)smaller(s.length - position, TILE);
@@ -115,7 +136,9 @@ struct Scan {
         __syncthreads();
         advance_tile<true, 1>(h, A, shared, lane);
         __syncthreads();
-        finish(y, shared, now, u, quad);
+        finish(y, shared, u, quad);
+        if (SAVE_Y) save_some(y, tokens);
+        if (GATED) gate(y, now, quad);
         if (REDUCED)
             open.add_each(y, shared, a.p.map + s.token(position), quad, tokens, reduced, a.p, s);
         else if (PARTIAL)
@@ -135,6 +158,7 @@ struct Scan {
         if (dropped) return;
         open.open(reduced, a.p, s, quad, next.cell);
         if (!GATED) return;
+        if (SAVE_Y) saved.seek(y_rows + next.kept * a.p.channels, s, quad);
         inputs.z.seek(a.p.z + s.batch * a.p.z_batch + s.channel + (a.p.z_kept ? next.kept : next.token) * a.p.z_row);
         inputs.z.copy(stage().z, left);
         copy_commit();

@@ -5,8 +5,8 @@
 //     dB = sum over channels of g delta u;  dC = sum over channels of gy h.
 // The channels of an elementwise step are those of the warp that computes it, so that only B, C and their gradients are shared between warps.
 // Issue slots per channel, token and state, loads, stores and elementwise steps included, S = 16 in bfloat16 on sm_80, sm_90 and sm_100
-// (tests/test_cuda_backward.py): 23.7 without a gate, 26.2 with it, 28.4 with a reduction as well; of these 3.9 save the states, whose last group
-// needs none. The gate's own share is its gradient's: y has to be had again. Two blocks of 113 KB and 255 registers fit on an H100's multiprocessor.
+// (tests/test_cuda_backward.py): 23.7, and 23.6 with dL/dy in float32; of these 3.9 save the states, whose last group needs none. Gate and reduction
+// are behind dL/dy: gate.cu. Two blocks of 113 KB and 255 registers fit on an H100's multiprocessor.
 // Nothing is added atomically: what several blocks contribute to goes to partial results that sum_terms adds in order.
 #include "gradient.cuh"
 
@@ -29,7 +29,7 @@ __device__ __forceinline__ void retreat(Shared& shared, float (&g)[ITEMS], float
                                         const float (&h)[ITEMS], const float (&before)[ITEMS], int t, int slot, const Offsets& at) {
     const float4 step = *(const float4*)beyond(shared.step[t], at.pair);
     const float2 gy = load_pair(beyond(shared.gy[slot], at.pair / 2));
-    float B[LANE_STATES], C[LANE_STATES], BC[2 * LANE_STATES], gB[PAIR], gaA[PAIR], y[PAIR];
+    float B[LANE_STATES], C[LANE_STATES], BC[2 * LANE_STATES], gB[PAIR], gaA[PAIR];
     load_run(B, beyond(shared.B[TILE == CHUNK ? t : t % GROUP], at.states));
     load_run(C, beyond(shared.C[TILE == CHUNK ? t : t % GROUP], at.states));
 #pragma unroll
@@ -41,7 +41,6 @@ __device__ __forceinline__ void retreat(Shared& shared, float (&g)[ITEMS], float
             const float gh = fmaf(gradient, C[n], g[i]);
             BC[n] = c ? fmaf(gh, input, BC[n]) : gh * input;
             BC[LANE_STATES + n] = c ? fmaf(gradient, h[i], BC[LANE_STATES + n]) : gradient * h[i];
-            y[c] = n ? fmaf(h[i], C[n], y[c]) : h[i] * C[n];
             gB[c] = n ? fmaf(gh, B[n], gB[c]) : gh * B[n];
             g[i] = gh * decay[i];
             const float through = g[i] * before[i];
@@ -50,7 +49,6 @@ __device__ __forceinline__ void retreat(Shared& shared, float (&g)[ITEMS], float
         }
     }
     *(float4*)beyond(shared.channel[slot][0], at.own) = make_float4(gB[0], gB[1], gaA[0], gaA[1]);
-    if (GATED) *(float2*)beyond(shared.y[slot][0], at.own / 2) = make_float2(y[0], y[1]);
 #pragma unroll
     for (int r = 0; r < RUNS; r++) store_floats(beyond(&shared.state[0][0][(slot * RUNS + r) * STATE_LANES * RUN], at.part), BC, r * RUN);
 }
@@ -83,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const __g
     const Share s = share_of(a.p, d, work / a.blocks % a.p.sequences, work % a.blocks);
     const Place place;
     const Offsets at(place);
-        const int64 state_row = (s.sequence * a.p.channels + s.channel) * D_STATE;
+    const int64 state_row = (s.sequence * a.p.channels + s.channel) * D_STATE;
 
     const int64 last = (s.length - 1) / CHUNK * CHUNK;
     const Steps& steps = a.steps[which];
@@ -119,14 +117,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const __g
         float(&rows)[2 * PAIR] = shared.row_sums[threadIdx.x];
         *(float4*)rows = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         e.set_limit(left);
-        if (REDUCED)
-            for (int t = threadIdx.x; t < CHUNK; t += THREADS)
-                shared.map[t] = begin + t < s.length ? a.p.map[s.token(begin + t)] : TokenEntry{-1, -1, 0.0f, 0};
         prepare_steps(shared, e, at, steps, batches);
         if (TILE == CHUNK) prepare_states(shared, d, s, begin);
         __syncthreads();
         Element x;
-        if (owns) x.request_gate(shared, a, e, s, begin, batches * BATCH + e.token);
+        if (owns) x.request_gradient(e, batches * BATCH + e.token);
         float start[ITEMS];
         load_runs(start, checkpoint, place.state, e.channels);
         checkpoint -= a.p.channels * D_STATE;
@@ -146,17 +141,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const __g
             for (int b = GROUP - BATCH; b >= 0; b -= BATCH) {
                 const int t = q * GROUP + b + e.token;
                 if (owns) {
-                    x.open_gate(shared, e, at, t);
+                    *(float2*)beyond(shared.gy[0], at.step / 2) = unpacked(x.gy);
                     x.request_inputs(e, t);
-                    if (!REDUCED) e.grad_out.move(-steps.grad_out);
-                    if (!REDUCED && GATED) e.z.move(-steps.z);
-                    x.request_gate(shared, a, e, s, begin, t - BATCH);
+                    e.gy.move(-steps.gy);
+                    x.request_gradient(e, t - BATCH);
                 }
                 __syncwarp();
 #pragma unroll
                 for (int k = BATCH - 1; k >= 0; k--) retreat(shared, g, dA, A, decay[b + k], h[b + k + 1], h[b + k], q * GROUP + b + k, k, at);
                 __syncwarp();
-                if (owns) write_gradients(shared, a, e, x, at, s, begin, t);
+                if (owns) write_gradients(shared, e, x, at, t);
                 e.to_last_batch(steps, -1);
                 add_channels(shared, at, b);
             }

@@ -139,8 +139,8 @@ __device__ __forceinline__ void advance_tile(float (&h)[ITEMS], const float (&A)
     }
 }
 
-// Adds the parts of y, D u and the gate.
-__device__ __forceinline__ void finish(float (&y)[2][QUAD], const Shared& shared, const Stage& stage, const float (&u)[2][QUAD], const Quad& at) {
+// y before the gate: its parts and D u added up.
+__device__ __forceinline__ void finish(float (&y)[2][QUAD], const Shared& shared, const float (&u)[2][QUAD], const Quad& at) {
 #pragma unroll
     for (int c = 0; c < QUAD; c++)
 #pragma unroll
@@ -155,7 +155,8 @@ __device__ __forceinline__ void finish(float (&y)[2][QUAD], const Shared& shared
             y[1][2 * k] += part.z;
             y[1][2 * k + 1] += part.w;
         }
-    if (!GATED) return;
+}
+__device__ __forceinline__ void gate(float (&y)[2][QUAD], const Stage& stage, const Quad& at) {
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         float z[QUAD];
@@ -174,8 +175,11 @@ struct OutputRows {
     __device__ __forceinline__ OutputRows(T* out, const Problem& p, const Share& s, const Quad& at) {
         row = s.reverse ? -p.channels : p.channels;
         step = held(row * TILE * (int64)sizeof(T));
-        to = out ? out + (s.batch * p.length + s.token(0)) * p.channels + at.token * row + s.channel + at.channel : nullptr;
+        to = nullptr;
+        if (out) seek(out + (s.batch * p.length + s.token(0)) * p.channels, s, at);
     }
+    // `first`: the row of the tile's first token.
+    __device__ __forceinline__ void seek(T* first, const Share& s, const Quad& at) { to = first + at.token * row + s.channel + at.channel; }
     __device__ __forceinline__ void write(const float (&y)[2][QUAD], const Quad& at) {
         if (ASYNC && at.first_valid < TILE) {
             store_quad(y[0], to);
