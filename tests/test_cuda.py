@@ -99,6 +99,13 @@ def test_reduced_scan_of_tiles_within_a_group(grid, reduction, direction, z, on_
     check(simplest(ScanCase, grid=grid, reduction=reduction, direction=direction, z=z, D=True, states=16, channels_per_group=70, batch=2), "cuda")
 
 
+# Rows of whole 16 bytes come by asynchronous copies: those of a group that ends with its tile must not meet the next group's.
+@pytest.mark.parametrize("grid, reduction", [((10, 4, 8), (2, 1, 1)), ((9, 4, 8), (2, 1, 2)), ((9, 4, 5), (2, 1, 1)), ((7, 3, 16), (2, 2, 1))])
+@pytest.mark.parametrize("z", ["all", "kept"])
+def test_reduced_scan_by_asynchronous_copies(grid, reduction, z, on_cpu):
+    check(simplest(ScanCase, grid=grid, reduction=reduction, direction="both", z=z, D=True, states=16, channels_per_group=64, batch=1), "cuda")
+
+
 # A grid of 529 cells: their sums take 135 KB.
 @pytest.mark.parametrize("shared", [163 * 1024, 227 * 1024])
 def test_reduced_scan_whose_sums_grow_past_shared_memory(shared):

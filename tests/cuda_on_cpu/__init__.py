@@ -22,6 +22,7 @@ extern "C" int run_{kernel}(const void* args, unsigned blocks, size_t shared, un
     return cuda_on_cpu::run(blocks, THREADS, shared, at_once, [](const void* a) {{ {kernel}(*(const {struct}*)a); }}, args);
 }}
 """
+_OUTCOMES = {1: "threads of a block wait for something that never comes", 2: "a copy meets another on its way to the same place"}
 
 
 class OnCpu:
@@ -48,8 +49,9 @@ class OnCpu:
             ctypes.c_int.in_dll(library, f"flag_{flag}").value = defines[flag]
         run = getattr(library, f"run_{kernel}")
         run.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t, ctypes.c_uint)
-        if run(source.pack(name, struct, values), blocks, shared, self.at_once):
-            raise RuntimeError(f"{kernel}: threads of a block wait for something that never comes")
+        outcome = run(source.pack(name, struct, values), blocks, shared, self.at_once)
+        if outcome:
+            raise RuntimeError(f"{kernel}: {_OUTCOMES[outcome]}")
 
     def shared_limit(self) -> int:
         return self.shared

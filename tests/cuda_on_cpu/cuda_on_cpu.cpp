@@ -55,6 +55,7 @@ struct Block {
     unsigned char* shared = nullptr;
     bool any[3] = {false, false, false};
     bool progress = false;
+    bool clash = false;
     void (*kernel)(const void*) = nullptr;
     const void* args = nullptr;
 };
@@ -109,6 +110,13 @@ float shuffle_xor(float value, int mask) {
 }
 
 void copy_later(void* shared, const void* source, int valid) {
+    auto meets = [&](const std::vector<Copy>& copies) {
+        for (const Copy& copy : copies)
+            if (copy.shared == shared) return true;
+        return false;
+    };
+    block->clash |= meets(fiber().open);
+    for (const auto& group : fiber().groups) block->clash |= meets(group);
     memset(shared, 0xff, 16);
     fiber().open.push_back({shared, source, valid});
 }
@@ -140,8 +148,8 @@ bool any_of_block(bool value) {
     return any;
 }
 
-// Runs the fibers of one block to their ends; false if all of them wait and nothing moves. `alone`: no other block can end their wait.
-static bool run_fibers(Block& b, bool alone) {
+// Runs the fibers of one block to their ends; STUCK if all of them wait and nothing moves. `alone`: no other block can end their wait.
+static Outcome run_fibers(Block& b, bool alone) {
     for (;;) {
         bool left = false;
         b.progress = false;
@@ -157,13 +165,13 @@ static bool run_fibers(Block& b, bool alone) {
             __sanitizer_finish_switch_fiber(b.scheduler_fake_stack, nullptr, nullptr);
 #endif
         }
-        if (!left) return true;
-        if (!b.progress && alone) return false;
+        if (!left) return b.clash ? CLASH : FINE;
+        if (!b.progress && alone) return STUCK;
         if (!b.progress) std::this_thread::yield();
     }
 }
 
-static bool run_block(unsigned number, unsigned threads, size_t shared_bytes, void (*kernel)(const void*), const void* args, bool alone) {
+static Outcome run_block(unsigned number, unsigned threads, size_t shared_bytes, void (*kernel)(const void*), const void* args, bool alone) {
     Block b;
     std::unique_ptr<unsigned char[]> shared(new unsigned char[shared_bytes + 16]);
     b.shared = (unsigned char*)(((size_t)shared.get() + 15) / 16 * 16);
@@ -186,24 +194,24 @@ static bool run_block(unsigned number, unsigned threads, size_t shared_bytes, vo
         f.context.uc_link = nullptr;
         makecontext(&f.context, fiber_main, 0);
     }
-    bool finished = run_fibers(b, alone);
+    const Outcome outcome = run_fibers(b, alone);
     block = nullptr;
-    return finished;
+    return outcome;
 }
 
-int run(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned at_once, void (*kernel)(const void*), const void* args) {
+Outcome run(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned at_once, void (*kernel)(const void*), const void* args) {
     grid.x = blocks;
     std::atomic<unsigned> next{0};
-    std::atomic<int> stuck{0};
+    std::atomic<Outcome> outcome{FINE};
     auto work = [&] {
-        for (unsigned number; (number = next++) < blocks && !stuck;)
-            if (!run_block(number, threads, shared_bytes, kernel, args, at_once == 1)) stuck = 1;
+        for (unsigned number; (number = next++) < blocks && outcome == FINE;)
+            if (const Outcome found = run_block(number, threads, shared_bytes, kernel, args, at_once == 1)) outcome = found;
     };
     std::vector<std::thread> workers;
     for (unsigned i = 1; i < at_once; i++) workers.emplace_back(work);
     work();
     for (auto& worker : workers) worker.join();
-    return stuck;
+    return outcome;
 }
 
 }  // namespace cuda_on_cpu

@@ -49,8 +49,11 @@ void copy_later(void* shared, const void* source, int valid);
 void copy_commit();
 void copy_wait(size_t pending);
 
-// 0, or 1 if a block's threads wait for something that never comes. `at_once` blocks run side by side, each on a thread.
-int run(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned at_once, void (*kernel)(const void*), const void* args);
+// STUCK: a block's threads wait for something that never comes. CLASH: a copy was asked for while another was under way to the same place.
+enum Outcome { FINE, STUCK, CLASH };
+
+// `at_once` blocks run side by side, each on a thread.
+Outcome run(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned at_once, void (*kernel)(const void*), const void* args);
 
 }  // namespace cuda_on_cpu
 

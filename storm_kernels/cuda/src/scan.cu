@@ -160,6 +160,7 @@ struct Scan {
         if (!GATED) return;
         if (SAVE_Y) saved.seek(y_rows + next.kept * a.p.channels, s, quad);
         inputs.z.seek(a.p.z + s.batch * a.p.z_batch + s.channel + (a.p.z_kept ? next.kept : next.token) * a.p.z_row);
+        copy_wait<0>();  // zeros are under way to the same place if the group before ended with its tile
         inputs.z.copy(stage().z, left);
         copy_commit();
     }
