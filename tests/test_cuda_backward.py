@@ -76,7 +76,7 @@ def check_code(arch: str, states: int, gated: bool) -> None:
     _, code = compiled(arch, states=states, gated=gated)
     used = sass.resources(code)["scan_backward"]
     assert used.stack == used.local == 0 and used.registers <= 255, used
-    assert not [i.text for i in sass.disassemble(code)["scan_backward"] if i.opcode.startswith(("RED.", "ATOM"))]
+    assert not sass.atomics(sass.disassemble(code)["scan_backward"])
 
 
 def test_16_states_compile_without_spills_or_atomics():

@@ -80,8 +80,7 @@ def check_code(asked: dict, arch: str) -> None:
             assert used.registers <= REGISTERS.get(kernel, 128), f"{kernel} for {arch}: {used}"
         for kernel, instructions in sass.disassemble(code).items():
             assert instructions, kernel
-            atomic = [i.text for i in instructions if i.opcode.startswith(("RED.", "ATOM"))]
-            assert not atomic, f"{kernel} for {arch}: {atomic}"
+            assert not sass.atomics(instructions), f"{kernel} for {arch}"
 
 
 def test_every_kernel_compiles_without_spills_or_atomics():

@@ -98,6 +98,11 @@ def _target(opcode: str, text: str, labels: dict[str, int]) -> int | None:
     return labels.get(label[1]) if opcode.startswith("BRA") and label else None
 
 
+def atomics(instructions: list[Instruction]) -> list[str]:
+    """Opcodes of atomic operations, with and without a result, in order: "ATOMG.E.ADD.STRONG.GPU" adds 32-bit integers, of floats it is ADD.F32."""
+    return [i.opcode for i in instructions if i.opcode.startswith(("RED.", "REDG.", "REDS.", "ATOM"))]
+
+
 def loops(instructions: list[Instruction]) -> list[Loop]:
     """The outermost loops of one kernel, those inside within them. The branch to itself that ends a kernel is none."""
     spans: dict[int, int] = {}
