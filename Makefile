@@ -35,7 +35,7 @@ lint: $(VENV)/.test
 
 # The case counts of RELIABILITY.md, R1 and R2: 20,000 on a CPU, 5,000 in the interpreter (hours). CUDA's kernels run on the CPU.
 nightly: $(VENV)/.test
-	STORM_KERNELS_FUZZ=10 $(PY) -m pytest tests/test_parity.py tests/test_cuda.py tests/test_cuda_code.py tests/test_cuda_backward.py
+	STORM_KERNELS_FUZZ=10 $(PY) -m pytest tests/test_parity.py tests/test_cuda.py tests/test_cuda_tickets.py tests/test_cuda_code.py tests/test_cuda_backward.py
 	STORM_KERNELS_FUZZ=17 TRITON_INTERPRET=1 $(PY) -m pytest tests/test_parity.py tests/test_triton.py
 
 sanitize: $(VENV)/.test

@@ -230,11 +230,12 @@ def test_a_barrier_that_not_all_reach_is_an_error(monkeypatch):
 
 _SANITIZED = """
 import torch
-from storm_kernels.cuda import launcher
+from storm_kernels.cuda import launcher, tickets
 from tests.cuda_on_cpu import OnCpu
 from tests.parity import check
 from tests.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
-with launcher.using(OnCpu(flags=("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"))):
+flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+with launcher.using(OnCpu(flags=flags)):
     common = dict(channels_per_group=35, groups=2, states=16, D=True, z="kept", bias=True, batch=2)
     check(simplest(ScanCase, grid=(7, 3, 5), reduction=(3, 2, 2), direction="both", **common), "cuda")
     for z in ("all", "none"):
@@ -244,6 +245,10 @@ with launcher.using(OnCpu(flags=("-O1", "-g", "-fsanitize=address,undefined", "-
     check(simplest(ConvCase, seed=3, length=270, channels=130, direction="both", packed=True, layout="sliced"), "cuda")
     check(simplest(ConvCase, length=67, channels=5, direction="reverse", initial=True), "cuda")
     check(simplest(ReduceCase, grid=(7, 3, 5), reduction=(3, 2, 2), layout="sliced"), "cuda")
+tickets.ticketed_blocks, tickets.step_tokens = lambda *_: 5, lambda tokens, chunk, group: chunk
+with launcher.using(OnCpu(at_once=3, flags=flags)):
+    check(simplest(ScanCase, grid=(7, 4, 5), reduction=(3, 1, 1), direction="both", states=16, z="all", batch=1), "cuda")
+    check(simplest(ScanCase, seed=3, length=139, packed=True, direction="reverse", **common), "cuda")
 print("clean")
 """
 

@@ -36,6 +36,11 @@ class Launcher(Protocol):
     def shared_limit(self) -> int:
         """Bytes of shared memory that a block can have."""
 
+    def multiprocessors(self) -> int: ...
+
+    def resident(self, name: str, kernel: str, defines: Mapping[str, object], shared: int) -> int:
+        """Blocks of a kernel with ``shared`` bytes of shared memory that fit on a multiprocessor together."""
+
 
 def compile_cubin(name: str, defines: Mapping[str, object], arch: str) -> bytes:
     """Machine code of source ``name`` for ``arch`` ("sm_90"), by NVRTC, GPU or not. Raises RuntimeError with NVRTC's log if it cannot."""
@@ -77,6 +82,7 @@ class Device:
     def __init__(self):
         self._kernels: dict[tuple, object] = {}
         self._contexts: dict[int, object] = {}
+        self._resident: dict[tuple, int] = {}
         self._lock = threading.Lock()
         self._reason: str | None = None
         self._asked = False
@@ -121,6 +127,18 @@ class Device:
 
     def shared_limit(self) -> int:
         return torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
+
+    def multiprocessors(self) -> int:
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+    def resident(self, name: str, kernel: str, defines: Mapping[str, object], shared: int) -> int:
+        from cuda.bindings import driver
+
+        key = (torch.cuda.current_device(), name, kernel, shared, *sorted(defines.items()))
+        if key not in self._resident:
+            function = self._function(name, kernel, defines, shared)
+            self._resident[key] = _check(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, THREADS, shared), kernel)
+        return self._resident[key]
 
     def _function(self, name: str, kernel: str, defines: Mapping[str, object], shared: int):
         from cuda.bindings import driver

@@ -1,11 +1,8 @@
 """Selective scan, forward: launch code of src/scan.cu, and what its backward shares.
 
-Blocks are handed out by the hardware, one for each sequence, direction and run of channels, and stay where they are. At batch 1 and 7168
-channels both directions are 224 blocks of 4 warps. On 132 multiprocessors 92 get two blocks and 40 one, so the scan lasts 2 blocks' time where
-224 / 132 = 1.70 would be balance: 15 % to be won at the very most by work items that wander between multiprocessors (KERNELS.md, tickets). But
-time is sequential, so there are never more than 224 runnable items: 40 multiprocessors would still run one block at a time, at an estimated 0.65
-to 0.75 of the rate of two. That leaves 1 - 112 / (92 + 40 x 0.7) = 7 %, before the cost of handing states on, which is why there are no tickets
-yet. On 108 multiprocessors 224 blocks are 8 too many for two each, and there tickets would win about a third. This is arithmetic, no measurement.
+A chain is a sequence, a direction and a run of channels, sequential in time: at batch 1 and 7168 channels both directions are 224 chains. Each has a
+block of 4 warps to itself, from its first token to its last, where that is about as good as balance; else blocks take steps of chains by tickets
+(tickets.py has the arithmetic of when).
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from ..contract import ScanInputs, ScanResult
 from ..tokens import TokenGrid, TokenReduction
+from . import tickets
 from .gate import merge_directions
 from .launcher import THREADS, current
 from .tokens import FORMATS, sum_terms, token_map
@@ -67,6 +65,7 @@ class Setting(NamedTuple):
 
     sequences: int
     out_rows: int
+    group_tokens: int  # of a whole pooled group; 0 without a reduction
     values: dict  # of `Problem`
 
 
@@ -135,7 +134,8 @@ def setting(directions, z, *, delta_softplus, initial_state, cu_seqlens, grid, r
         "map": where,
         "out_rows": out_rows,
     }
-    return Setting(sequences, out_rows, values)
+    group_tokens = 0 if reduction is None else grid.height * grid.width * reduction.temporal_pool
+    return Setting(sequences, out_rows, group_tokens, values)
 
 
 def direction_values(one: ScanInputs, checkpoints: Tensor | None) -> dict:
@@ -176,11 +176,10 @@ def shared_bytes(shape: Geometry, directions: tuple[ScanInputs, ...], z: Tensor 
     return 2 * stage + prepared + y
 
 
-def _group_tokens(grid: TokenGrid, reduction: TokenReduction, tile: int) -> int:
-    """Tokens of a pooled group; 0 if two threads of src/cells.cuh, each with two neighbouring tokens of a tile, could meet in one cell."""
+def _cells_apart(grid: TokenGrid, reduction: TokenReduction, tile: int) -> bool:
+    """Whether no two threads of src/cells.cuh, each with two neighbouring tokens of a tile, ever meet in one cell."""
     pairs_apart = reduction.spatial_pool == 2 and grid.width % 2 == 0 and grid.width >= tile
-    apart = pairs_apart or (reduction.spatial_pool == 1 and grid.height * grid.width >= tile)
-    return grid.height * grid.width * reduction.temporal_pool if apart else 0
+    return pairs_apart or (reduction.spatial_pool == 1 and grid.height * grid.width >= tile)
 
 
 def launch_together(directions: tuple[ScanInputs, ...]) -> tuple[tuple[int, ...], ...]:
@@ -225,7 +224,7 @@ def scan(
             "partial": [partials[i] for i in together],
             "y": [None if y is None else y[i] for i in together],
             "kept_rows": 0 if y is None else y.shape[2],
-            "final_state": final_state,
+            "states": final_state,
         }
         flags = {"GATED": z is not None, "PARTIAL": out is None, "SAVE_Y": y is not None, "SOFTPLUS": delta_softplus}
         _launch(tuple(directions[i] for i in together), z, set_, values, flags, grid, reduction)
@@ -258,7 +257,15 @@ def _launch(
             partial.zero_()
         cells = cell_bytes = 0
     a_group, blocks = channel_blocks(some[0])
-    values |= {"p": set_.values | {"group_channels": some[0].u.shape[2] // some[0].B.shape[2], "group_blocks": a_group}, "blocks": blocks}
-    values |= {"cells": cells, "group_tokens": _group_tokens(grid, reduction, shape.TILE) if cells else 0}
+    _, length, channels = some[0].u.shape
+    values |= {"p": set_.values | {"group_channels": channels // some[0].B.shape[2], "group_blocks": a_group}, "blocks": blocks}
+    values |= {"cells": cells, "group_tokens": set_.group_tokens if cells and _cells_apart(grid, reduction, shape.TILE) else 0}
     made = defines(some[0], z) | {name: int(flag) for name, flag in flags.items()} | {"SHARED_BYTES": shared}
-    current().launch("scan.cu", "scan", made, "ScanArgs", values, blocks * set_.sequences * len(some), shared + cell_bytes)
+    average = length if set_.values["cu_seqlens"] is None else length // max(1, set_.sequences)
+    work = tickets.Work(blocks * set_.sequences * len(some), average, length, tickets.step_tokens(average, shape.CHUNK, set_.group_tokens))
+    name, kernel, shared = "scan.cu", "scan", shared + cell_bytes
+    ticketed = tickets.ticketed_blocks(work, current().multiprocessors(), lambda: current().resident(name, kernel, made, shared))
+    values["tickets"] = tickets.arguments(work, some[0].u.device if ticketed else None)
+    if ticketed and values["states"] is None:
+        values["states"] = torch.empty(len(some), set_.sequences, channels, shape.D_STATE, dtype=torch.float32, device=some[0].u.device)
+    current().launch(name, kernel, made, "ScanArgs", values, ticketed or work.chains, shared)

@@ -28,13 +28,14 @@ _OUTCOMES = {1: "threads of a block wait for something that never comes", 2: "a 
 class OnCpu:
     """A `Launcher`. ``at_once`` blocks run side by side; ``flags`` are for g++, as sanitizers want them.
 
-    A block may have ``shared`` bytes of shared memory: an H100's limit if not given.
+    A block may have ``shared`` bytes of shared memory: an H100's limit if not given. What decides about tickets is an H100's too.
     """
 
     device_type = "cpu"
 
-    def __init__(self, at_once: int = 1, flags: tuple[str, ...] = ("-O1",), shared: int = 227 * 1024):
+    def __init__(self, at_once: int = 1, flags: tuple[str, ...] = ("-O1",), shared: int = 227 * 1024, multiprocessors: int = 132, resident: int = 2):
         self.at_once, self.flags, self.shared = at_once, flags, shared
+        self._multiprocessors, self._resident = multiprocessors, resident
         self._libraries: dict[tuple, ctypes.CDLL] = {}
         self.launched: set[tuple] = set()
 
@@ -55,6 +56,12 @@ class OnCpu:
 
     def shared_limit(self) -> int:
         return self.shared
+
+    def multiprocessors(self) -> int:
+        return self._multiprocessors
+
+    def resident(self, name: str, kernel: str, defines: Mapping[str, object], shared: int) -> int:
+        return self._resident
 
     def _library(self, name: str, defines: Mapping[str, object]) -> ctypes.CDLL:
         key = (name, *sorted(defines.items()))

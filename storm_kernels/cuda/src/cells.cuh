@@ -44,6 +44,16 @@ struct OpenCells {
         for (int i = threadIdx.x; i < r.cells * BLOCK_CHANNELS; i += THREADS) sums[i] = 0.0f;
         __syncthreads();
     }
+    // Opens the group of `cell`, which the step before left open if `before`, the cell of its last token, is of that group too.
+    __device__ __forceinline__ void resume(const Reduced& r, const Problem& p, const Share& s, const Quad& at, int cell, int before) {
+        open(r, p, s, at, cell);
+        if (!holds(before, r)) return;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < r.cells * BLOCK_CHANNELS; i += THREADS)
+            if (i % BLOCK_CHANNELS < s.channels)
+                sums[i] = r.partial[(s.batch * p.out_rows + begin + i / BLOCK_CHANNELS) * p.channels + s.channel + i % BLOCK_CHANNELS];
+        __syncthreads();
+    }
 
     // A usual tile's entries: all its tokens are of the open group, and each thread's in cells of its own.
     __device__ __forceinline__ void load(uint4 (&entries)[2]) const {

@@ -1,4 +1,5 @@
-// Forward selective scan (SPEC.md, Mixer): one block a sequence, direction and run of channels; sequential in time, states in registers.
+// Forward selective scan (SPEC.md, Mixer): a block has a sequence, direction and run of channels, or a step of it (tickets.cuh); sequential in time,
+// states in registers.
 // A tile passes through four steps: its inputs arrive (stage.cuh, while the tile before is computed); delta and B, C are prepared in float32; the
 // recurrence runs, each thread leaving its states' part of y; the parts are added, gated, reduced and written (tile.cuh, cells.cuh).
 //
@@ -8,6 +9,7 @@
 // recurrence itself is 5.4 of them: 5 operations, one an exp2, and three loads and half a store per token for 8 items; softplus is 0.8, the gate 0.5.
 // The exp2 unit is the limit before that: 8 cycles an item a scheduler, and 1.5 for the exponentials and reciprocals of softplus and gate.
 #include "cells.cuh"
+#include "tickets.cuh"
 
 struct ScanArgs {
     Direction direction[2];
@@ -17,9 +19,10 @@ struct ScanArgs {
     float* partial[2];   // (batch, L', channels) float32; zeros if a reduction's sums do not fit in shared memory
     float* y[2];         // with SAVE_Y: (batch, kept_rows, channels), before the gate, of the tokens that are kept, for the backward
     int64 kept_rows;
-    float* final_state;  // or null
+    float* states;       // (directions, sequences, channels, D_STATE): after the last token, until then after a step; null if nobody reads them
     int64 cells;         // H' W' with a reduction: cells that are open at a time, their sums in shared memory; 0 if they do not fit
     int64 group_tokens;  // with a reduction: of a whole pooled group; 0 if its tiles are all to be unusual ones
+    Tickets tickets;
 };
 
 // A block at work on its share.
@@ -27,6 +30,7 @@ struct Scan {
     const ScanArgs& a;
     const Direction& d;
     const Share s;
+    const int64 checkpoint;  // its first row
     Shared& shared;
     const Place place;
     const Quad quad;
@@ -44,8 +48,8 @@ struct Scan {
     int left;        // with a reduction: tokens of its pooled group from there on, 0 if not known
     bool dropped;    // that group
 
-    __device__ __forceinline__ Scan(const ScanArgs& a, Shared& shared, int which, int64 sequence, int64 block)
-        : a(a), d(a.direction[which]), s(share_of(a.p, d, sequence, block)), shared(shared), quad(d, s), lane(place), inputs(a.p, d, s),
+    __device__ __forceinline__ Scan(const ScanArgs& a, Shared& shared, int which, const Share& s, int64 checkpoint)
+        : a(a), d(a.direction[which]), s(s), checkpoint(checkpoint), shared(shared), quad(d, s), lane(place), inputs(a.p, d, s),
           partial(a.partial[which], a.p, s, quad), saved(SAVE_Y && !REDUCED ? a.y[which] : nullptr, a.p, s, quad),
           out(a.out, a.p, s, quad), open((float*)(&shared + 1), a.p, s, quad), reduced{a.partial[which], (int)a.cells},
           y_rows(SAVE_Y ? a.y[which] + s.batch * a.kept_rows * a.p.channels : nullptr), position(0), rest(0), half(0), left(0), dropped(false) {
@@ -153,7 +157,7 @@ struct Scan {
     __device__ __forceinline__ void enter_group() {
         const TokenEntry next = a.p.map[s.token(position)];
         const int into = next.token % (int)a.group_tokens;
-        left = s.reverse ? into + 1 : (int)smaller(a.group_tokens - into, a.p.length - next.token);
+        left = (int)smaller(s.reverse ? into + 1 : a.group_tokens - into, s.length - position);
         dropped = next.cell < 0;
         if (dropped) return;
         open.open(reduced, a.p, s, quad, next.cell);
@@ -165,14 +169,22 @@ struct Scan {
         copy_commit();
     }
 
-    __device__ __forceinline__ void run() {
+    // Asks for the first tile's inputs.
+    __device__ __forceinline__ void begin() {
         rest = (int)smaller(s.length, 1 << 30);
         inputs.stage(stage(), rest);
         if (GATED && !REDUCED) inputs.z.copy(stage().z, rest);
         copy_commit();
+    }
+    // If the step before left a pooled group open, its sums so far.
+    __device__ __forceinline__ void resume() {
+        const int cell = a.p.map[s.token(0)].cell;
+        if (a.cells && cell >= 0) open.resume(reduced, a.p, s, quad, cell, a.p.map[s.token(-1)].cell);
+    }
+    __device__ __forceinline__ void run() {
         while (position < s.length) {
             if (d.checkpoints && position % CHUNK == 0)
-                store_states(h, d.checkpoints + (checkpoint_row(a.p, s, position / CHUNK) * a.p.channels + s.channel) * D_STATE, place, s.channels);
+                store_states(h, d.checkpoints + ((checkpoint + position / CHUNK) * a.p.channels + s.channel) * D_STATE, place, s.channels);
             if (REDUCED && a.group_tokens && left == 0) enter_group();
             rest = (int)smaller(s.length - position, 1 << 30);
             const int tiles = (int)smaller(CHUNK - position % CHUNK, REDUCED ? left : rest) / TILE;
@@ -184,6 +196,7 @@ struct Scan {
                 run_kept(tiles);
             position += TILE * (tiles ? tiles : 1);
         }
+        copy_wait<0>();
         if (REDUCED) open.close(reduced, a.p, s);
     }
 };
@@ -191,10 +204,25 @@ struct Scan {
 // Blocks a multiprocessor: with the registers of one more the compiler spills some of a reduction's or, with other numbers of states, of any scan's.
 extern "C" __global__ void __launch_bounds__(THREADS, STATE_LANES == 4 && !REDUCED ? 3 : 2) scan(const __grid_constant__ ScanArgs a) {
     DYNAMIC_SHARED(memory);
-    const int64 work = blockIdx.x;
-    Scan scan(a, *(Shared*)memory, work / (a.blocks * a.p.sequences), work / a.blocks % a.p.sequences, work % a.blocks);
-    const int64 row = (scan.s.sequence * a.p.channels + scan.s.channel) * D_STATE;
-    load_states(scan.h, a.p.initial_state ? a.p.initial_state + row : nullptr, scan.place, scan.s.channels);
-    scan.run();
-    if (a.final_state) store_states(scan.h, a.final_state + row, scan.place, scan.s.channels);
+    Shared& shared = *(Shared*)memory;
+    uint32 ticket = blockIdx.x;
+    do {
+        if (a.tickets.next) ticket = take(a.tickets, (uint32*)&shared.y);
+        const uint32 step = ticket / (uint32)a.tickets.chains, chain = ticket % (uint32)a.tickets.chains;
+        if (step >= a.tickets.steps) return;
+        const int which = chain / (a.blocks * a.p.sequences);
+        const Share whole = share_of(a.p, a.direction[which], chain / a.blocks % a.p.sequences, chain % a.blocks);
+        const int64 first = step * a.tickets.step_tokens;
+        if (step && first >= whole.length) continue;
+        Scan scan(a, shared, which, part_of(whole, first, a.tickets.step_tokens), checkpoint_row(a.p, whole, first / CHUNK));
+        scan.begin();
+        const int64 row = (scan.s.sequence * a.p.channels + scan.s.channel) * D_STATE;
+        float* const states = a.states ? a.states + which * a.p.sequences * a.p.channels * D_STATE + row : nullptr;
+        if (step) await_steps(a.tickets, chain, step);
+        load_states(scan.h, step ? states : a.p.initial_state ? a.p.initial_state + row : nullptr, scan.place, scan.s.channels);
+        if (REDUCED && step) scan.resume();
+        scan.run();
+        if (states) store_states(scan.h, states, scan.place, scan.s.channels);
+        if (a.tickets.next) hand_on(a.tickets, chain, step + 1);
+    } while (a.tickets.next);
 }
