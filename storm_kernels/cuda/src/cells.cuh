@@ -48,10 +48,20 @@ struct OpenCells {
     __device__ __forceinline__ void resume(const Reduced& r, const Problem& p, const Share& s, const Quad& at, int cell, int before) {
         open(r, p, s, at, cell);
         if (!holds(before, r)) return;
-#pragma unroll 4
-        for (int i = threadIdx.x; i < r.cells * BLOCK_CHANNELS; i += THREADS)
-            if (i % BLOCK_CHANNELS < s.channels)
-                sums[i] = r.partial[(s.batch * p.out_rows + begin + i / BLOCK_CHANNELS) * p.channels + s.channel + i % BLOCK_CHANNELS];
+        const float* rows = r.partial + (s.batch * p.out_rows + begin) * p.channels + s.channel;
+        const int piece = ASYNC ? 16 / sizeof(float) : 1;
+#pragma unroll 1
+        for (int i = threadIdx.x * piece; i < r.cells * BLOCK_CHANNELS; i += THREADS * piece) {
+            const int channel = i % BLOCK_CHANNELS;
+            if (channel >= s.channels) continue;
+            const float* from = rows + i / BLOCK_CHANNELS * p.channels + channel;
+            if (ASYNC)
+                copy16_async(&sums[i], from, 16);
+            else
+                sums[i] = *from;
+        }
+        copy_commit();
+        copy_wait<0>();
         __syncthreads();
     }
 
