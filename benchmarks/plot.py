@@ -43,7 +43,7 @@ def stage_bars(results: list[Outcome]) -> Figure:
     for name, total in zip(names, start, strict=True):
         axes.annotate(f"{total:,.0f}", (total, name), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
     axes.invert_yaxis()
-    axes.margins(x=0.1)
+    axes.margins(x=0.14)  # room for the longest bar's number
     axes.set_xlabel("time to first token, ms (median)")
     axes.set_title(f"{results[0].frames} frames: where the time goes", loc="left", fontsize=11)
     figure.legend(loc="outside lower center", ncols=len(TO_FIRST_TOKEN), frameon=False)
