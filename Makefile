@@ -20,7 +20,7 @@ test: lint
 	$(MAKE) --jobs 2 --output-sync test-main test-interpreted
 
 test-main: $(VENV)/.test
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests --numprocesses 2
 
 test-interpreted: $(VENV)/.test
 	STORM_KERNELS_FUZZ=0.1 TRITON_INTERPRET=1 $(PY) -m pytest tests/test_parity.py tests/test_large.py tests/test_triton_edges.py

@@ -110,7 +110,7 @@ def test_reduced_scan_by_asynchronous_copies(grid, reduction, z, on_cpu):
 @pytest.mark.parametrize("shared", [163 * 1024, 227 * 1024])
 def test_reduced_scan_whose_sums_grow_past_shared_memory(shared):
     with launcher.using(OnCpu(shared=shared)):
-        check(simplest(ScanCase, grid=(4, 23, 23), reduction=(2, 1, 1), direction="both", z="all", D=True, states=16, batch=1), "cuda")
+        check(simplest(ScanCase, grid=(3, 23, 23), reduction=(2, 1, 1), direction="both", z="all", D=True, states=16, batch=1), "cuda")
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "both"])
