@@ -16,8 +16,8 @@ slow = pytest.mark.skipif(fuzz_cases(1) < 2, reason="compiles for minutes: asked
 TARGETS = ("sm_80", "sm_90", "sm_100")
 SM_90_ALWAYS = [pytest.param(arch, marks=() if arch == "sm_90" else slow) for arch in TARGETS]  # an H100; the others where time allows
 GRID, REDUCTION = TokenGrid(4, 2, 2), TokenReduction(2, 2, 2)
-# Registers a thread: 65,536 a multiprocessor, 128 threads a block. Two blocks of either scan; check_states says where three.
 TICKET = {"scan": ["ATOMG.E.ADD.STRONG.GPU"]}
+# Registers a thread: 65,536 a multiprocessor, 128 threads a block. Two blocks of either scan; check_states says where three.
 REGISTERS = {"scan": 255, "scan_backward": 255, "conv": 128, "conv_backward": 128}
 
 
