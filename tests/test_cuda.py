@@ -15,6 +15,7 @@ import storm_kernels as sk
 from storm_kernels import cuda
 from storm_kernels.contract import ScanInputs
 from storm_kernels.cuda import launcher, source
+from storm_kernels.cuda.gate import gate_backward, merge_directions
 from storm_kernels.cuda.tokens import sum_terms
 from storm_kernels.tokens import TokenGrid, TokenReduction
 
@@ -154,6 +155,18 @@ def test_one_batch_row_gives_the_bits_of_many(on_cpu):
         one = {name: value[row : row + 1] if value.shape[0] == 3 else value for name, value in operands.items()}
         found = case.call(_Cuda(), one)
         assert all(torch.equal(found[name][0], whole[name][row]) for name in whole)
+
+
+def test_rows_more_than_2_to_the_31_bytes_apart(on_cpu):
+    """Pages in between are never touched: they take no memory."""
+    far = torch.empty(2**31 // 2 + 32, dtype=torch.bfloat16).as_strided((1, 2, 32), (0, 2**31 // 2, 1))
+    near = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    far.copy_(near)
+    y = torch.randn(1, 1, 2, 32, generator=torch.Generator().manual_seed(1))
+    for found, expected in zip(gate_backward(far, 2, far, y, None, None), gate_backward(near, 2, near, y, None, None), strict=True):
+        assert torch.equal(found, expected)
+    sums = [merge_directions(y[0], y[0], z, torch.bfloat16, keep=False) for z in (far, near)]
+    assert torch.equal(*sums)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -57,19 +57,14 @@ def slots(defines: dict, code: bytes) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("arch", SM_90_ALWAYS)
-@pytest.mark.parametrize("gated", [False, True], ids=["bfloat16 gradient", "float32 gradient"])
-def test_backward_keeps_its_budget_of_slots(arch, gated):
-    found = slots(*compiled(arch, gated=gated))
-    print(f"backward scan for {arch}, slots per item:", ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
-    assert found["all"] <= 24.0
-
-
-@pytest.mark.parametrize("arch", SM_90_ALWAYS)
-@pytest.mark.parametrize(("gated", "reduced"), [(True, False), (False, True), (True, True)], ids=["gated", "reduced", "gated and reduced"])
-def test_gate_backward_keeps_its_budget_of_slots_beside_the_scan(arch, gated, reduced):
-    found = elementwise_slots("gate_backward", *compiled(arch, "gate_backward", gated=gated, reduced=reduced))
-    print(f"gate_backward for {arch}, slots per item of the scan: {found:.2f}")
-    assert found <= 1.25
+@pytest.mark.parametrize("reduced", [False, True], ids=["whole", "reduced"])
+@pytest.mark.parametrize("gated", [False, True], ids=["no gate", "gated"])
+def test_backward_keeps_its_budget_of_slots(arch, gated, reduced):
+    """At most 24 issue slots per channel, token and state, those of the gate and the reduction before the scan and every instruction included."""
+    found = slots(*compiled(arch, gated=gated, reduced=reduced))
+    before = elementwise_slots("gate_backward", *compiled(arch, "gate_backward", gated=gated, reduced=reduced)) if gated or reduced else 0.0
+    print(f"backward for {arch}, slots per item: {before:.2f} before the scan,", ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
+    assert before + found["all"] <= 24.0
 
 
 def check_code(arch: str, states: int, gated: bool) -> None:

@@ -170,10 +170,10 @@ def _flat(loops: list[sass.Loop]):
 
 
 def elementwise_slots(kernel: str, defines: dict, code: bytes) -> float:
-    """Slots of a kernel of gate.cu per item of a scan of both directions and 16 states: 4 channels a thread, and what a block's tokens share."""
+    """Slots of a kernel of gate.cu per item of a scan of both directions and 16 states: 8 channels a thread, and what a block's tokens share."""
     instructions = sass.disassemble(code)[kernel]
     loops = [len(loop.own) for loop in sass.loops(instructions)]  # over tokens: variants of one
-    return (max(loops) + (len(instructions) - sum(loops)) / defines["TOKENS"]) / 4 / (2 * 16)
+    return (max(loops) + (len(instructions) - sum(loops)) / defines["TOKENS"]) / 8 / (2 * 16)
 
 
 FORWARD = {

@@ -62,6 +62,11 @@ inline void copy_wait() {
     cuda_on_cpu::copy_wait(PENDING);
 }
 
+template <typename T>
+inline T* row_at(T* first, int row, int bytes) {
+    return (T*)((char*)first + (int64)row * bytes);
+}
+
 inline int held(int x) { return x; }
 inline int64 held(int64 x) { return x; }
 

@@ -16,6 +16,8 @@ struct Gradients {
 
 // Bytes from a batch to the next in scan order.
 struct Steps {
+    int64 B;   // from a token to the next, as C
+    int64 C;
     int64 u;
     int64 delta;
     int64 du;
@@ -44,46 +46,55 @@ constexpr float LN2 = 0.6931471805599453f;
 constexpr int GROUPS = CHUNK / GROUP;
 constexpr int RUN = LANE_STATES < 4 ? LANE_STATES : 4;         // floats moved at once
 constexpr int RUNS = 2 * LANE_STATES / RUN;                    // of a lane's dB and dC
+constexpr int GROUP_FLOATS = GROUP * 2 * STATES;               // of dB and dC
+constexpr int PIECE = GROUP_FLOATS / THREADS < 1 ? 1 : GROUP_FLOATS / THREADS < RUN ? GROUP_FLOATS / THREADS : RUN;  // that a thread writes at once
 constexpr int OUTPUTS = BATCH * RUNS * STATE_LANES;            // runs of a warp's dB and dC in a batch
 constexpr int LIVE = OUTPUTS < 32 ? OUTPUTS : 32;               // lanes that add them up, in 32 / LIVE pieces
 constexpr int PARTS = CHANNEL_LANES * LIVE / 32 > 1 ? CHANNEL_LANES * LIVE / 32 : 1;  // a piece
 constexpr int ROW = OUTPUTS * RUN + (RUN == 4 ? RUN : 1);      // padded: the lanes of one output write without a bank conflict
 
+// A warp's sums: at the same distance from its first one an output is added up and put.
+struct WarpSums {
+    __align__(16) float state[CHANNEL_LANES][ROW];             // each lane's part of dB and dC of a batch
+    __align__(16) float BC[GROUP][2 * STATES];                 // dB and dC, summed over the warp's channels
+};
+
 struct Shared {
     __align__(16) float saved[GROUPS][RUNS][THREADS][RUN];     // states before each group: a thread reads back what it wrote
-    __align__(16) float2 step[CHUNK][BLOCK_CHANNELS];          // delta, and delta * u
+    __align__(16) float4 step[CHUNK][BLOCK_CHANNELS / PAIR];   // a pair's delta, and its delta * u
     __align__(16) float B[TILE][STATES];
     __align__(16) float C[TILE][STATES];
     __align__(16) float channel[BATCH][THREADS][2 * PAIR];      // each lane's part of g . B and (g a h_{l-1}) . A log2(e)
-    __align__(16) float state[WARPS][CHANNEL_LANES][ROW];      // each lane's part of dB and dC
-    __align__(16) float BC[WARPS][GROUP][2 * STATES];          // dB and dC, summed over each warp's channels
+    __align__(16) WarpSums warp[WARPS];
     __align__(16) float gy[BATCH][BLOCK_CHANNELS];             // dL/dy
     __align__(16) float bias[BLOCK_CHANNELS];
     __align__(16) float skip[BLOCK_CHANNELS];                  // D
     __align__(16) float row_sums[THREADS][2 * PAIR];           // a chunk's share of each lane's gradients of D and the bias
     Sum dD[PAIR][THREADS];                                     // each lane's own, like the bias's
     Sum dbias[PAIR][THREADS];
+    __align__(16) const B_T* B_rows;                           // of the sequence's token at position 0; kept here for want of registers
+    const C_T* C_rows;
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "scan_backward.py counts the same");
 static_assert(BATCH <= STATE_LANES && GROUP % BATCH == 0, "a lane has one pair of a batch");
 
-template <int N>
+template <int WIDTH = RUN, int N>
 __device__ __forceinline__ void store_floats(float* to, const float (&v)[N], int first) {
-    if (RUN == 4) *(float4*)to = make_float4(v[first], v[first + 1], v[first + 2], v[first + 3]);
-    if (RUN == 2) *(float2*)to = make_float2(v[first], v[first + 1]);
-    if (RUN == 1) to[0] = v[first];
+    if (WIDTH == 4) *(float4*)to = make_float4(v[first], v[first + 1], v[first + 2], v[first + 3]);
+    if (WIDTH == 2) *(float2*)to = make_float2(v[first], v[first + 1]);
+    if (WIDTH == 1) to[0] = v[first];
 }
-template <int N>
+template <int WIDTH = RUN, int N>
 __device__ __forceinline__ void load_floats(float (&v)[N], int first, const float* from) {
-    if (RUN == 4) {
+    if (WIDTH == 4) {
         const float4 four = *(const float4*)from;
         v[first] = four.x, v[first + 1] = four.y, v[first + 2] = four.z, v[first + 3] = four.w;
     }
-    if (RUN == 2) {
+    if (WIDTH == 2) {
         const float2 two = *(const float2*)from;
         v[first] = two.x, v[first + 1] = two.y;
     }
-    if (RUN == 1) v[first] = from[0];
+    if (WIDTH == 1) v[first] = from[0];
 }
 
 // A thread's states in an array whose row 0 is its first channel; zero where there are none.
@@ -159,7 +170,7 @@ struct Offsets {
     uint32 part;      // its parts of dB and dC
     uint32 element;   // the first part of its element of a batch, 16 bytes each
     uint32 output;    // the first part of the run of dB or dC it adds up
-    uint32 sum;       // where that sum goes
+    uint32 sum;       // where that sum goes; `output` where a lane's dB and dC are a run each
     uint32 step;      // of its element, 16 bytes each pair; cheap from `pair`, and a register more spills on sm_100
 
     __device__ __forceinline__ Offsets(const Place& at) {
@@ -167,11 +178,12 @@ struct Offsets {
         pair = pinned((uint32)at.channel * 8);
         states = pinned((uint32)at.state * 4);
         own = pinned(threadIdx.x * 16);
-        part = pinned(((warp * CHANNEL_LANES + lane % CHANNEL_LANES) * ROW + lane / CHANNEL_LANES * RUN) * 4);
+        part = pinned(warp * (uint32)sizeof(WarpSums) + (lane % CHANNEL_LANES * ROW + lane / CHANNEL_LANES * RUN) * 4);
         element = pinned((lane / CHANNEL_LANES * THREADS + warp * 32 + lane % CHANNEL_LANES) * 16);
-        output = pinned(((warp * CHANNEL_LANES + lane / LIVE * PARTS) * ROW + lane % LIVE * RUN) * 4);
+        output = pinned(warp * (uint32)sizeof(WarpSums) + (lane / LIVE * PARTS * ROW + lane % LIVE * RUN) * 4);
         const uint32 run = lane % LIVE / STATE_LANES, n = lane % STATE_LANES * LANE_STATES + run % (RUNS / 2) * RUN;
-        sum = ((warp * GROUP + run / RUNS) * 2 * STATES + run % RUNS / (RUNS / 2) * STATES + n) * 4;
+        sum = output;
+        if (RUNS > 2) sum = warp * (uint32)sizeof(WarpSums) + (run / RUNS * 2 * STATES + run % RUNS / (RUNS / 2) * STATES + n) * 4;
         step = lane / CHANNEL_LANES * BLOCK_CHANNELS * 8 + pair;
     }
 };

@@ -58,6 +58,15 @@ __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// `first`, in global memory, and `row` times `bytes` more, in one instruction.
+template <typename T>
+__device__ __forceinline__ T* row_at(T* first, int row, int bytes) {
+    T* there;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(there) : "r"(row), "r"(bytes), "l"(first));
+    __builtin_assume(__isGlobal(there));
+    return there;
+}
+
 // The same number, which the compiler cannot know: it stays in a register instead of being computed again wherever it is used.
 __device__ __forceinline__ int held(int x) { return __shfl_xor_sync(0xffffffffu, x, 0); }
 __device__ __forceinline__ int64 held(int64 x) { return __shfl_xor_sync(0xffffffffu, x, 0); }
@@ -144,11 +153,11 @@ __device__ constexpr bool alike(T, V) {
 }
 
 // Where a token goes under a reduction.
-struct TokenEntry {
+struct __align__(16) TokenEntry {
     int cell;      // row of the reduced output; -1 if sampling drops the token
     int kept;      // row among the kept tokens; -1 if dropped
     float weight;  // one over the tokens of the cell
-    int token;     // its own index; 16 bytes: one asynchronous copy
+    int token;     // its own index; 16 bytes: one load, one asynchronous copy
 };
 
 __device__ __forceinline__ int64 smaller(int64 a, int64 b) { return a < b ? a : b; }

@@ -1,10 +1,10 @@
 // What goes over y beside the scans: the sum of both directions and its gate; the backward of the gate and of the token reduction.
-// A block has a run of channels of TOKENS tokens, a thread QUAD channels of each of them.
-// Defined by the launch code (gate.py): G_T (format of the result and of its gradient), Z_T; TOKENS; GATED, REDUCED; ALIGNED: every quad is whole and
-// aligned as four.
+// A block has a run of channels of TOKENS tokens, a thread WIDTH channels of each of them.
+// Defined by the launch code (gate.py): G_T (format of the result and of its gradient), Z_T; TOKENS; GATED, REDUCED; SUMMED: y is the sum of two
+// directions; ALIGNED: every thread's channels are whole and aligned as 16 bytes.
 #include "device.cuh"
 
-constexpr int QUAD = 4;
+constexpr int WIDTH = 8;
 
 struct Extent {
     int64 length;         // tokens of a batch row
@@ -13,35 +13,63 @@ struct Extent {
     int64 blocks;         // of channels
 };
 
-struct Quad {
-    int64 batch, begin, channel;  // begin: its first token
-    int tokens, channels;         // those that exist
+__device__ __forceinline__ void load_aligned(float (&v)[WIDTH], const float* x) {
+#pragma unroll
+    for (int i = 0; i < WIDTH; i += 4) {
+        const float4 four = *(const float4*)(x + i);
+        v[i] = four.x, v[i + 1] = four.y, v[i + 2] = four.z, v[i + 3] = four.w;
+    }
+}
+template <typename T>
+__device__ __forceinline__ void load_aligned(float (&v)[WIDTH], const T* x) {
+    const uint4 bits = *(const uint4*)x;
+    unpack(v[0], v[1], bits.x, T());
+    unpack(v[2], v[3], bits.y, T());
+    unpack(v[4], v[5], bits.z, T());
+    unpack(v[6], v[7], bits.w, T());
+}
+__device__ __forceinline__ void store_aligned(const float (&v)[WIDTH], float* x) {
+#pragma unroll
+    for (int i = 0; i < WIDTH; i += 4) *(float4*)(x + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+}
+template <typename T>
+__device__ __forceinline__ void store_aligned(const float (&v)[WIDTH], T* x) {
+    *(uint4*)x = make_uint4(packed(make_float2(v[0], v[1]), T()), packed(make_float2(v[2], v[3]), T()), packed(make_float2(v[4], v[5]), T()),
+                            packed(make_float2(v[6], v[7]), T()));
+}
 
-    __device__ __forceinline__ explicit Quad(const Extent& of) {
+// A thread's share. Rows are counted from the first of the batch row; bytes from a row to the next are below 2^31.
+struct Strip {
+    int64 batch, channel;
+    int begin, end, channels;  // tokens; the channels that exist
+
+    __device__ __forceinline__ explicit Strip(const Extent& of) {
         const uint32 run = blockIdx.x / (uint32)of.blocks;
         batch = run / (uint32)of.runs;
-        begin = run % (uint32)of.runs * (int64)TOKENS;
-        tokens = (int)smaller(TOKENS, of.length - begin);
-        channel = (blockIdx.x % (uint32)of.blocks * THREADS + threadIdx.x) * QUAD;
-        channels = (int)smaller(QUAD, of.channels - channel);
+        begin = (int)(run % (uint32)of.runs) * TOKENS;
+        end = (int)smaller(begin + TOKENS, of.length);
+        channel = (int64)(blockIdx.x % (uint32)of.blocks * THREADS + threadIdx.x) * WIDTH;
+        channels = (int)smaller(WIDTH, of.channels - channel);
     }
-    // `from`: of the quad's first channel; zero where there is no channel.
+    // `array`: of row 0. Zero where there is no channel.
     template <typename T>
-    __device__ __forceinline__ void load(float (&v)[QUAD], const T* from, int64 step = 1) const {
+    __device__ __forceinline__ void load(float (&v)[WIDTH], const T* array, int row, int64 bytes, int64 channel_step = 1) const {
+        const T* from = row_at(array, row, (int)bytes);
         if (ALIGNED) {
-            load_quad(v, from);
+            load_aligned(v, from);
         } else {
 #pragma unroll
-            for (int c = 0; c < QUAD; c++) v[c] = c < channels ? to_float(from[c * step]) : 0.0f;
+            for (int c = 0; c < WIDTH; c++) v[c] = c < channels ? to_float(from[c * channel_step]) : 0.0f;
         }
     }
     template <typename T>
-    __device__ __forceinline__ void store(const float (&v)[QUAD], T* to) const {
+    __device__ __forceinline__ void store(const float (&v)[WIDTH], T* array, int row, int64 bytes) const {
+        T* to = row_at(array, row, (int)bytes);
         if (ALIGNED) {
-            store_quad(v, to);
+            store_aligned(v, to);
         } else {
 #pragma unroll
-            for (int c = 0; c < QUAD; c++)
+            for (int c = 0; c < WIDTH; c++)
                 if (c < channels) from_float(v[c], to[c]);
         }
     }
@@ -53,95 +81,91 @@ struct MergeArgs {
     const float* second;  // of the second
     int64 keep;
     const Z_T* z;         // with GATED
-    int64 z_batch;
-    int64 z_row;
+    int64 z_batch;        // elements
+    int64 z_row;          // bytes
     G_T* out;             // (batch, length, channels)
 };
 
 // out = (y + second) SiLU(z), with GATED; else y + second.
 extern "C" __global__ void __launch_bounds__(THREADS) merge_directions(const __grid_constant__ MergeArgs a) {
-    const Quad at(a.extent);
+    const Strip at(a.extent);
     if (at.channels <= 0) return;
-    int64 own = (at.batch * a.extent.length + at.begin) * a.extent.channels + at.channel;
-    const Z_T* gate = GATED ? a.z + at.batch * a.z_batch + at.begin * a.z_row + at.channel : nullptr;
+    const int64 width = a.extent.channels, first = at.batch * a.extent.length * width + at.channel;
+    float* const sums = a.y + first;
+    const float* const others = a.second + first;
+    G_T* const out = a.out + first;
+    const Z_T* const gate = GATED ? a.z + at.batch * a.z_batch + at.channel : nullptr;
 #pragma unroll 1
-    for (int left = at.tokens; left > 0; left--) {
-        float y[QUAD], second[QUAD], z[QUAD] = {};
-        at.load(y, a.y + own);
-        at.load(second, a.second + own);
-        if (GATED) at.load(z, gate);
+    for (int t = at.begin; t < at.end; t++) {
+        float y[WIDTH], second[WIDTH], z[WIDTH];
+        at.load(y, sums, t, width * sizeof(float));
+        at.load(second, others, t, width * sizeof(float));
+        if (GATED) at.load(z, gate, t, a.z_row);
 #pragma unroll
-        for (int c = 0; c < QUAD; c++) y[c] += second[c];
-        if (a.keep) at.store(y, a.y + own);
+        for (int c = 0; c < WIDTH; c++) y[c] += second[c];
+        if (a.keep) at.store(y, sums, t, width * sizeof(float));
 #pragma unroll
-        for (int c = 0; c < QUAD; c++)
+        for (int c = 0; c < WIDTH; c++)
             if (GATED) y[c] *= z[c] * sigmoid(z[c]);
-        at.store(y, a.out + own);
-        own += a.extent.channels;
-        gate += a.z_row;
+        at.store(y, out, t, width * sizeof(G_T));
     }
 }
 
 struct GateBackwardArgs {
     Extent extent;
     const G_T* grad_out;
-    int64 grad_out_batch;
-    int64 grad_out_row;
-    int64 grad_out_channel;
+    int64 grad_out_batch;   // elements
+    int64 grad_out_row;     // bytes
+    int64 grad_out_channel; // elements
     const TokenEntry* map;  // with REDUCED
     const Z_T* z;           // with GATED, like y and dz
-    int64 z_batch;
-    int64 z_row;
+    int64 z_batch;          // elements
+    int64 z_row;            // bytes
     int64 z_kept;           // z and dz hold the kept tokens only
     int64 z_rows;           // of dz, a batch row
     const float* y;         // (batch, kept_rows, channels): before the gate
-    const float* second;    // what is to be added to it, or null
+    const float* second;    // with SUMMED: what is to be added to it
     int64 kept_rows;
     float* gy;              // (batch, length, channels): dL/dy, zero for dropped tokens
-    Z_T* dz;                // or null
+    Z_T* dz;
 };
 
+// Eight blocks a multiprocessor: else the compiler aims at more, and spills or keeps fewer loads in flight.
 // gy = w grad_out[cell] SiLU(z) and dz = w grad_out[cell] y SiLU'(z).
-extern "C" __global__ void __launch_bounds__(THREADS) gate_backward(const __grid_constant__ GateBackwardArgs a) {
-    const Quad at(a.extent);
+extern "C" __global__ void __launch_bounds__(THREADS, 8) gate_backward(const __grid_constant__ GateBackwardArgs a) {
+    const Strip at(a.extent);
     if (at.channels <= 0) return;
-    const int64 width = a.extent.channels, first = at.batch * a.extent.length + at.begin, ahead = REDUCED ? 0 : at.begin;  // unreduced: rows in order
-    const G_T* grad_out = a.grad_out + at.batch * a.grad_out_batch + at.channel * a.grad_out_channel + ahead * a.grad_out_row;
-    const Z_T* gate = GATED ? a.z + at.batch * a.z_batch + at.channel + ahead * a.z_row : nullptr;
-    int64 y_row = (at.batch * a.kept_rows + ahead) * width + at.channel, dz_row = (at.batch * a.z_rows + ahead) * width + at.channel;
-    float* out = a.gy + first * width + at.channel;
-    const TokenEntry* map = REDUCED ? a.map + at.begin : nullptr;
+    const int64 width = a.extent.channels, y_first = at.batch * a.kept_rows * width + at.channel;
+    const G_T* const grad_out = a.grad_out + at.batch * a.grad_out_batch + at.channel * a.grad_out_channel;
+    float* const out = a.gy + at.batch * a.extent.length * width + at.channel;
+    const Z_T* const gate = GATED ? a.z + at.batch * a.z_batch + at.channel : nullptr;
+    Z_T* const gate_out = GATED ? a.dz + at.batch * a.z_rows * width + at.channel : nullptr;
+    const float *const y_rows = GATED ? a.y + y_first : nullptr, *const second_rows = SUMMED ? a.second + y_first : nullptr;
 #pragma unroll 1
-    for (int left = at.tokens; left > 0; left--) {
-        float gy[QUAD] = {}, dz[QUAD] = {};
-        TokenEntry entry = {};
-        if (REDUCED) entry = *map++;
+    for (int t = at.begin; t < at.end; t++) {
+        TokenEntry entry = {t, t, 1.0f, t};
+        if (REDUCED) entry = a.map[t];
         const int z_row = a.z_kept ? entry.kept : entry.token;
-        if (entry.cell >= 0) {
-            float z[QUAD], y[QUAD], second[QUAD] = {};
-            at.load(gy, grad_out + entry.cell * a.grad_out_row, a.grad_out_channel);
-            if (GATED) {
-                const int64 own = y_row + entry.kept * width;
-                at.load(z, gate + z_row * a.z_row);
-                at.load(y, a.y + own);
-                if (a.second) at.load(second, a.second + own);
-            }
-#pragma unroll
-            for (int c = 0; c < QUAD; c++) {
-                if (REDUCED) gy[c] *= entry.weight;
-                if (!GATED) continue;
-                const float open = sigmoid(z[c]), part = gy[c] * open;
-                gy[c] = part * z[c];
-                dz[c] = (y[c] + second[c]) * fmaf(gy[c], 1.0f - open, part);
-            }
+        if (REDUCED && entry.cell < 0) {
+            const float none[WIDTH] = {};
+            at.store(none, out, t, width * sizeof(float));
+            if (GATED && z_row >= 0) at.store(none, gate_out, z_row, width * sizeof(Z_T));
+            continue;
         }
-        at.store(gy, out);
-        if (GATED && a.dz && z_row >= 0) at.store(dz, a.dz + dz_row + z_row * width);
-        out += width;
-        if (REDUCED) continue;
-        grad_out += a.grad_out_row;
-        gate += a.z_row;
-        y_row += width;
-        dz_row += width;
+        float gy[WIDTH], z[WIDTH], y[WIDTH], second[WIDTH], dz[WIDTH];
+        at.load(gy, grad_out, entry.cell, a.grad_out_row, a.grad_out_channel);
+        if (GATED) at.load(z, gate, z_row, a.z_row);
+        if (GATED) at.load(y, y_rows, entry.kept, width * sizeof(float));
+        if (SUMMED) at.load(second, second_rows, entry.kept, width * sizeof(float));
+#pragma unroll
+        for (int c = 0; c < WIDTH; c++) {
+            if (REDUCED) gy[c] *= entry.weight;
+            if (!GATED) continue;
+            const float open = sigmoid(z[c]), part = gy[c] * open;
+            gy[c] = part * z[c];
+            dz[c] = (SUMMED ? y[c] + second[c] : y[c]) * fmaf(gy[c], 1.0f - open, part);
+        }
+        at.store(gy, out, t, width * sizeof(float));
+        if (GATED) at.store(dz, gate_out, z_row, width * sizeof(Z_T));
     }
 }

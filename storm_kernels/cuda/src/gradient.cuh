@@ -2,10 +2,10 @@
 #pragma once
 #include "backward.cuh"
 
-// A lane's share of the elementwise steps: its own pair of channels, of every BATCH-th token. Tokens `t` are counted from the chunk's first.
+// A lane's share of the elementwise steps: its own pair of channels, of every BATCH-th token. Tokens `t` are counted from the lane's first of the chunk.
 struct Elements {
     int token, channel, channels;    // the first token; the pair's first channel within the block; of the pair, those that exist
-    int limit[PAIR];                 // tokens of the present chunk, none for a channel that does not exist
+    int limit[PAIR];                 // tokens of the present chunk that exist; none for a channel that does not
     Column<GY_T> gy;                 // of the batch to come
     Column<U_T> u, du;               // of the present batch
     Column<DELTA_T> delta, ddelta;
@@ -24,7 +24,7 @@ struct Elements {
     }
     __device__ __forceinline__ void set_limit(int left) {
 #pragma unroll
-        for (int c = 0; c < PAIR; c++) limit[c] = c < channels ? left : 0;
+        for (int c = 0; c < PAIR; c++) limit[c] = c < channels && left > token ? left - token : 0;
     }
     // Channels the lane has of token `t`; none of one before the chunk.
     __device__ __forceinline__ int count(int t) const {
@@ -47,27 +47,28 @@ __device__ __forceinline__ void prepare_steps(Shared& shared, const Elements& e,
     deltas.move(-batches * steps.delta);
 #pragma unroll 4
     for (int k = 0; k < (CHUNK + STATE_LANES - 1) / STATE_LANES; k++) {
-        const int t = e.token + k * STATE_LANES;
-        if (CHUNK % STATE_LANES != 0 && t >= CHUNK) break;
+        const int t = k * STATE_LANES;
+        if (CHUNK % STATE_LANES != 0 && e.token + t >= CHUNK) break;
         const float2 u = unpacked(us.read(e.count(t)));
         float2 delta = unpacked(deltas.read(e.count(t), no_delta()));
         delta = make_float2(delta.x + bias.x, delta.y + bias.y);
         if (SOFTPLUS) delta = make_float2(softplus(delta.x), softplus(delta.y));
         if (!SOFTPLUS && t >= e.limit[0]) delta.x = 0.0f;
         if (!SOFTPLUS && t >= e.limit[1]) delta.y = 0.0f;
-        *(float4*)beyond(shared.step[t], at.pair) = make_float4(delta.x, delta.x * u.x, delta.y, delta.y * u.y);
+        *(float4*)beyond(shared.step[t], at.step) = make_float4(delta.x, delta.y, delta.x * u.x, delta.y * u.y);
         us.move(STATE_LANES / BATCH * steps.u);
         deltas.move(STATE_LANES / BATCH * steps.delta);
     }
 }
 
-// `rows`: of the tile's first token, `row` elements apart; `tokens` of the tile exist.
+// The tile that begins at position `begin`, of which `tokens` exist. `rows`: of position 0, `step` bytes apart.
 template <typename T>
-__device__ __forceinline__ void prepare_rows(float (&to)[TILE][STATES], const T* rows, int64 row, int tokens) {
+__device__ __forceinline__ void prepare_rows(float (&to)[TILE][STATES], const T* rows, int64 step, int64 begin, int tokens) {
     constexpr int WIDTH = STATES % 2 ? 1 : 2, AT_ONCE = THREADS * WIDTH;
     constexpr int TOKENS = AT_ONCE > STATES ? AT_ONCE / STATES : 1, PIECES = STATES > AT_ONCE ? STATES / AT_ONCE : 1;  // at once; of a token
     const int first = threadIdx.x * WIDTH / STATES, n = threadIdx.x * WIDTH % STATES;
-    Column<T> from = column(rows, first * row + n);
+    Column<T> from = column(rows, n);
+    from.move((begin + first) * step);
 #pragma unroll
     for (int k = 0; k < (TILE + TOKENS - 1) / TOKENS; k++) {
         const int t = first + k * TOKENS;
@@ -81,18 +82,17 @@ __device__ __forceinline__ void prepare_rows(float (&to)[TILE][STATES], const T*
                 to[t][n] = x.x;
             if (PIECES > 1) from.move(AT_ONCE * sizeof(T));
         }
-        from.move((TOKENS * row - (PIECES > 1 ? STATES : 0)) * (int64)sizeof(T));
+        from.move(TOKENS * step - (PIECES > 1 ? STATES * (int64)sizeof(T) : 0));
     }
 }
 
-__device__ __forceinline__ void prepare_states(Shared& shared, const Direction& d, const Share& s, int64 first) {
-    const int64 l = s.token(first);
+__device__ __forceinline__ void prepare_states(Shared& shared, const Steps& steps, const Share& s, int64 first) {
     const int tokens = (int)smaller(TILE, s.length - first);
-    prepare_rows(shared.B, d.B + s.batch * d.B_batch + l * d.B_row + s.group * d.B_group, s.reverse ? -d.B_row : d.B_row, tokens);
-    prepare_rows(shared.C, d.C + s.batch * d.C_batch + l * d.C_row + s.group * d.C_group, s.reverse ? -d.C_row : d.C_row, tokens);
+    prepare_rows(shared.B, shared.B_rows, steps.B, first, tokens);
+    prepare_rows(shared.C, shared.C_rows, steps.C, first, tokens);
 }
 
-// What a lane's element of a batch needs before the adjoint and after it. `t`: its token within the chunk.
+// What a lane's element of a batch needs before the adjoint and after it.
 struct Element {
     Two<GY_T> gy;
     Two<U_T> u;
@@ -116,14 +116,14 @@ __device__ __forceinline__ void write_gradients(Shared& shared, const Elements& 
     }
     const float2 u = unpacked(x.u), raw = unpacked(x.delta), gy = load_pair(beyond(shared.gy[0], at.step / 2));
     const float2 bias = load_pair(beyond(shared.bias, at.pair / 2)), skip = load_pair(beyond(shared.skip, at.pair / 2));
-    const float4 step = *(const float4*)beyond(shared.step[t - e.token], at.step);
+    const float2 delta = *(const float2*)beyond(shared.step[t], at.step);
     float2 ddelta = make_float2(fmaf(sums.x, u.x, sums.z * LN2), fmaf(sums.y, u.y, sums.w * LN2));
     if (SOFTPLUS) ddelta = make_float2(ddelta.x * sigmoid(raw.x + bias.x), ddelta.y * sigmoid(raw.y + bias.y));
     float4& rows = *(float4*)beyond(shared.row_sums[0], at.own);
     if (!SOFTPLUS && count < 1) ddelta.x = 0.0f;
     if (!SOFTPLUS && count < 2) ddelta.y = 0.0f;
     rows = make_float4(fmaf(gy.x, u.x, rows.x), fmaf(gy.y, u.y, rows.y), rows.z + ddelta.x, rows.w + ddelta.y);
-    e.du.write(make_float2(fmaf(sums.x, step.x, skip.x * gy.x), fmaf(sums.y, step.z, skip.y * gy.y)), count);
+    e.du.write(make_float2(fmaf(sums.x, delta.x, skip.x * gy.x), fmaf(sums.y, delta.y, skip.y * gy.y)), count);
     e.ddelta.write(ddelta, count);
 }
 
@@ -133,10 +133,10 @@ __device__ __forceinline__ void add_channels(Shared& shared, const Offsets& at, 
 #pragma unroll
     for (int k = 0; k < (OUTPUTS + 31) / 32; k++) {
         float sum[RUN], part[RUN];
-        load_floats(sum, 0, beyond(&shared.state[0][0][32 * k * RUN], at.output));
+        load_floats(sum, 0, beyond(&shared.warp[0].state[0][32 * k * RUN], at.output));
 #pragma unroll
         for (int j = 1; j < PARTS; j++) {
-            load_floats(part, 0, beyond(&shared.state[0][j][32 * k * RUN], at.output));
+            load_floats(part, 0, beyond(&shared.warp[0].state[j][32 * k * RUN], at.output));
 #pragma unroll
             for (int i = 0; i < RUN; i++) sum[i] += part[i];
         }
@@ -145,31 +145,31 @@ __device__ __forceinline__ void add_channels(Shared& shared, const Offsets& at, 
 #pragma unroll
             for (int i = 0; i < RUN; i++) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], bit);
         constexpr int MORE = 32 / STATE_LANES;  // runs from one output of a lane to its next
-        float* to = &shared.BC[0][first + k * MORE / RUNS][k * MORE % RUNS / (RUNS / 2) * STATES + k * MORE % (RUNS / 2) * RUN];
+        float* to = &shared.warp[0].BC[first + k * MORE / RUNS][k * MORE % RUNS / (RUNS / 2) * STATES + k * MORE % (RUNS / 2) * RUN];
         if (lane < LIVE) store_floats(beyond(to, at.sum), sum, 0);
     }
 }
 
-// Adds a group's dB and dC over the warps and writes them, `left` of its tokens. `to`: where the thread's first run goes, `row` floats a token.
+// Adds a group's dB and dC over the warps and writes them, `left` of its tokens. `to`: where the thread's first piece goes, `row` floats a token.
 __device__ __forceinline__ void write_states(const Shared& shared, const Offsets& at, float* to, int64 row, int left) {
-    constexpr int AT_ONCE = THREADS * RUN;
+    constexpr int AT_ONCE = THREADS * PIECE;
 #pragma unroll
-    for (int k = 0; k < (GROUP * 2 * STATES + AT_ONCE - 1) / AT_ONCE; k++) {
-        const int t = threadIdx.x * RUN / (2 * STATES) + k * AT_ONCE / (2 * STATES), n = threadIdx.x * RUN % STATES;
-        if (t >= GROUP || t >= left) break;
-        float sum[RUN], part[RUN];
+    for (int k = 0; k < (GROUP_FLOATS + AT_ONCE - 1) / AT_ONCE; k++) {
+        const int t = threadIdx.x * PIECE / (2 * STATES) + k * AT_ONCE / (2 * STATES), n = threadIdx.x * PIECE % STATES;
+        if ((GROUP_FLOATS % AT_ONCE != 0 && t >= GROUP) || t >= left) break;
+        float sum[PIECE], part[PIECE];
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            load_floats(part, 0, beyond(&shared.BC[w][0][0] + k * AT_ONCE, at.own / (4 / RUN)));
+            load_floats<PIECE>(part, 0, beyond(&shared.warp[w].BC[0][0] + k * AT_ONCE, at.own / (4 / PIECE)));
 #pragma unroll
-            for (int j = 0; j < RUN; j++) sum[j] = w ? sum[j] + part[j] : part[j];
+            for (int j = 0; j < PIECE; j++) sum[j] = w ? sum[j] + part[j] : part[j];
         }
         float* out = to + k * AT_ONCE / (2 * STATES) * row + k * AT_ONCE / STATES % 2 * D_STATE;
         if (D_STATE == STATES) {
-            store_floats(out, sum, 0);
+            store_floats<PIECE>(out, sum, 0);
         } else {
 #pragma unroll
-            for (int j = 0; j < RUN; j++)
+            for (int j = 0; j < PIECE; j++)
                 if (n + j < D_STATE) out[j] = sum[j];
         }
     }

@@ -5,8 +5,8 @@
 //     dB = sum over channels of g delta u;  dC = sum over channels of gy h.
 // The channels of an elementwise step are those of the warp that computes it, so that only B, C and their gradients are shared between warps.
 // Issue slots per channel, token and state, loads, stores and elementwise steps included, S = 16 in bfloat16 on sm_80, sm_90 and sm_100
-// (tests/test_cuda_backward.py): 23.7, and 23.6 with dL/dy in float32; of these 3.9 save the states, whose last group needs none. Gate and reduction
-// are behind dL/dy: gate.cu. Two blocks of 113 KB and 255 registers fit on an H100's multiprocessor.
+// (tests/test_cuda_backward.py): 23.4, and 23.3 with dL/dy in float32; of these 3.8 save the states, whose last group needs none. Gate and reduction
+// are behind dL/dy: gate.cu, 0.2 to 0.7 slots. Two blocks of 113 KB and 255 registers fit on an H100's multiprocessor.
 // Nothing is added atomically: what several blocks contribute to goes to partial results that sum_terms adds in order.
 #include "gradient.cuh"
 
@@ -18,7 +18,7 @@ __device__ __forceinline__ void advance(const Shared& shared, float (&decay)[ITE
     load_run(B, beyond(shared.B[TILE == CHUNK ? t : t % GROUP], at.states));
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-        const float delta = i < LANE_STATES ? step.x : step.z, input = i < LANE_STATES ? step.y : step.w;
+        const float delta = i < LANE_STATES ? step.x : step.y, input = i < LANE_STATES ? step.z : step.w;
         decay[i] = exp2_fast(delta * A[i]);
         after[i] = fmaf(decay[i], before[i], input * B[i % LANE_STATES]);
     }
@@ -34,7 +34,7 @@ __device__ __forceinline__ void retreat(Shared& shared, float (&g)[ITEMS], float
     load_run(C, beyond(shared.C[TILE == CHUNK ? t : t % GROUP], at.states));
 #pragma unroll
     for (int c = 0; c < PAIR; c++) {
-        const float delta = c ? step.z : step.x, input = c ? step.w : step.y, gradient = c ? gy.y : gy.x;
+        const float delta = c ? step.y : step.x, input = c ? step.w : step.z, gradient = c ? gy.y : gy.x;
 #pragma unroll
         for (int n = 0; n < LANE_STATES; n++) {
             const int i = c * LANE_STATES + n;
@@ -50,11 +50,11 @@ __device__ __forceinline__ void retreat(Shared& shared, float (&g)[ITEMS], float
     }
     *(float4*)beyond(shared.channel[slot][0], at.own) = make_float4(gB[0], gB[1], gaA[0], gaA[1]);
 #pragma unroll
-    for (int r = 0; r < RUNS; r++) store_floats(beyond(&shared.state[0][0][(slot * RUNS + r) * STATE_LANES * RUN], at.part), BC, r * RUN);
+    for (int r = 0; r < RUNS; r++) store_floats(beyond(&shared.warp[0].state[0][(slot * RUNS + r) * STATE_LANES * RUN], at.part), BC, r * RUN);
 }
 
 // The states of a chunk before each GROUP of its tokens, into shared memory.
-__device__ __forceinline__ void save_states(Shared& shared, const Direction& d, const Share& s, const Offsets& at, const float (&A)[ITEMS],
+__device__ __forceinline__ void save_states(Shared& shared, const Steps& steps, const Share& s, const Offsets& at, const float (&A)[ITEMS],
                                             float (&h)[ITEMS], int64 begin, int groups) {
     float decay[ITEMS];
     for (int q = 0;; q++) {
@@ -63,7 +63,7 @@ __device__ __forceinline__ void save_states(Shared& shared, const Direction& d, 
         if (q == groups - 1) break;
         if (TILE == GROUP) {
             __syncthreads();
-            prepare_states(shared, d, s, begin + q * GROUP);
+            prepare_states(shared, steps, s, begin + q * GROUP);
             __syncthreads();
         }
 #pragma unroll
@@ -89,9 +89,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const __g
     Elements e(a, d, grad, s, place, last + batches * BATCH);
     const bool owns = STATE_LANES <= BATCH || e.token < BATCH;  // an element of each batch
     const int64 BC_row = a.groups * 2 * D_STATE, batch_rows = a.p.length * (a.p.cu_seqlens ? 1 : a.p.sequences);
-    const int run = threadIdx.x * RUN, run_token = run / (2 * STATES), BC_step = s.reverse ? -BC_row : BC_row;
-    const int64 BC_first = s.block % a.p.group_blocks * batch_rows + s.batch * a.p.length + s.token(last + (batches + 1) * BATCH - GROUP + run_token);
-    Column<float> BC = column(grad.BC, BC_first * BC_row + s.group * 2 * D_STATE + run / STATES % 2 * D_STATE + run % STATES);
+    const int piece = threadIdx.x * PIECE, piece_token = piece / (2 * STATES), BC_step = s.reverse ? -BC_row : BC_row;
+    const int64 BC_first = s.block % a.p.group_blocks * batch_rows + s.batch * a.p.length + s.token(last + (batches + 1) * BATCH - GROUP + piece_token);
+    Column<float> BC = column(grad.BC, BC_first * BC_row + s.group * 2 * D_STATE + piece / STATES % 2 * D_STATE + piece % STATES);
 
     float A[ITEMS], g[ITEMS];
     float* const dA_sums = a.dA_sums + work * 2 * ITEMS * THREADS + threadIdx.x * RUN;
@@ -107,6 +107,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const __g
         shared.bias[c] = c < s.channels && d.delta_bias ? d.delta_bias[s.channel + c] : 0.0f;
         shared.skip[c] = c < s.channels && d.D ? d.D[s.channel + c] : 0.0f;
     }
+    if (threadIdx.x == 0) {
+        shared.B_rows = d.B + s.batch * d.B_batch + s.token(0) * d.B_row + s.group * d.B_group;
+        shared.C_rows = d.C + s.batch * d.C_batch + s.token(0) * d.C_row + s.group * d.C_group;
+    }
     __syncthreads();
 #pragma unroll
     for (int c = 0; c < PAIR; c++) shared.dD[c][threadIdx.x] = shared.dbias[c][threadIdx.x] = Sum();
@@ -118,18 +122,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const __g
         *(float4*)rows = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         e.set_limit(left);
         prepare_steps(shared, e, at, steps, batches);
-        if (TILE == CHUNK) prepare_states(shared, d, s, begin);
+        if (TILE == CHUNK) prepare_states(shared, steps, s, begin);
         __syncthreads();
         Element x;
-        if (owns) x.request_gradient(e, batches * BATCH + e.token);
+        if (owns) x.request_gradient(e, batches * BATCH);
         float start[ITEMS];
         load_runs(start, checkpoint, place.state, e.channels);
         checkpoint -= a.p.channels * D_STATE;
-        save_states(shared, d, s, at, A, start, begin, groups);
+        save_states(shared, steps, s, at, A, start, begin, groups);
         for (int q = groups - 1; q >= 0; q--) {
             if (TILE == GROUP) {
                 __syncthreads();
-                prepare_states(shared, d, s, begin + q * GROUP);
+                prepare_states(shared, steps, s, begin + q * GROUP);
                 __syncthreads();
             }
             float h[GROUP + 1][ITEMS], decay[GROUP][ITEMS];
@@ -139,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const __g
             for (int t = 0; t < GROUP; t++) advance(shared, decay[t], h[t + 1], h[t], A, q * GROUP + t, at);
 #pragma unroll
             for (int b = GROUP - BATCH; b >= 0; b -= BATCH) {
-                const int t = q * GROUP + b + e.token;
+                const int t = q * GROUP + b;
                 if (owns) {
                     *(float2*)beyond(shared.gy[0], at.step / 2) = unpacked(x.gy);
                     x.request_inputs(e, t);
