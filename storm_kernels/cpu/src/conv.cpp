@@ -7,28 +7,27 @@
 
 namespace {
 
-constexpr int TILE = 64;           // tokens
+constexpr int TILE = 8;            // tokens: a tile of x and one of y stay in the first-level cache
 constexpr int CHUNK_WIDTH = 256;   // channels
 constexpr int64_t MOST_SLOTS = 16;  // runs of sequences whose weight gradients are summed apart, then in order
 
-// y[i] = bias + sum_k w[k] x[i + k step] for `count` rows; x points at the row that meets w[0].
-template <int TAPS>
-void filter_rows(const float* x, int step, const float* w, const float* bias, int taps_, int count, int pitch, float* y) {
+// y[i] = then(bias + sum_k w[k] x[i + k step], i, channel) for `count` rows; x points at the row that meets w[0].
+template <int TAPS, class Then>
+void filter_rows(const float* x, int step, const float* w, const float* bias, int taps_, int count, int pitch, float* y, Then then) {
   const int taps = TAPS ? TAPS : taps_;
-  for (int j = 0; j < pitch; j += LANES) {
-    vf first = load(bias + j), kept[TAPS ? TAPS : 1];
-    for (int k = 0; k < TAPS; k++) kept[k] = load(w + k * pitch + j);
-    for (int i = 0; i < count; i++) {
+  for (int i = 0; i < count; i++)
+    for (int j = 0; j < pitch; j += LANES) {
       const float* from = x + i * pitch + j;
-      vf total = first;
-      for (int k = 0; k < taps; k++) total += (TAPS ? kept[TAPS ? k : 0] : load(w + k * pitch + j)) * load(from + k * step * pitch);
-      store(y + i * pitch + j, total);
+      vf total = load(bias + j);
+#pragma GCC unroll 4
+      for (int k = 0; k < taps; k++) total += load(w + k * pitch + j) * load(from + k * step * pitch);
+      store(y + i * pitch + j, then(total, i, j));
     }
-  }
 }
 
-void filter_rows_any(const float* x, int step, const float* w, const float* bias, int taps, int count, int pitch, float* y) {
-  taps == 4 ? filter_rows<4>(x, step, w, bias, taps, count, pitch, y) : filter_rows<0>(x, step, w, bias, taps, count, pitch, y);
+template <class Then>
+void filter_rows_any(const float* x, int step, const float* w, const float* bias, int taps, int count, int pitch, float* y, Then then) {
+  taps == 4 ? filter_rows<4>(x, step, w, bias, taps, count, pitch, y, then) : filter_rows<0>(x, step, w, bias, taps, count, pitch, y, then);
 }
 
 // One thread's work: a chunk of channels of one sequence (forward) or of a slot of sequences (backward).
@@ -94,20 +93,27 @@ struct ConvWork {
     }
   }
 
-  // Filter f's output before SiLU at `count` positions, into y; `tile` is the row of x that holds the first of them.
-  void apply(int f, const float* tile, int count) {
+  // Filter f's output at `count` positions, before SiLU, by way of `then` into y; `tile` is the row of x that holds the first of them.
+  template <class Then>
+  void apply(int f, const float* tile, int count, Then then) {
     bool reverse = a.filter[f].reverse;
-    filter_rows_any(tile + (reverse ? halo : -halo) * c.pitch, reverse ? -1 : 1, w[f], bias[f], taps, count, c.pitch, y);
+    filter_rows_any(tile + (reverse ? halo : -halo) * c.pitch, reverse ? -1 : 1, w[f], bias[f], taps, count, c.pitch, y, then);
   }
 
   void run_forward() {
     for (int64_t first = 0; first < q.length; first += TILE) {
       int count = (int)(q.length - first < TILE ? q.length - first : TILE);
       load_positions(first - halo, count + 2 * halo, x);
+      const int64_t ahead = first + 2 * TILE + halo <= q.length ? first + TILE + halo : first;
+      const Rows next = scan_rows(a.x, q, false, c.first, c.width).skip(ahead);
       for (int f = 0; f < a.filters; f++) {
-        apply(f, x + halo * c.pitch, count);
-        for (int j = 0; a.silu && j < count * c.pitch; j += LANES) store(y + j, silu(load(y + j)));
-        store_rows(scan_rows(a.filter[f].out, q, false, c.first, c.width).skip(first), count, y, c.pitch);
+        const Rows out = scan_rows(a.filter[f].out, q, false, c.first, c.width).skip(first);
+        apply(f, x + halo * c.pitch, count, [&](vf v, int i, int j) INLINE_LAMBDA {
+          prefetch(next, i, j);
+          prefetch(out, i, j);
+          return a.silu ? silu(v) : v;
+        });
+        store_rows(out, count, y, c.pitch);
       }
     }
   }
@@ -130,7 +136,7 @@ struct ConvWork {
     int64_t from = reverse ? first - halo : first;
     load_gradient(f, from, count + halo);
     if (a.silu) {
-      apply(f, x + (reverse ? 0 : halo) * c.pitch, count + halo);
+      apply(f, x + (reverse ? 0 : halo) * c.pitch, count + halo, [](vf v, int, int) INLINE_LAMBDA { return v; });
       for (int j = 0; j < (count + halo) * c.pitch; j += LANES) {
         vf v = load(y + j);
         store(dy + j, silu_backward(load(dy + j), v, sigmoid(v)));
@@ -139,8 +145,8 @@ struct ConvWork {
     const float* own = dy + (reverse ? halo : 0) * c.pitch;
     add_to_sums(f, own, count);
     // dx[t] += sum_k w[k] dy[t + halo - k], mirrored in reverse
-    for (int j = 0; j < c.pitch; j += LANES)
-      for (int i = 0; i < count; i++) {
+    for (int i = 0; i < count; i++)
+      for (int j = 0; j < c.pitch; j += LANES) {
         vf total = load(dx + i * c.pitch + j);
         for (int k = 0; k < taps; k++) total += load(w[f] + k * c.pitch + j) * load(own + (i + (reverse ? k - halo : halo - k)) * c.pitch + j);
         store(dx + i * c.pitch + j, total);

@@ -7,13 +7,18 @@ namespace {
 constexpr int TILE = 32;          // tokens; delta, u and y of a chunk stay in the first-level cache
 constexpr int CHUNK_WIDTH = 64;   // channels: whole cache lines of every row, and B and C converted once for many blocks
 
+// A block's columns of rows that will be wanted soon.
+struct Soon {
+  const char* data;
+  int64_t step;
+};
+
 struct Block {
   const float *delta, *u, *B, *C, *A, *D;  // D null where absent
   float *y, *h;
   int pitch, bc_pitch, count;
   int64_t states;
-  const char *next_u, *next_delta;  // the same columns of the next tile, to be prefetched
-  int64_t next_u_step, next_delta_step;
+  Soon soon[4];
 };
 
 // One block through one tile: h = exp(delta A) h + delta u B, y = C h + D u.
@@ -26,8 +31,8 @@ void scan_block(const Block& b) {
     for (int s = 0; s < KEPT; s++) kept[s] = load(b.h + s * LANES);
   const vf D = b.D ? load(b.D) : vf{};
   for (int i = 0; i < b.count; i++) {
-    __builtin_prefetch(b.next_u + i * b.next_u_step);
-    __builtin_prefetch(b.next_delta + i * b.next_delta_step);
+#pragma GCC unroll 4
+    for (const Soon& rows : b.soon) __builtin_prefetch(rows.data + i * rows.step);
     const vf delta = load(b.delta + i * b.pitch), u = load(b.u + i * b.pitch), delta_u = delta * u;
     const float *B = b.B + i * b.bc_pitch, *C = b.C + i * b.bc_pitch;
     vf even = {}, odd = {}, y = {};
@@ -109,7 +114,7 @@ struct ScanWork {
       if (direction.checkpoints && first % STORM_CHECKPOINT == 0) write_checkpoint(direction, first / STORM_CHECKPOINT);
       load_tile(tile, rows, first, count, c, p, a.softplus);
       bool with_y = !map || any_survives(direction.reverse, first, count);
-      scan_tile(rows, first, count, with_y);
+      scan_tile(rows, d, first, count, with_y);
       if (with_y) emit(d, first, count);
     }
     if (a.final_state) store_state(a.final_state, sequence, a.shape.channels, c, a.states, h);
@@ -129,13 +134,23 @@ struct ScanWork {
     return false;
   }
 
-  void scan_tile(const ScanRows& rows, int64_t first, int count, bool with_y) {
+  Rows out_rows(bool reverse, int64_t first) const { return scan_rows(a.out, q, reverse, c.first, c.width).skip(first); }
+  // Where the first direction's y waits for the other's.
+  Rows partial_rows(bool reverse, int64_t first) const {
+    if (!sums) return out_rows(reverse, first);
+    return {(char*)(sums + token(reverse, first) * c.pitch), (reverse ? -1 : 1) * c.pitch * 4, STORM_FLOAT32, c.pitch};
+  }
+
+  void scan_tile(const ScanRows& rows, int d, int64_t first, int count, bool with_y) {
     int64_t ahead = first + 2 * TILE <= q.length ? first + TILE : first;
-    Rows next_u = rows.u.skip(ahead), next_delta = rows.delta.skip(ahead);
+    const bool reverse = a.direction[d].reverse, last = d == a.directions - 1;
+    Rows u = rows.u.skip(ahead), delta = rows.delta.skip(ahead), y_to = u, z = u;
+    if (!map) y_to = last ? out_rows(reverse, first) : partial_rows(reverse, first);
+    if (a.z.data && !a.z_is_kept && (map || last)) z = scan_rows(a.z, q, reverse, c.first, c.width).skip(first);
     for (int j = 0; j < c.pitch; j += LANES) {
+      auto soon = [j](const Rows& r) { return Soon{r.data + j * element_size(r.dtype), r.step}; };
       Block b = {tile.delta + j, tile.u + j, tile.B, tile.C, p.A + j * a.states, p.has_D ? p.D + j : nullptr, y + j, h + j * a.states,
-                 c.pitch, tile.bc_pitch, count, a.states,
-                 next_u.data + j * element_size(next_u.dtype), next_delta.data + j * element_size(next_delta.dtype), next_u.step, next_delta.step};
+                 c.pitch, tile.bc_pitch, count, a.states, {soon(u), soon(delta), soon(y_to), soon(z)}};
       bool decay = decays_only(b.delta, c.pitch, count, load(p.lowest + j), load(p.highest + j));
       a.states == 16 ? scan_block_any<16>(b, with_y, decay) : scan_block_any<0>(b, with_y, decay);
     }
@@ -145,18 +160,16 @@ struct ScanWork {
   void emit(int d, int64_t first, int count) {
     const StormDirection& direction = a.direction[d];
     bool reverse = direction.reverse, last = d == a.directions - 1;
-    Rows partial = scan_rows(a.out, q, reverse, c.first, c.width).skip(first);
-    if (sums && !map) partial = {(char*)(sums + token(reverse, first) * c.pitch), (reverse ? -1 : 1) * c.pitch * 4, STORM_FLOAT32, c.pitch};
-    if (!map && !last) return store_rows(partial, count, y, c.pitch);
+    if (!map && !last) return store_rows(partial_rows(reverse, first), count, y, c.pitch);
     if (!map && d > 0) {
-      load_rows(partial, count, gate, c.pitch);
+      load_rows(partial_rows(reverse, first), count, gate, c.pitch);
       for (int j = 0; j < count * c.pitch; j += LANES) store(y + j, load(y + j) + load(gate + j));
     }
     if (a.z.data) {
       load_token_rows(a.z, a.z_is_kept ? map->kept : nullptr, q, reverse, first, count, c, gate);
       for (int j = 0; j < count * c.pitch; j += LANES) store(y + j, load(y + j) * silu(load(gate + j)));
     }
-    if (!map) return store_rows(scan_rows(a.out, q, reverse, c.first, c.width).skip(first), count, y, c.pitch);
+    if (!map) return store_rows(out_rows(reverse, first), count, y, c.pitch);
     for (int i = 0; i < count; i++) {
       int64_t row = map->reduced[token(reverse, first + i)];
       if (row < 0) continue;

@@ -119,6 +119,9 @@ struct Rows {
 
 INLINE int64_t element_size(int64_t dtype) { return dtype == STORM_FLOAT32 ? 4 : 2; }
 
+// Asks for the line of memory that holds channel `j` of row `i`.
+INLINE void prefetch(const Rows& rows, int i, int j) { __builtin_prefetch(rows.data + i * rows.step + j * element_size(rows.dtype)); }
+
 template <class T>
 INLINE void load_rows_as(Rows rows, int count, float* to, int pitch) {
   for (int i = 0; i < count; i++, to += pitch) {
