@@ -164,18 +164,30 @@ struct ConvWork {
   // dw[k] += sum_i dy[i] x[i + k - halo], mirrored in reverse; dbias += sum_i dy[i]; `own` is the row of dy at the tile's first position.
   // In float64, where the products are exact: millions of terms of either sign can leave a small sum.
   void add_to_sums(int f, const float* own, int count) {
-    int step = a.filter[f].reverse ? -1 : 1;
-    for (int k = 0; k <= taps; k++)
-      for (int j = 0; j < c.pitch; j += LANES) {
-        double* sum = sums[f] + k * c.pitch + j;
-        const float* from = x + (halo + step * (k - halo)) * c.pitch + j;
-        vd total = load_wide(sum);
-        for (int i = 0; i < count; i++) {
-          const vd d = widened(load(own + i * c.pitch + j));
-          total += k < taps ? d * widened(load(from + i * c.pitch)) : d;
-        }
-        store_wide(sum, total);
+    if (taps == 4) return add_taps<4, true>(f, own, count, 0);
+    add_taps<1, true>(f, own, count, 0);
+    for (int k = 1; k < taps; k++) add_taps<1, false>(f, own, count, k);
+  }
+
+  // TAPS weights from the k-th on, and the bias.
+  template <int TAPS, bool BIAS>
+  void add_taps(int f, const float* own, int count, int k) {
+    const int step = a.filter[f].reverse ? -1 : 1;
+    for (int j = 0; j < c.pitch; j += WIDE_LANES) {
+      const float* from = x + (halo + step * (k - halo)) * c.pitch + j;
+      double *sum = sums[f] + k * c.pitch + j, *bias_sum = sums[f] + taps * c.pitch + j;
+      vd total[TAPS], bias_total = {};
+      for (int n = 0; n < TAPS; n++) total[n] = load_wide(sum + n * c.pitch);
+      if (BIAS) bias_total = load_wide(bias_sum);
+      for (int i = 0; i < count; i++) {
+        const vd d = load_widened(own + i * c.pitch + j);
+#pragma GCC unroll 4
+        for (int n = 0; n < TAPS; n++) total[n] += d * load_widened(from + (i + step * n) * c.pitch);
+        if (BIAS) bias_total += d;
       }
+      for (int n = 0; n < TAPS; n++) store_wide(sum + n * c.pitch, total[n]);
+      if (BIAS) store_wide(bias_sum, bias_total);
+    }
   }
 
   // dx of the positions inside goes to the gradient of x, of those outside to that of the initial state.

@@ -24,12 +24,13 @@
 
 namespace {
 
-constexpr int LANES = STORM_LANES;
+constexpr int LANES = STORM_LANES, WIDE_LANES = LANES / 2;  // of float32, of float64: a register's
 typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
 typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
-typedef double vd __attribute__((vector_size(LANES * 8)));
+typedef float vf_half __attribute__((vector_size(LANES * 2)));
+typedef double vd __attribute__((vector_size(LANES * 4)));
 
 INLINE vf splat(float x) { return x - vf{}; }  // x - 0 is x, of either sign
 INLINE vf load(const float* p) {
@@ -38,7 +39,11 @@ INLINE vf load(const float* p) {
   return v;
 }
 INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
-INLINE vd widened(vf v) { return __builtin_convertvector(v, vd); }
+INLINE vd load_widened(const float* p) {
+  vf_half v;
+  memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, vd);
+}
 INLINE vd load_wide(const double* p) {
   vd v;
   memcpy(&v, p, sizeof v);
