@@ -53,7 +53,7 @@ constexpr int LIVE = OUTPUTS < 32 ? OUTPUTS : 32;               // lanes that ad
 constexpr int PARTS = CHANNEL_LANES * LIVE / 32 > 1 ? CHANNEL_LANES * LIVE / 32 : 1;  // a piece
 constexpr int ROW = OUTPUTS * RUN + (RUN == 4 ? RUN : 1);      // padded: the lanes of one output write without a bank conflict
 
-// A warp's sums: at the same distance from its first one an output is added up and put.
+// A warp's sums of dB and dC. Where a lane has one run of each, an output's first part and its sum are equally far from the beginnings of the two.
 struct WarpSums {
     __align__(16) float state[CHANNEL_LANES][ROW];             // each lane's part of dB and dC of a batch
     __align__(16) float BC[GROUP][2 * STATES];                 // dB and dC, summed over the warp's channels
