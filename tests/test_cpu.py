@@ -84,12 +84,12 @@ def test_elementary_functions_are_as_accurate_as_torch(isa, name, number, functi
 @pytest.mark.parametrize("isa", supported())
 def test_elementary_functions_at_the_ends(isa):
     inf, nan = float("inf"), float("nan")
-    x = torch.tensor([-inf, -1e30, -200.0, 200.0, 1e30, inf, nan, 0.0])
+    x = torch.tensor([-inf, -1e30, -200.0, 200.0, 1e30, inf, nan, 0.0, -100.0, 100.0, 150.0])
     for number, expected in (
-        (0, [0, 0, 0, inf, inf, inf, nan, 1]),
-        (1, [0, 0, 0, 1, 1, 1, nan, 0.5]),
-        (3, [0, 0, 0, 200, 1e30, inf, nan, 0.6931472]),
-        (4, [0, 0, 0, inf, inf, inf, nan, 1]),
+        (0, [0, 0, 0, inf, inf, inf, nan, 1, 0, inf, inf]),
+        (1, [0, 0, 0, 1, 1, 1, nan, 0.5, 0, 1, 1]),
+        (3, [0, 0, 0, 200, 1e30, inf, nan, 0.6931472, 0, 100, 150]),
+        (4, [0, 0, 0, inf, inf, inf, nan, 1, 0, 2.0**100, inf]),
     ):
         torch.testing.assert_close(elementary(isa, number, x), torch.tensor(expected, dtype=torch.float32), equal_nan=True)
 
