@@ -169,6 +169,12 @@ def test_rows_more_than_2_to_the_31_bytes_apart(on_cpu):
     assert torch.equal(*sums)
 
 
+def test_more_tokens_than_an_index_holds_are_refused():
+    endless = torch.zeros(1, 1, 8, device="meta").expand(1, 2**31, 8)
+    with pytest.raises(ValueError, match="at most 2.31 - 16 tokens a batch row, got 2147483648"):
+        merge_directions(endless, endless, None, torch.float32, keep=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_number_formats_round_as_torch_does(dtype, on_cpu):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)

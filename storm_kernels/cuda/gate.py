@@ -36,6 +36,8 @@ def _near_rows(t: Tensor | None) -> Tensor | None:
 def _launch(kernel: str, struct: str, like: Tensor, result: Tensor, z: Tensor | None, flags: dict[str, bool], values: dict) -> None:
     """``like``: (batch, L, E), whose tokens are gone through; ``result``: whose format is G_T."""
     batch, length, channels = like.shape
+    if length > 2**31 - _TOKENS:
+        raise ValueError(f"a gate takes at most 2^31 - {_TOKENS} tokens a batch row, got {length}")
     blocks, runs = -(-channels // (_WIDTH * THREADS)), -(-length // _TOKENS)
     defines = {"G_T": FORMATS[result.dtype], "Z_T": FORMATS[(result if z is None else z).dtype], "TOKENS": _TOKENS}
     defines |= {name: int(flag) for name, flag in flags.items()}
