@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .plain import is_plain
+
 # From here on the product outweighs widening the weight (measured on AVX2: equal between 8 and 16 rows).
 _LEAST_ROWS = 16
 
@@ -27,12 +29,7 @@ def project(x: Tensor, projection: nn.Module, bias: bool = True) -> Tensor:
     """``projection(x)``, or without its bias; a module that is more than a plain ``nn.Linear`` (hooks, adapters, a packed weight) runs as it is."""
     if not bias:
         return linear(x, projection.weight)
-    return linear(x, projection.weight, projection.bias) if _is_plain(projection) else projection(x)
-
-
-def _is_plain(projection: nn.Module) -> bool:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return type(projection) is nn.Linear and type(projection.weight) is nn.Parameter and not any(getattr(projection, name) for name in hooks)
+    return linear(x, projection.weight, projection.bias) if is_plain(projection) else projection(x)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
