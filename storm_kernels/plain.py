@@ -115,23 +115,21 @@ def _has_its_shape(module: nn.Module) -> bool:
     return True
 
 
-# What is lost when a mixer's or a projector's child is called as a module instead of fused.
+# What is lost where one of these is called as a module instead of fused.
 _COSTS = {
     "in_proj": "with temporal_stride > 1 the gate is computed for every token",
     "conv1d": "PyTorch's convolution on a transposed copy, activation apart, each packed sequence by itself",
-    "x_proj": "no product of ours in half precision on the CPU",
+    "x_proj": "half precision on the CPU goes without our product",
     "dt_proj": "in half precision its bias is added in that precision, not in float32",
     "out_proj": "with a token reduction it runs on every token, and the reduction after it",
     "act": "the convolution's activation is a pass of its own",
-    "proj": "no product of ours in half precision on the CPU",
-    "mixer": "with a token reduction its last layer runs on every token, and the reduction after it",
+    "proj": "half precision on the CPU goes without our product",
+    "layer": "with a token reduction the last layer runs on every token, and the reduction after it",
 }
 
 
 def unfused(module: nn.Module) -> tuple[str, ...]:
-    """One line for each module in ``module`` that the fused paths call instead of using its weight, with what that costs; empty if all are fused.
-
-    For reports; results are the same either way.
+    """One line for each module in ``module`` that is called instead of fused, with what that costs; empty if all are fused. Results are the same.
 
     Example:
         >>> from storm_kernels import BiMambaMixer
@@ -140,23 +138,22 @@ def unfused(module: nn.Module) -> tuple[str, ...]:
         ()
         >>> _ = mixer.x_proj.register_forward_hook(print)
         >>> unfused(mixer)
-        ('x_proj (Linear) is called, not fused: no product of ours in half precision on the CPU',)
+        ('x_proj (Linear) is called, not fused: half precision on the CPU goes without our product',)
     """
-    lines = []
+    found = []
     for parent_name, parent in module.named_modules():
-        if not hasattr(parent, "A_log") and not hasattr(parent, "layers") and not hasattr(parent, "mixer"):
+        prefix = f"{parent_name}." if parent_name else ""
+        if hasattr(parent, "mixer_class"):  # a projector
+            layers = [(f"{prefix}layers.{i}", layer) for i, layer in enumerate(parent.layers)]
+            called = [*layers, *((f"{name}.mixer", layer.mixer) for name, layer in layers)]
+            found += [(name, child, "layer") for name, child in called if not runs_its_forward_only(child)]
+        elif not hasattr(parent, "A_log"):
             continue
-        for name, child in parent.named_children():
-            role = name.removesuffix("_b")
-            if role in _COSTS and not _is_fused(role, child):
-                where = f"{parent_name}.{name}" if parent_name else name
-                lines.append(f"{where} ({type(child).__name__}) is called, not fused: {_COSTS[role]}")
-    return tuple(lines)
+        children = ((prefix + name, child, name.removesuffix("_b")) for name, child in parent.named_children())
+        found += [(name, child, role) for name, child, role in children if role in _COSTS and not _is_fused(role, child)]
+    return tuple(f"{name} ({type(child).__name__}) is called, not fused: {_COSTS[role]}" for name, child, role in found)
 
 
 def _is_fused(role: str, module: nn.Module) -> bool:
-    if role == "act":
-        return is_silu(module)
-    if role == "conv1d":
-        return is_plain_convolution(module)
-    return runs_its_forward_only(module) if role == "mixer" else is_plain(module)
+    checks = {"act": is_silu, "conv1d": is_plain_convolution}
+    return checks.get(role, is_plain)(module)
