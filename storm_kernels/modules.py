@@ -31,7 +31,7 @@ class BiMambaMixer(ReferenceMixer):
         """x (batch, L, D) -> (batch, L', D) in x's dtype; with a reduction, ``grid`` says where the tokens sit."""
         if reduction is not None and reduction.is_identity:
             grid = reduction = None
-        if reduction is not None and not is_plain(self.out_proj):
+        if reduction is not None and cu_seqlens is None and not is_plain(self.out_proj):
             return reduce_tokens(BiMambaMixer.forward(self, x, cu_seqlens=cu_seqlens), grid, reduction)
         with stage("in_proj"):
             inner, z = self._in_proj(x, grid, reduction)
@@ -76,13 +76,12 @@ class TemporalProjector(ReferenceTemporalProjector):
 
     def mix(self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction, cu_seqlens: Tensor | None) -> Tensor:
         """The layers and the reduction; the last layer writes reduced tokens only: ``reduce(X) + Mixer(LayerNorm(X), reduction)``."""
-        fused = not reduction.is_identity and len(self.layers) > 0 and _reduces(self.layers[-1])
-        for layer in self.layers[: len(self.layers) - fused]:
+        *others, last = self.layers or (None,)
+        reduces = last is not None and not reduction.is_identity and _reduces(last)
+        for layer in others if reduces else self.layers:
             x = layer(x, cu_seqlens=cu_seqlens)
-        if not fused:
-            with stage("reduce"):
-                return reduce_tokens(x, grid, reduction)
-        last = self.layers[-1]
+        if not reduces:
+            return x if reduction.is_identity else reduce_tokens(x, grid, reduction)
         with stage("norm"):
             normed = last.norm(x)
         with stage("reduce"):
@@ -92,9 +91,10 @@ class TemporalProjector(ReferenceTemporalProjector):
 
 def _reduces(layer: nn.Module) -> bool:
     """Whether the layer may be left out and its mixer asked for reduced tokens: both do what their classes do, and nothing else."""
+    if type(layer) is not MixerLayer or not runs_its_forward_only(layer) or not runs_its_forward_only(layer.mixer):
+        return False
     mixer = getattr(layer.mixer, "_orig_mod", layer.mixer)  # of torch.compile(mixer)
-    known = type(layer) is MixerLayer and type(mixer).forward is BiMambaMixer.forward
-    return known and all(map(runs_its_forward_only, {layer, layer.mixer, mixer}))
+    return type(mixer).forward is BiMambaMixer.forward and runs_its_forward_only(mixer)
 
 
 def kept_tokens(x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:

@@ -145,7 +145,7 @@ def unfused(module: nn.Module) -> tuple[str, ...]:
         prefix = f"{parent_name}." if parent_name else ""
         if hasattr(parent, "mixer_class"):  # a projector
             layers = [(f"{prefix}layers.{i}", layer) for i, layer in enumerate(parent.layers)]
-            called = [*layers, *((f"{name}.mixer", layer.mixer) for name, layer in layers)]
+            called = [*layers, *((f"{name}.mixer", layer.mixer) for name, layer in layers if hasattr(layer, "mixer"))]
             found += [(name, child, "layer") for name, child in called if not runs_its_forward_only(child)]
         elif not hasattr(parent, "A_log"):
             continue
