@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .linear import convolve, convolve_both, linear, project, project_dt
 from .ops import bidirectional_selective_scan, reduce_tokens, selective_scan
-from .plain import is_plain, runs_its_forward_only
+from .plain import has_hooks, is_plain, runs_its_forward_only
 from .profiling import stage
 from .reference import Direction, MixerLayer, ReferenceMixer, ReferenceTemporalProjector
 from .tokens import TokenGrid, TokenReduction
@@ -91,7 +91,7 @@ class TemporalProjector(ReferenceTemporalProjector):
 
 def _reduces(layer: nn.Module) -> bool:
     """Whether the layer may be left out and its mixer asked for reduced tokens: both do what their classes do, and nothing else."""
-    if type(layer) is not MixerLayer or not runs_its_forward_only(layer) or not runs_its_forward_only(layer.mixer):
+    if type(layer) is not MixerLayer or not runs_its_forward_only(layer) or has_hooks(layer.mixer):
         return False
     mixer = getattr(layer.mixer, "_orig_mod", layer.mixer)  # of torch.compile(mixer)
     return type(mixer).forward is BiMambaMixer.forward and runs_its_forward_only(mixer)

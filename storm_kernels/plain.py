@@ -41,10 +41,13 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
 
 
 def runs_its_forward_only(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs its class's forward, and no hook: neither one of its own nor one on all modules."""
-    if "forward" in vars(module) or _module._has_any_global_hook():
-        return False
-    return not any(getattr(module, hooks) for hooks in _HOOKS)
+    """Whether calling ``module`` runs its class's forward, and no hook."""
+    return "forward" not in vars(module) and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs a hook: one of its own, or one on all modules."""
+    return _module._has_any_global_hook() or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def is_plain_convolution(conv: nn.Module) -> bool:
