@@ -81,7 +81,8 @@ class TemporalProjector(ReferenceTemporalProjector):
         for layer in others if reduces else self.layers:
             x = layer(x, cu_seqlens=cu_seqlens)
         if not reduces:
-            return x if reduction.is_identity else reduce_tokens(x, grid, reduction)
+            with stage("reduce"):
+                return reduce_tokens(x, grid, reduction)
         with stage("norm"):
             normed = last.norm(x)
         with stage("reduce"):
