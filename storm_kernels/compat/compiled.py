@@ -170,7 +170,7 @@ def causal_conv1d_fwd(*args):
         *first, out, final_states_out, silu = args
         out.copy_(causal_conv1d_fwd_function(*first, final_states_out, silu))
         return None
-    missing = _missing("causal_conv1d_fwd", args, {4: 3, 5: 2, 7: 0})
+    missing = _missing("causal_conv1d_fwd", args, {4: 3, 5: 2, 7: 0}, " or 8")
     return causal_conv1d_fwd_function(*args[:-1], *missing, args[-1])
 
 
@@ -192,7 +192,7 @@ def causal_conv1d_bwd(*args):
         return None
     if len(args) == 10:
         return list(causal_conv1d_bwd_function(*args))
-    missing = _missing("causal_conv1d_bwd", args, {6: 3, 7: 2})
+    missing = _missing("causal_conv1d_bwd", args, {6: 3, 7: 2}, ", 10 or 12")
     *first, dx, silu = args
     return list(causal_conv1d_bwd_function(*first, *missing, dx, False, silu)[:3])
 
@@ -207,12 +207,12 @@ def causal_conv1d_update_compiled(*args):
         *first, out, silu, cache_seqlens, conv_state_indices = args
         out.copy_(causal_conv1d_update_function(*first, silu, cache_seqlens, conv_state_indices))
         return None
-    missing = _missing("causal_conv1d_update", args, {5: 2, 6: 1, 7: 0})
+    missing = _missing("causal_conv1d_update", args, {5: 2, 6: 1, 7: 0}, " or 8")
     return causal_conv1d_update_function(*args, *missing)
 
 
-def _missing(name: str, args: tuple, absent: dict[int, int]) -> tuple[None, ...]:
+def _missing(name: str, args: tuple, absent: dict[int, int], newest: str) -> tuple[None, ...]:
     """So many None as this number of arguments leaves out."""
     if len(args) not in absent:
-        raise TypeError(f"{name} takes {', '.join(map(str, absent))} or more arguments as one version of causal_conv1d has them, got {len(args)}")
+        raise TypeError(f"{name} takes {', '.join(map(str, absent))}{newest} arguments, as one version of causal_conv1d has them, got {len(args)}")
     return (None,) * absent[len(args)]
