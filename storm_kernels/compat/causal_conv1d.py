@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, ops
-from .layout import channel_major, read_slots, write_slots, zero_padding
+from .layout import channel_major, read_slots, token_major, write_slots, zero_padding
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_ref", "causal_conv1d_update_ref"]
 
@@ -33,7 +33,7 @@ def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, re
             raise ValueError("seq_idx cannot be combined with initial_states or return_final_states: a packed row has more than one state")
         out = after(_packed(x, weight, bias, seq_idx, fused))
         return channel_major(out.masked_fill((seq_idx < 0).unsqueeze(-1), 0), x)
-    out = ops.causal_conv1d(x.transpose(1, 2), weight, bias, activation=fused, initial_state=initial_states, return_final_state=return_final_states)
+    out = ops.causal_conv1d(token_major(x), weight, bias, activation=fused, initial_state=initial_states, return_final_state=return_final_states)
     if not return_final_states:
         return channel_major(after(out), x)
     out, final_states = out
@@ -79,7 +79,7 @@ def _packed(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, act
         return _by_tap(x, weight, bias, seq_idx, activation)
     bounds = starts.flatten().nonzero().flatten()
     cu_seqlens = torch.cat([bounds, bounds.new_tensor([batch * length])]).to(torch.int32)
-    flat = x.transpose(1, 2).reshape(1, batch * length, channels)
+    flat = token_major(x).reshape(1, batch * length, channels)
     return ops.causal_conv1d(flat, weight, bias, activation=activation, cu_seqlens=cu_seqlens).view(batch, length, channels)
 
 
@@ -125,7 +125,7 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cach
     else:
         history, rows = _ring(rows, x, cache_seqlens, taps)
     write_slots(conv_state, conv_state_indices, rows)
-    out = ops.causal_conv1d(x.transpose(1, 2), weight, bias, activation=fused, initial_state=history)
+    out = ops.causal_conv1d(token_major(x), weight, bias, activation=fused, initial_state=history)
     out = channel_major(zero_padding(after(out), conv_state_indices), x)
     return out.squeeze(-1) if squeeze else out
 

@@ -125,14 +125,17 @@ def _lookup(module: str, names: dict[str, object]) -> Callable[[str], object]:
 
 
 def _of_transformers(frame: FrameType | None) -> bool:
-    return frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "transformers"
+    return frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "transformers"
 
 
 def _fallback_of(frame: FrameType | None) -> Callable | None:
-    """The function of one of transformers' models that it is about to replace by ours, or None."""
-    while _of_transformers(frame):
+    """The function of one of transformers' models that it is about to replace by ours, or None.
+
+    Its decorator holds it in a local variable. A module's own frame is not asked: its locals are all that the module has.
+    """
+    while _of_transformers(frame) and frame.f_code.co_name != "<module>":
         for value in frame.f_locals.values():
-            if inspect.isfunction(value) and value.__module__.startswith("transformers.models."):
+            if inspect.isfunction(value) and str(value.__module__).startswith("transformers.models."):
                 return value
         frame = frame.f_back
     return None

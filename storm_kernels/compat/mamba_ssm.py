@@ -129,7 +129,7 @@ def inner_operands(
         raise ValueError(f"xz must be (batch, 2 * channels, length) with the {A.shape[0]} channels of A, got shape {tuple(xz.shape)}")
     batch, _, length = xz.shape
     channels, states = A.shape
-    x, z = xz.transpose(1, 2).chunk(2, dim=-1)
+    x, z = token_major(xz).chunk(2, dim=-1)
     u = ops.causal_conv1d(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
     dt_raw, own_B, own_C = _projected(u, x_proj_weight, delta_proj_weight.shape[1], states, B, C)
     dt_rms_weight, b_rms_weight, c_rms_weight = rms

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import ops
-from .layout import channel_major, check_scan_layout, scan_operands
+from .layout import channel_major, check_scan_layout, scan_operands, token_major
 
 # Names of VMamba's own CUDA extensions: what they chose among is chosen here by storm_kernels.
 _THEIR_BACKENDS = ("oflex", "core", "mamba")
@@ -24,7 +24,5 @@ def selective_scan_fn(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus
     B, C = scan_operands(B, C, batch, channels, length)
     u = u.float() if oflex and u.dtype in (torch.float16, torch.bfloat16) else u
     backend = None if backend in _THEIR_BACKENDS else backend
-    out = ops.selective_scan(
-        u.transpose(1, 2), delta.transpose(1, 2), A, B, C, D, delta_bias=delta_bias, delta_softplus=delta_softplus, backend=backend
-    )
+    out = ops.selective_scan(token_major(u), token_major(delta), A, B, C, D, delta_bias=delta_bias, delta_softplus=delta_softplus, backend=backend)
     return channel_major(out, u)
