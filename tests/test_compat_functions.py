@@ -26,6 +26,18 @@ SIGNATURES = {
     "C=None, D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True",
     vim.mamba_inner_fn_no_out_proj: "xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B=None, C=None, D=None, "
     "delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True",
+    mamba_ssm.mamba_inner_ref: "xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B=None, "
+    "C=None, D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True",
+    mamba_ssm.selective_state_update_ref: "state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False",
+    mamba_ssm.layer_norm_fn: "x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-06, dropout_p=0.0, rowscale=None, "
+    "prenorm=False, residual_in_fp32=False, is_rms_norm=False, return_dropout_mask=False",
+    mamba_ssm.rms_norm_fn: "x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-06, dropout_p=0.0, rowscale=None, "
+    "prenorm=False, residual_in_fp32=False, return_dropout_mask=False",
+    mamba_ssm.RMSNorm: "hidden_size, eps=1e-05, dropout_p=0.0, device=None, dtype=None",
+    conv.causal_conv1d_ref: "x, weight, bias=None, initial_states=None, return_final_states=False, final_states_out=None, activation=None",
+    conv.causal_conv1d_update_ref: "x, conv_state, weight, bias=None, activation=None, cache_seqlens=None",
+    vim.bimamba_inner_ref: "xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, A_b, B=None, "
+    "C=None, D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True",
     vmamba.selective_scan_fn: "u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True, oflex=True, backend=None",
 }
 
@@ -110,14 +122,17 @@ def inner_loop(
 
     x, z = xz.chunk(2, 1)
     u = conv_loop(x, conv1d_weight[:, 0], conv1d_bias, "silu")
-    dt, own_B, own_C = (x_proj_weight @ u).split([rank, n, n], 1)
+    projected = x_proj_weight @ u
+    dt, own_B, own_C = projected[:, :rank], projected[:, rank : rank + n], projected[:, -n:]
+    if dt_rms_weight is not None and len(dt_rms_weight) == rank:
+        dt, dt_rms_weight = rms(dt, dt_rms_weight), None
     delta = rms(delta_proj_weight @ dt, dt_rms_weight)
     own_B = own_B if B_proj_bias is None else own_B + B_proj_bias[:, None]
     own_C = own_C if C_proj_bias is None else own_C + C_proj_bias[:, None]
     B, C = rms(own_B if B is None else B, b_rms_weight), rms(own_C if C is None else C, c_rms_weight)
     y = scan_loop(u, delta, A, B, C, D, z, delta_bias, delta_softplus)[0]
     if A_b is not None:
-        flipped = [t.flip(-1) for t in (u, delta, B, C, z)]
+        flipped = [t if t.dim() == 2 else t.flip(-1) for t in (u, delta, B, C, z)]
         y = y + scan_loop(flipped[0], flipped[1], A_b, flipped[2], flipped[3], D, flipped[4], delta_bias, delta_softplus)[0].flip(-1)
     return y if out_proj_weight is None else F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
 
@@ -137,7 +152,10 @@ BIASES = {"B_proj_bias": draw(n, seed=7), "C_proj_bias": draw(n, seed=8)}
 GIVEN = {"B": draw(b, n, length, seed=7), "C": draw(b, n, length, seed=8)}
 
 
-@pytest.mark.parametrize("more", [{}, RMS, BIASES | RMS], ids=["plain", "rms", "biases and rms"])
+BEFORE = RMS | {"dt_rms_weight": draw(rank, seed=6)}
+
+
+@pytest.mark.parametrize("more", [{}, RMS, BIASES | RMS, BEFORE], ids=["plain", "rms", "biases and rms", "rms of delta before its projection"])
 def test_mamba_inner_fn(more):
     agree(mamba_ssm.mamba_inner_fn, inner_loop, inner_operands(**more))
 
@@ -145,6 +163,25 @@ def test_mamba_inner_fn(more):
 def test_mamba_inner_fn_takes_B_and_C():
     operands = inner_operands(**GIVEN)
     agree(mamba_ssm.mamba_inner_fn, inner_loop, operands, delta_softplus=True)
+
+
+CONSTANT = {"B": draw(d, n, seed=7), "C": draw(d, n, seed=8)}
+
+
+@pytest.mark.parametrize("given", ["B", "C", "BC"])
+def test_x_proj_has_only_the_rows_it_needs(given):
+    """With a constant or a given B or C, x_proj_weight holds delta's rows and those of what is projected."""
+    for source in (CONSTANT, GIVEN):
+        more = {name: source[name] for name in given} | {"x_proj_weight": draw(rank + n * (2 - len(given)), d)}
+        agree(mamba_ssm.mamba_inner_fn, inner_loop, inner_operands(**more))
+        agree(vim.mamba_inner_fn_no_out_proj, inner_loop, inner_operands(out=False, **more))
+        agree(vim.bimamba_inner_fn, inner_loop, inner_operands(A_b=decay(seed=1), **more))
+
+
+def test_references_of_the_inner_functions():
+    operands = inner_operands(**BIASES)
+    agree(mamba_ssm.mamba_inner_ref, inner_loop, operands)
+    agree(vim.bimamba_inner_ref, inner_loop, operands | {"A_b": decay(seed=1)})
 
 
 @pytest.mark.parametrize("more", [{}, BIASES, GIVEN], ids=["projected", "biases", "given"])
@@ -290,8 +327,9 @@ def test_norms():
     x, residual, weight, bias = draw(3, 8), draw(3, 8, seed=1), draw(8), draw(8, seed=1)
     normed, total = mamba_ssm.layer_norm_fn(x.bfloat16(), weight, bias, residual.bfloat16(), prenorm=True, residual_in_fp32=True)
     plain = x.bfloat16().double() + residual.bfloat16().double()
-    assert (normed.dtype, total.dtype) == (torch.bfloat16, torch.float32)
-    torch.testing.assert_close(total.double(), plain)
+    assert (normed.dtype, total.dtype) == (torch.bfloat16, torch.bfloat16)  # a residual keeps its dtype, as in mamba_ssm
+    torch.testing.assert_close(total, plain.bfloat16())
+    assert mamba_ssm.layer_norm_fn(x.bfloat16(), weight, bias, prenorm=True, residual_in_fp32=True)[1].dtype == torch.float32
     torch.testing.assert_close(normed.double(), F.layer_norm(plain, (8,), weight.double(), bias.double(), 1e-6), atol=2e-2, rtol=1e-2)
     norm = mamba_ssm.RMSNorm(8)
     assert list(norm.state_dict()) == ["weight"]
@@ -324,5 +362,9 @@ def test_bad_input_is_named():
         conv.causal_conv1d_fn(draw(b, length, d), draw(d, w))
     with pytest.raises(ValueError, match="conv_state must hold at least taps - 1 = 3 inputs"):
         conv.causal_conv1d_update(draw(b, d), torch.zeros(b, d, 2), draw(d, w))
-    with pytest.raises(ValueError, match="activation"):
-        conv.causal_conv1d_fn(draw(b, d, length), draw(d, w), activation="gelu")
+    with pytest.raises(NotImplementedError, match="activation must be None, 'silu' or 'swish', got 'nonsense'"):
+        conv.causal_conv1d_fn(draw(b, d, length), draw(d, w), activation="nonsense")
+    with pytest.raises(ValueError, match=r"dt_rms_weight must be \(6,\) .* or \(2,\) .*, got shape \(5,\)"):
+        mamba_ssm.mamba_inner_fn(**inner_operands(dt_rms_weight=draw(5)))
+    with pytest.raises(ValueError, match=r"x_proj_weight must have 8 rows, .*, got shape \(5, 6\)"):
+        mamba_ssm.mamba_inner_fn(**(inner_operands() | {"x_proj_weight": draw(rank + n, d)}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,23 +30,85 @@ class InferenceParams:
                 state.zero_()
 
 
+@dataclass
+class DecodedTokens:
+    """What :func:`decode` returns: ``sequences`` (b, l) and, if they were asked for, ``scores``: logits (b, vocabulary) of each new token."""
+
+    sequences: Tensor
+    scores: tuple[Tensor, ...] | None = None
+
+
+@torch.inference_mode()
+def decode(
+    input_ids,
+    model,
+    max_length,
+    top_k=1,
+    top_p=0.0,
+    min_p=0.0,
+    temperature=1.0,
+    repetition_penalty=1.0,
+    eos_token_id=None,
+    teacher_outputs=None,
+    vocab_size=None,
+    cg=False,
+    enable_timing=False,
+    output_scores=False,
+    streamer=None,
+) -> DecodedTokens:
+    """Greedy decoding: input_ids (b, l) -> sequences (b, at most ``max_length``).
+
+    ``model(input_ids, inference_params=...)`` returns logits, bare or as ``.logits``. Greedy is what ``top_k=1`` means, whatever ``top_p``,
+    ``min_p`` and ``temperature`` say; other values of ``top_k``, and a ``repetition_penalty``, raise. Decoding stops where every sequence
+    has ``eos_token_id`` at once. ``teacher_outputs`` (b, m) replace the choice of the first m tokens; only the first ``vocab_size`` logits
+    count; ``streamer`` has ``put`` and ``end``. ``cg`` and ``enable_timing`` (a CUDA graph, a printed time) change nothing.
+    """
+    if top_k != 1 or repetition_penalty != 1.0:
+        raise NotImplementedError(
+            f"decoding is greedy here: top_k must be 1 and repetition_penalty 1.0, got {top_k!r} and {repetition_penalty!r}; "
+            "transformers' generate samples"
+        )
+    last_only = "num_last_tokens" in inspect.signature(model.forward).parameters
+    options = {"num_last_tokens": 1} if last_only else {}
+    params = InferenceParams(max_seqlen=max_length, max_batch_size=input_ids.shape[0])
+    tokens, step, scores = input_ids, input_ids, []
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    while tokens.shape[1] < max_length:
+        result = model(step, inference_params=params, **options)
+        logits = getattr(result, "logits", result)[:, -1, :vocab_size]
+        scores.append(logits)
+        at = params.seqlen_offset = tokens.shape[1]
+        taught = teacher_outputs is not None and at < teacher_outputs.shape[1]
+        step = teacher_outputs[:, at, None] if taught else logits.argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, step], 1)
+        if streamer is not None:
+            streamer.put(step.cpu())
+        if eos_token_id is not None and bool((step == eos_token_id).all()):
+            break
+    if streamer is not None:
+        streamer.end()
+    return DecodedTokens(tokens, tuple(scores) if output_scores else None)
+
+
 class GenerationMixin:
     """Greedy generation for a language model whose forward takes (input_ids, inference_params=...) and returns logits, bare or as ``.logits``."""
 
-    @torch.inference_mode()
-    def generate(self, input_ids: Tensor, max_length: int, **options) -> Tensor:
-        """input_ids (b, l) -> (b, max_length). Sampling options are not supported and raise."""
-        if options:
-            raise NotImplementedError(f"generate is greedy here and takes no options, got {', '.join(options)}; transformers' generate has them")
-        params = InferenceParams(max_seqlen=max_length, max_batch_size=input_ids.shape[0])
-        tokens, step = input_ids, input_ids
-        while tokens.shape[1] < max_length:
-            result = self(step, inference_params=params)
-            logits = getattr(result, "logits", result)
-            params.seqlen_offset = tokens.shape[1]
-            step = logits[:, -1:].argmax(-1)
-            tokens = torch.cat([tokens, step], 1)
-        return tokens
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_length: int,
+        top_k: int = 1,
+        top_p: float = 0.0,
+        min_p: float = 0.0,
+        temperature: float = 1.0,
+        return_dict_in_generate: bool = False,
+        output_scores: bool = False,
+        **options,
+    ) -> Tensor | DecodedTokens:
+        """input_ids (b, l) -> (b, at most ``max_length``), or :class:`DecodedTokens`; options as in :func:`decode`."""
+        found = decode(input_ids, self, max_length, top_k, top_p, min_p, temperature, output_scores=output_scores, **options)
+        return found if return_dict_in_generate else found.sequences
 
 
 def load_config_hf(model_name: str) -> dict:
@@ -55,10 +118,19 @@ def load_config_hf(model_name: str) -> dict:
 
 
 def load_state_dict_hf(model_name: str, device=None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The weights in model.safetensors of a local folder, or of the hub; pickled weights are refused."""
-    from safetensors.torch import load_file
+    """The weights in model.safetensors, or else pytorch_model.bin, of a local folder or of the hub. Only tensors are unpickled, never code."""
+    try:
+        path = _file(model_name, "model.safetensors")
+    except OSError as error:
+        try:
+            path = _file(model_name, "pytorch_model.bin")
+        except OSError:
+            raise error from None
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    else:
+        from safetensors.torch import load_file
 
-    weights = load_file(_file(model_name, "model.safetensors"))
+        weights = load_file(path)
     return {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
 
 

@@ -1,56 +1,21 @@
-"""``import mamba_ssm`` and ``import causal_conv1d`` where the originals are absent, or on request in their place.
+"""``import mamba_ssm``, ``import causal_conv1d`` and their compiled modules where the originals are absent, or on request in their place.
 
-The module paths are those that Vim, VideoMamba, BIMBA and transformers import. Only names that exist here are offered; anything else is an
-ImportError that names it, as for any module.
+What is offered stands in :mod:`storm_kernels.compat.packages`; anything else is an ImportError that names it, as for any module.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import importlib.util
+import inspect
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from types import FrameType, ModuleType
 
-from . import causal_conv1d, inference, mamba_ssm, norms, vim
-
-_SCAN_NAMES = {
-    "selective_scan_fn": mamba_ssm.selective_scan_fn,
-    "selective_scan_ref": mamba_ssm.selective_scan_ref,
-    "mamba_inner_fn": mamba_ssm.mamba_inner_fn,
-    "bimamba_inner_fn": vim.bimamba_inner_fn,
-    "mamba_inner_fn_no_out_proj": vim.mamba_inner_fn_no_out_proj,
-}
-_NORM_NAMES = {name: getattr(norms, name) for name in ("RMSNorm", "layer_norm_fn", "rms_norm_fn")}
-_CONV_NAMES = {name: getattr(causal_conv1d, name) for name in causal_conv1d.__all__}
-
-# The version is that of the interface: below 2.0.4, at which transformers takes Mamba-2 to be there.
-_PACKAGES = {
-    "mamba_ssm": {
-        "mamba_ssm": {
-            "__version__": "1.2.2+storm.kernels",
-            "Mamba": mamba_ssm.Mamba,
-            "selective_state_update": mamba_ssm.selective_state_update,
-            **_SCAN_NAMES,
-        },
-        "mamba_ssm.ops": {},
-        "mamba_ssm.ops.selective_scan_interface": _SCAN_NAMES,
-        "mamba_ssm.ops.triton": {},
-        "mamba_ssm.ops.triton.layernorm": _NORM_NAMES,
-        "mamba_ssm.ops.triton.layer_norm": _NORM_NAMES,
-        "mamba_ssm.ops.triton.selective_state_update": {"selective_state_update": mamba_ssm.selective_state_update},
-        "mamba_ssm.modules": {},
-        "mamba_ssm.modules.mamba_simple": {"Mamba": mamba_ssm.Mamba},
-        "mamba_ssm.utils": {},
-        "mamba_ssm.utils.generation": {name: getattr(inference, name) for name in ("GenerationMixin", "InferenceParams")},
-        "mamba_ssm.utils.hf": {name: getattr(inference, name) for name in ("load_config_hf", "load_state_dict_hf")},
-    },
-    "causal_conv1d": {
-        "causal_conv1d": {"__version__": "1.4.0+storm.kernels", **_CONV_NAMES},
-        "causal_conv1d.causal_conv1d_interface": _CONV_NAMES,
-    },
-}
+from .packages import PACKAGES, Absent
 
 # Per installed package, the modules that it displaced.
 _displaced: dict[str, dict[str, ModuleType]] = {}
@@ -71,11 +36,13 @@ class InstallReport:
 def install(*, replace: bool = False) -> InstallReport:
     """Make ``import mamba_ssm`` and ``import causal_conv1d`` resolve to storm_kernels, in this process, until :func:`uninstall`.
 
+    So do the compiled modules behind them, which some models import themselves: ``selective_scan_cuda``, VMamba's ``selective_scan_cuda_core``
+    and ``selective_scan_cuda_oflex``, and ``causal_conv1d_cuda``.
     A package that is really there is left alone, and the report says so; ``replace=True`` puts ours in its place and warns. What was imported
     from it before keeps what it has.
     """
     installed, skipped = [], {}
-    for package, modules in _PACKAGES.items():
+    for package, modules in PACKAGES.items():
         if package in _displaced:
             skipped[package] = "it resolves to storm_kernels already"
             continue
@@ -97,7 +64,7 @@ def uninstall() -> tuple[str, ...]:
         raise RuntimeError("uninstall: neither mamba_ssm nor causal_conv1d resolves to storm_kernels")
     names = tuple(_displaced)
     for package in names:
-        for name in _PACKAGES[package]:
+        for name in PACKAGES[package]:
             sys.modules.pop(name, None)
         sys.modules.update(_displaced.pop(package))
     return names
@@ -119,8 +86,66 @@ def _add(modules: dict[str, dict]) -> None:
         module.__package__ = name if is_package else name.rpartition(".")[0]
         if is_package:
             module.__path__ = []
-        vars(module).update(names)
+        looked_up = {key: value for key, value in names.items() if key == "mamba_inner_fn" or isinstance(value, Absent) or _is_absent_class(value)}
+        vars(module).update({key: value for key, value in names.items() if key not in looked_up})
+        if looked_up:
+            module.__all__ = [key for key in names if not key.startswith("_")]
+            module.__getattr__ = _lookup(name, looked_up)
         sys.modules[name] = module
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, module)
+
+
+def _is_absent_class(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Absent)
+
+
+def _lookup(module: str, names: dict[str, object]) -> Callable[[str], object]:
+    """The ``__getattr__`` of a module for the names whose value depends on who asks.
+
+    transformers, which has plain code beside each kernel, is not shown what would raise. In place of mamba_inner_fn it gets back the function
+    that it holds beside it, which tells a mixer to run its steps one by one, on our convolution and scan: mamba_inner_fn knows neither the
+    activation and the padding of the mixer, nor adapters and hooks on its projections, and it norms delta after the projection of delta where
+    FalconMamba norms it before. So training computes what inference does.
+    """
+
+    def __getattr__(name: str) -> object:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        asks = sys._getframe(1)
+        if name != "mamba_inner_fn":
+            if _of_transformers(asks):
+                raise AttributeError(f"{module}.{name} is not supported by storm_kernels")
+            return names[name]
+        fallback = _fallback_of(asks)
+        return names[name] if fallback is None else _stand_in(fallback)
+
+    return __getattr__
+
+
+def _of_transformers(frame: FrameType | None) -> bool:
+    return frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "transformers"
+
+
+def _fallback_of(frame: FrameType | None) -> Callable | None:
+    """The function of one of transformers' models that it is about to replace by ours, or None.
+
+    Its decorator holds it in a local variable. A module's own frame is not asked: its locals are all that the module has.
+    """
+    while _of_transformers(frame) and frame.f_code.co_name != "<module>":
+        for value in frame.f_locals.values():
+            if inspect.isfunction(value) and str(value.__module__).startswith("transformers.models."):
+                return value
+        frame = frame.f_back
+    return None
+
+
+def _stand_in(fallback: Callable) -> Callable:
+    """``fallback`` under another identity, for transformers takes the same function as "nothing is installed" and says so."""
+
+    @functools.wraps(fallback)
+    def call(*args, **kwargs):
+        return fallback(*args, **kwargs)
+
+    return call

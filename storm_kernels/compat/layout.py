@@ -7,8 +7,58 @@ from torch import Tensor
 
 
 def token_major(x: Tensor | None) -> Tensor | None:
-    """(b, d, l) -> (b, l, d), a view; None stays None."""
-    return None if x is None else x.transpose(1, 2)
+    """(b, d, l) -> (b, l, d) with the channels innermost in memory, as the kernels read: a view, or a copy where x has the length innermost."""
+    if x is None:
+        return None
+    return _turned(x) if x.stride(-1) == 1 and x.shape[1] > 1 else x.transpose(1, 2)
+
+
+def channel_major(y: Tensor, like: Tensor) -> Tensor:
+    """(b, l, d) -> (b, d, l): with the length innermost in memory where ``like`` (b, d, l) has it there, as the originals return it, else a view."""
+    return _turned(y) if like.stride(-1) == 1 else y.transpose(1, 2)
+
+
+def _turned(x: Tensor) -> Tensor:
+    """(b, m, n) -> (b, n, m), contiguous.
+
+    On a CPU one matrix after the other: PyTorch copies a transposed matrix by blocks, but more than two axes element by element, which takes
+    about four times as long (2048 x 1536, float32).
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return x.transpose(1, 2).contiguous()
+    matrices = [matrix.t().contiguous() for matrix in x]
+    if len(matrices) == 1:
+        return matrices[0].unsqueeze(0)
+    return torch.stack(matrices) if matrices else x.new_empty(0, x.shape[2], x.shape[1])
+
+
+def read_slots(states: Tensor, slots: Tensor | None) -> Tensor:
+    """The rows of ``states`` that ``slots`` (b,) names, copied; a negative slot is padding and gets some row. All rows where ``slots`` is None."""
+    return states.clone() if slots is None else states[slots.clamp(min=0)]
+
+
+@torch.no_grad()
+def write_slots(states: Tensor, slots: Tensor | None, rows: Tensor) -> None:
+    """Write ``rows`` (b, ...) back to where :func:`read_slots` took them from; a row of padding is dropped.
+
+    Nothing here waits for the device: a row of padding repeats the first one that is none, or, where all are padding, what row 0 holds already.
+    """
+    if slots is None:
+        states.copy_(rows)
+        return
+    if slots.numel() == 0:
+        return
+    slots = slots.to(states.device)
+    real = slots >= 0
+    source = torch.where(real, torch.arange(len(slots), device=slots.device), real.to(torch.int32).argmax())
+    target = slots[source].clamp(min=0)
+    keep = (~real[source]).view(-1, *[1] * (rows.dim() - 1))
+    states[target] = torch.where(keep, states[target], rows[source].to(states.dtype))
+
+
+def zero_padding(out: Tensor, slots: Tensor | None) -> Tensor:
+    """``out`` (b, ...) with zeros in the rows whose slot is padding."""
+    return out if slots is None else out.masked_fill((slots < 0).to(out.device).view(-1, *[1] * (out.dim() - 1)), 0)
 
 
 def check_scan_layout(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from .. import ops
+from .. import dispatch, ops
 from ..linear import linear
 from ..reference import Direction
+from .layout import channel_major
 from .mamba_ssm import inner_operands
 
 
@@ -40,6 +41,32 @@ def bimamba_inner_fn(
     return linear(y, out_proj_weight, out_proj_bias)
 
 
+def bimamba_inner_ref(
+    xz,
+    conv1d_weight,
+    conv1d_bias,
+    x_proj_weight,
+    delta_proj_weight,
+    out_proj_weight,
+    out_proj_bias,
+    A,
+    A_b,
+    B=None,
+    C=None,
+    D=None,
+    delta_bias=None,
+    B_proj_bias=None,
+    C_proj_bias=None,
+    delta_softplus=True,
+):
+    """:func:`bimamba_inner_fn` in plain PyTorch, whatever backend is chosen."""
+    with dispatch.use_backend("torch"):
+        return bimamba_inner_fn(
+            xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, A_b, B, C, D, delta_bias,
+            B_proj_bias, C_proj_bias, delta_softplus,
+        )  # fmt: skip
+
+
 def mamba_inner_fn_no_out_proj(
     xz,
     conv1d_weight,
@@ -55,9 +82,12 @@ def mamba_inner_fn_no_out_proj(
     C_proj_bias=None,
     delta_softplus=True,
 ):
-    """:func:`storm_kernels.compat.mamba_ssm.mamba_inner_fn` without its last projection: xz (b, 2d, l) -> gated y (b, d, l)."""
+    """:func:`storm_kernels.compat.mamba_ssm.mamba_inner_fn` without its last projection: xz (b, 2d, l) -> gated y (b, d, l).
+
+    The result is contiguous where the last axis of xz is.
+    """
     u, z, (delta, B, C) = inner_operands(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias
     )  # fmt: skip
     y = ops.selective_scan(u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus)
-    return y.transpose(1, 2)
+    return channel_major(y, xz)
