@@ -109,15 +109,10 @@ def test_a_checkpoint_of_transformers_is_named(tmp_path):
         MambaLMHeadModel.from_pretrained(str(tmp_path))
 
 
-def test_a_pickle_with_code_is_not_run(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-
-    torch.save({"w": Trap()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(Exception, match="Weights only load failed"):
+def test_a_pickle_is_not_read(tmp_path):
+    torch.save({"w": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="no model.safetensors; a pickled pytorch_model.bin is not read: convert it"):
         inference.load_state_dict_hf(str(tmp_path))
-    assert not (tmp_path / "ran").exists()
 
 
 def test_blocks_of_both_generations():

@@ -118,20 +118,17 @@ def load_config_hf(model_name: str) -> dict:
 
 
 def load_state_dict_hf(model_name: str, device=None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The weights in model.safetensors, or else pytorch_model.bin, of a local folder or of the hub. Only tensors are unpickled, never code."""
+    """The weights in model.safetensors of a local folder, or of the hub; pickled weights are refused, for reading a pickle can run code."""
+    from safetensors.torch import load_file
+
     try:
         path = _file(model_name, "model.safetensors")
     except OSError as error:
-        try:
-            path = _file(model_name, "pytorch_model.bin")
-        except OSError:
-            raise error from None
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    else:
-        from safetensors.torch import load_file
-
-        weights = load_file(path)
-    return {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
+        raise type(error)(
+            f"{error}; a pickled pytorch_model.bin is not read: convert it once with "
+            "safetensors.torch.save_model, or use the checkpoint whose name ends in -hf with transformers"
+        ) from None
+    return {name: tensor.to(device=device, dtype=dtype) for name, tensor in load_file(path).items()}
 
 
 def _file(model_name: str, name: str) -> str:

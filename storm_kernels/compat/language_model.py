@@ -251,7 +251,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name, device=None, dtype=None, **kwargs) -> MambaLMHeadModel:
-        """The model of a local folder, or of the hub through transformers: config.json, and model.safetensors or pytorch_model.bin."""
+        """The model of a local folder, or of the hub through transformers: config.json and model.safetensors."""
         entries = load_config_hf(pretrained_model_name)
         unknown = [name for name in entries if name not in MambaConfig.__dataclass_fields__]
         if unknown:
@@ -267,8 +267,12 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         return model
 
     def save_pretrained(self, save_directory) -> None:
-        """config.json and pytorch_model.bin, which the original loads too."""
+        """config.json and model.safetensors, without ``lm_head.weight`` where it is the embedding's."""
+        from safetensors.torch import save_file
+
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self.state_dict(), folder / "pytorch_model.bin")
+        tied = self.config.tie_embeddings
+        weights = {name: w.contiguous() for name, w in self.state_dict().items() if not (tied and name == "lm_head.weight")}
+        save_file(weights, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=4))
