@@ -194,7 +194,7 @@ class Mamba(MambaForward, ReferenceMixer):
             self.A_b_log = nn.Parameter(self.A_log.detach().clone())
             self.A_b_log._no_weight_decay = True
         if init_layer_scale is not None:
-            self.gamma = nn.Parameter(torch.full((d_model,), float(init_layer_scale), device=device))
+            self.gamma = nn.Parameter(torch.full((d_model,), float(init_layer_scale), dtype=torch.get_default_dtype(), device=device))
 
     def _float32_parameters(self) -> list[nn.Parameter]:
         own_decay = [self.A_b_log] if hasattr(self, "A_b_log") and not self.bidirectional else []
