@@ -258,6 +258,15 @@ def test_one_extreme_decay_matches_the_reference(extreme):
 
 
 @built
+def test_a_decay_that_is_no_number_among_tame_ones():
+    """Whatever bits it has: those of a NaN that would become a number, if the exponential took it for one."""
+    u, B, delta, A = torch.ones(1, 3, 24), torch.ones(1, 3, 4), torch.ones(1, 3, 24), torch.full((24, 4), -1.0)
+    A.view(torch.int32)[1, 1] = 0x7FFFFFFF
+    out = sk.selective_scan(u, delta, A, B, B, backend="cpu")
+    assert out[0, 1:, 1].isnan().all() and out[..., 0].isfinite().all()
+
+
+@built
 def test_decays_at_the_end_of_float32():
     check_enormous_decays()
 

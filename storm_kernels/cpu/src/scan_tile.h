@@ -41,10 +41,10 @@ void load_parameters(Parameters& p, const StormDirection& d, const Chunk& c, int
     for (int64_t s = 0; s < states; s++) {
       float a = inside ? times_log2e(d.A.data[(c.first + e) * states + s]) : 0.0f;
       p.A[state_index(e, s, states)] = a;
-      if (!(a >= lowest)) lowest = a;  // takes NaN too
+      if (a < lowest || a != a) lowest = a;  // NaN stays
       if (a > highest) highest = a;
-      if (isinf(a) && !isinf(d.A.data[(c.first + e) * states + s])) p.unit[e / LANES] = 2.0f;
     }
+    if (isinf(lowest) || isinf(highest)) p.unit[e / LANES] = 2.0f;
     p.lowest[e] = lowest;
     p.highest[e] = highest;
   }
