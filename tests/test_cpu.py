@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import storm_kernels as sk
 from storm_kernels import cpu
 from storm_kernels.contract import ConvFilter, ScanInputs
-from storm_kernels.cpu import build, loader
+from storm_kernels.cpu import build, loader, structs
 
 from .parity import check
 from .parity_cases import ConvCase, ReduceCase, ScanCase
@@ -405,6 +406,19 @@ def test_freed_memory_is_refused():
 
 
 # --- processes ------------------------------------------------------------------------------------------------------------------------------------
+
+
+@built
+def test_threads_share_the_library():
+    """The C functions' types are set once (changing them under a running call is a crash, python/cpython#127946): many threads at a time agree."""
+    first = loader.Library(loader.LIBRARY).function
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: first("reduce", ctypes.POINTER(structs.CReduce)), range(64)))
+        assert all(function is found[0] for function in found)
+        inputs = scan_inputs(2, 70, 40)
+        whole = forward_and_backward((inputs,), inputs.u)
+        assert all(all(map(torch.equal, one, whole)) for one in pool.map(lambda _: forward_and_backward((inputs,), inputs.u), range(64)))
+
 
 FORK = """
 import multiprocessing, warnings
