@@ -144,7 +144,7 @@ def _decode(info: VideoInfo, indices: tuple[int, ...], height: int, width: int, 
     slots: dict[int, list[int]] = {}
     for slot, index in enumerate(indices):
         slots.setdefault(index, []).append(slot)
-    out = torch.empty(len(indices), height, width, 3, dtype=torch.uint8)
+    out = torch.empty(len(indices), height, width, 3, dtype=torch.uint8, device="cpu")
     decoded = 0
     with _opened(info.path, checked_container(info.path).demuxer) as (container, stream):
         try:

@@ -1,7 +1,7 @@
 """Fused kernels for the temporal projector of STORM (arXiv 2503.04130): bidirectional selective scan and token reduction."""
 
 from . import reference
-from .dispatch import BackendError, SlowPathWarning, stats, strict, use_backend, why_not
+from .dispatch import BackendError, SlowPathWarning, set_default_backend, stats, strict, use_backend, why_not
 from .modules import BiMambaMixer, TemporalProjector
 from .ops import (
     bidirectional_causal_conv1d,
@@ -34,6 +34,7 @@ __all__ = [
     "reference",
     "residual_layer_norm",
     "selective_scan",
+    "set_default_backend",
     "stats",
     "strict",
     "unpatch",

@@ -8,15 +8,19 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import context
 from .contract import Backend
 
 logger = logging.getLogger(__name__)
@@ -34,10 +38,11 @@ ORDER = {
     },
 }
 
-_requested = ""
-_strict = os.environ.get("STORM_KERNELS_STRICT", "") not in ("", "0")
 _ran: Counter[tuple[str, str]] = Counter()
 _warned: set[str] = set()
+_lock = threading.Lock()  # of both
+# Files whose lines are no caller's: this library's, and PyTorch's between the caller and an operator.
+_INSIDE = tuple(f"{Path(module).parent}{os.sep}" for module in (__file__, torch.__file__))
 
 
 class BackendError(RuntimeError):
@@ -48,32 +53,45 @@ class SlowPathWarning(UserWarning):
     """A fast backend refused; plain PyTorch runs instead. Said once for each reason."""
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Within it, every operation runs on backend ``name`` ("torch", "cpu", "triton", "cuda") unless its own ``backend=`` says otherwise."""
-    global _requested
-    before, _requested = _requested, requested(name)
-    try:
-        yield
-    finally:
-        _requested = before
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """``with use_backend(name):`` every operation runs on backend ``name`` ("torch", "cpu", "triton", "cuda"), unless its own ``backend=`` says
+    otherwise; its backward pass runs there too, wherever that is started. A decorator too.
+
+    It holds for the thread or asyncio task that is inside. Threads started within, such as nn.DataParallel's, do not see it:
+    :func:`set_default_backend` is for those.
+
+    Raises:
+        ValueError: ``name`` is none of them; at once.
+
+    >>> with use_backend("torch"):
+    ...     y = selective_scan(u, delta, A, B, C)
+    """
+    return context.Setting("backend", _known(name), f"use_backend({name!r})", f", or set_default_backend({name!r})")
 
 
-@contextmanager
-def strict(enabled: bool = True) -> Iterator[None]:
-    """Within it, an operation that would fall back to plain PyTorch raises :class:`BackendError`. STORM_KERNELS_STRICT=1 does so everywhere."""
-    global _strict
-    before, _strict = _strict, enabled
-    try:
-        yield
-    finally:
-        _strict = before
+def set_default_backend(name: str | None) -> None:
+    """From here on every operation, in every thread, runs on backend ``name`` unless `use_backend` or ``backend=`` says otherwise; None undoes it.
+
+    Raises:
+        ValueError: ``name`` is no backend.
+    """
+    context.defaults["backend"] = "" if name is None else _known(name)
+
+
+def strict(enabled: bool = True) -> AbstractContextManager[None]:
+    """``with strict():`` an operation that would fall back to plain PyTorch raises :class:`BackendError`. A thread's own, like :func:`use_backend`.
+
+    STORM_KERNELS_STRICT=1 does so everywhere. A backward pass falls back where its forward pass did, and nowhere else.
+    """
+    return context.Setting("strict", bool(enabled), f"strict({enabled!r})")
 
 
 def requested(backend: str | None) -> str:
     """The backend asked for, by argument or by :func:`use_backend`; "" leaves the choice to :func:`choose`."""
-    if backend is None:
-        return _requested
+    return context.current("backend") if backend is None else _known(backend)
+
+
+def _known(backend: str) -> str:
     if backend not in MODULES:
         raise ValueError(f"backend must be one of {', '.join(map(repr, MODULES))}, got {backend!r}")
     return backend
@@ -91,7 +109,7 @@ def why_not(
     """None if ``backend`` can run ``op`` ("scan", "conv", "reduce", "norm") on such tensors; else why not and how to fix it."""
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(map(repr, OPS))}, got {op!r}")
-    requested(backend)
+    _known(backend)
     return _why_not(op, backend, torch.device(device).type, frozenset(dtypes), d_state, d_conv)
 
 
@@ -128,26 +146,38 @@ def choose(op: str, backend: str, *activations: Tensor | None, d_state: int = 0,
 def _tell(op: str, chosen: str, refused: dict[str, str]) -> None:
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
     message = f"{op} runs on the {chosen} backend, because {reasons}"
-    if chosen == "torch" and _strict:
+    if chosen == "torch" and context.current("strict"):
         raise BackendError(f"strict mode: {message}")
-    if message in _warned:
-        return
-    _warned.add(message)
+    with _lock:
+        if message in _warned:
+            return
+        _warned.add(message)
     logger.info(message)
     if chosen == "torch":
-        warnings.warn(message, SlowPathWarning, stacklevel=2)
+        warnings.warn(message, SlowPathWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """The ``stacklevel``, for the function that asks, of the innermost line outside this library and PyTorch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_code.co_filename.startswith(_INSIDE) and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def count(op: str, backend: Backend) -> None:
     """Note that ``op`` ran."""
-    _ran[op, backend.NAME] += 1
+    with _lock:
+        _ran[op, backend.NAME] += 1
 
 
 def stats(*, reset: bool = False) -> dict[str, dict[str, int]]:
-    """How often each operation has run on each backend, for example ``{"scan": {"cpu": 12}}``."""
+    """How often each operation has run on each backend, in all threads together, for example ``{"scan": {"cpu": 12}}``."""
+    with _lock:
+        ran = sorted(_ran.items())
+        if reset:
+            _ran.clear()
     table: dict[str, dict[str, int]] = {}
-    for (op, backend), times in sorted(_ran.items()):
+    for (op, backend), times in ran:
         table.setdefault(op, {})[backend] = times
-    if reset:
-        _ran.clear()
     return table

@@ -6,25 +6,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from . import context
 
 Recorder = Callable[[str], AbstractContextManager]
-
-_recorder: Recorder | None = None
 
 
 def stage(name: str) -> AbstractContextManager:
     """Context manager around the work called ``name``; handed to the recorder, if there is one."""
-    return nullcontext() if _recorder is None else _recorder(name)
+    recorder = context.current("recorder")
+    return nullcontext() if recorder is None else recorder(name)
 
 
-@contextmanager
-def recording(recorder: Recorder) -> Iterator[None]:
-    """Send every stage entered meanwhile, on any thread, to ``recorder``."""
-    global _recorder
-    before, _recorder = _recorder, recorder
-    try:
-        yield
-    finally:
-        _recorder = before
+def recording(recorder: Recorder) -> AbstractContextManager[None]:
+    """``with recording(recorder):`` sends every stage entered meanwhile, in this thread or asyncio task, to ``recorder``."""
+    return context.Setting("recorder", recorder, "recording(...)")

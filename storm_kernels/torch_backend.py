@@ -67,7 +67,8 @@ def scan_backward(
 
 def conv(x: Tensor, filters: tuple[ConvFilter, ...], *, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
     options = {"activation": "silu" if silu else None, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    return tuple(reference.causal_conv1d(x, one.weight, one.bias, reverse=one.reverse, **options).contiguous() for one in filters)
+    with torch.autocast(x.device.type, enabled=False):  # which would round a convolution's operands
+        return tuple(reference.causal_conv1d(x, one.weight, one.bias, reverse=one.reverse, **options).contiguous() for one in filters)
 
 
 def conv_backward(

@@ -76,7 +76,8 @@ def _evaluate(call: Callable, room, operands: Operands) -> Operands:
     leaves = {name: t.detach().clone().requires_grad_() for name, t in operands.items()}
     results = call(room, leaves)
     generator = torch.Generator().manual_seed(1)
-    incoming = [torch.randn(r.shape, generator=generator).bfloat16().to(r.device, r.dtype) for r in results.values()]
+    drawn = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    incoming = [torch.randn(r.shape, **drawn).bfloat16().to(r.device, r.dtype) for r in results.values()]
     grads = torch.autograd.grad(list(results.values()), list(leaves.values()), incoming)
     return {name: r.detach() for name, r in results.items()} | {f"gradient of {n}": g for n, g in zip(leaves, grads, strict=True)}
 
@@ -95,7 +96,7 @@ def _exceeds(value: Tensor, truth: Tensor, plain: Tensor, ratio: float) -> str:
 
 def _draw(**shapes: tuple[int, ...]) -> Operands:
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for name, shape in shapes.items()}
 
 
 def _direction_shapes(suffix: str) -> dict[str, tuple[int, ...]]:

@@ -215,7 +215,7 @@ class Draw:
 
     def bounds(self, length: int) -> list[int]:
         """0 = b_0 <= ... <= b_n = length for up to four sequences, some of them empty."""
-        inner = torch.randint(0, length + 1, (int(self.generator.initial_seed()) % 4,), generator=torch.Generator().manual_seed(length))
+        inner = torch.randint(0, length + 1, (int(self.generator.initial_seed()) % 4,), generator=torch.Generator().manual_seed(length), device="cpu")
         return [0, *sorted(inner.tolist()), length]
 
 

@@ -1,7 +1,8 @@
 """Random cases under AddressSanitizer and UndefinedBehaviorSanitizer on the C++ library: `python -m tests.sanitize_cpu [cases]` (RELIABILITY.md, R9).
 
-The library is built instrumented in a temporary folder, once with this processor's lanes and once with the 16 of AVX-512, and the cases run in a
-subprocess with libasan loaded first, so that torch's own buffers have guarded ends. Any report ends the subprocess with an error.
+The library is built instrumented in a temporary folder, as the variant that this processor uses, and again as the next narrower one or, where there
+is no AVX-512, with its 16 lanes. The cases run in a subprocess with libasan loaded first, so that torch's own buffers have guarded ends. Any report
+ends the subprocess with an error.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ probe(0, values.data_ptr(), values.data_ptr(), 65)
 
 def main(cases: int) -> int:
     """Build, run, and return how many of the two builds had a report or a failure, or did not report a planted fault."""
-    from storm_kernels.cpu import build
+    from storm_kernels.cpu import build, loader
 
-    isa = next(name for name in build.variants() if name != "avx512")
+    best, *narrower = loader.library().supported()
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
-        for lanes in (None, 16):
-            library = Path(folder) / f"lanes{lanes}.so"
+        for isa, lanes in ((best, None), (narrower[0], None) if best == "avx512" else (best, 16)):
+            library = Path(folder) / f"{isa}-{lanes}.so"
             build.build(library, flags=(*FLAGS, *([f"-DSTORM_LANES={lanes}"] if lanes else [])), only=(isa,))
             planted = run_in_child(FAULT, library, isa)
             if "heap-buffer-overflow" not in planted.stderr:

@@ -134,6 +134,7 @@ def check_variant() -> None:
     for direction, width in (("both", 4), ("reverse", 7)):
         check(ConvCase(5, 2, 67, 21, width, direction, "float32", "sliced", True, True, direction != "both", False), "cpu")
     check(ReduceCase(6, 2, (5, 3, 3), 21, "float16", "transposed", (2, 2, 2)), "cpu")
+    check_enormous_decays()
 
 
 @pytest.mark.parametrize("isa", supported())
@@ -254,6 +255,38 @@ def test_one_extreme_decay_matches_the_reference(extreme):
     out, expected = (sk.selective_scan(u, delta, A, B, B, backend=backend) for backend in ("cpu", "torch"))
     torch.testing.assert_close(out, expected, equal_nan=True)
     assert not torch.equal(expected[0, 2, 1], expected[0, 2, 0])
+
+
+@built
+def test_a_decay_that_is_no_number_among_tame_ones():
+    """Whatever bits it has: those of a NaN that would become a number, if the exponential took it for one."""
+    u, B, delta, A = torch.ones(1, 3, 24), torch.ones(1, 3, 4), torch.ones(1, 3, 24), torch.full((24, 4), -1.0)
+    A.view(torch.int32)[1, 1] = 0x7FFFFFFF
+    out = sk.selective_scan(u, delta, A, B, B, backend="cpu")
+    assert out[0, 1:, 1].isnan().all() and out[..., 0].isfinite().all()
+
+
+@built
+def test_decays_at_the_end_of_float32():
+    check_enormous_decays()
+
+
+def check_enormous_decays() -> None:
+    """log2(e) A is beyond float32 where |A| is above 2.36e38; results and gradients are the reference's, where delta is zero too."""
+    for extreme in (-3e38, 3e38, -2.3e38, float("-inf"), float("nan")):
+        draw = torch.Generator().manual_seed(0)
+        u, B, C, G = (torch.randn(1, 70, 3, generator=draw) for _ in range(4))
+        delta, A = torch.rand(1, 70, 3, generator=draw), -torch.rand(3, 3, generator=draw)
+        A[0, 0], delta[:, ::2, 0] = extreme, 0.0
+        if extreme > 0:
+            delta[..., 0] = 0.0
+        leaves = [t.requires_grad_() for t in (u, delta, A, B, C)]
+        found = []
+        for name in ("cpu", "torch"):
+            out = sk.selective_scan(*leaves, backend=name)
+            found.append((out, *torch.autograd.grad(out, leaves, G)))
+        for got, expected in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5, equal_nan=True)
 
 
 MEMORY = """

@@ -29,6 +29,9 @@ DAMAGE = {
     "an axis too few": lambda t: t.flatten() if t.dim() > 1 else t.sum(),
     "a longer last axis": lambda t: torch.cat([t, t[..., :1]], -1),
     "a shorter first axis": lambda t: t[:-1],
+    "sparse": lambda t: t.to_sparse(),
+    "of oneDNN": lambda t: t.to_mkldnn(),
+    "nested": lambda t: torch.nested.nested_tensor([t]),
     "a list": lambda t: t.tolist(),
     "text": lambda t: "tensor",
 }

@@ -134,11 +134,11 @@ def _ring(rows: Tensor, x: Tensor, cache_seqlens: Tensor, taps: int) -> tuple[Te
     """The w - 1 inputs before position ``cache_seqlens`` of the ring buffers ``rows`` (b, d, m), and the buffers with x written."""
     capacity, length = rows.shape[-1], x.shape[-1]
     position = cache_seqlens.long().view(-1, 1, 1)
-    before = (position + torch.arange(-(taps - 1), 0, device=x.device)) % capacity
+    before = (position + torch.arange(-(taps - 1), 0, dtype=torch.int64, device=x.device)) % capacity
     history = rows.gather(2, before.expand(-1, rows.shape[1], -1))
     # Only the last `capacity` tokens fit; older ones would be overwritten in an order that scatter does not promise.
     first = max(0, length - capacity)
-    after = (position + torch.arange(first, length, device=x.device)) % capacity
+    after = (position + torch.arange(first, length, dtype=torch.int64, device=x.device)) % capacity
     return history, rows.scatter(2, after.expand(-1, rows.shape[1], -1), x[..., first:].to(rows.dtype))
 
 

@@ -192,7 +192,7 @@ class Mamba(MambaForward, ReferenceMixer):
             self.A_b_log = nn.Parameter(self.A_log.detach().clone())
             self.A_b_log._no_weight_decay = True
         if init_layer_scale is not None:
-            self.gamma = nn.Parameter(torch.full((d_model,), float(init_layer_scale), device=device))
+            self.gamma = nn.Parameter(torch.full((d_model,), float(init_layer_scale), dtype=torch.get_default_dtype(), device=device))
 
 
 def _init_dt_weight(weight: Tensor, dt_init: str, scale: float) -> None:

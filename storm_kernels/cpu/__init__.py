@@ -5,13 +5,12 @@ from __future__ import annotations
 import ctypes
 import time
 
-import torch
-
 from .conv import conv, conv_backward
 from .loader import library, why_missing
 from .reduce import reduce, reduce_backward
 from .scan import checkpoint_shapes, scan, scan_backward
 from .structs import DTYPES
+from .threads import thread_count
 
 __all__ = [
     "NAME",
@@ -47,7 +46,7 @@ def exp2_fma_rate(repeats: int = 5) -> float:
     The best of ``repeats`` runs on ``torch.get_num_threads()`` threads, with the variant in use.
     """
     probe = library().function("probe_rate", ctypes.c_int64, ctypes.c_int64, ctypes.POINTER(ctypes.c_float))
-    steps, threads, sink = 500_000, torch.get_num_threads(), ctypes.c_float()
+    steps, threads, sink = 500_000, thread_count(), ctypes.c_float()
     best = 0.0
     for _ in range(repeats):
         start = time.perf_counter()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent / "src"
 LIBRARY_NAME = "libstorm_cpu.so"
-COMMON_SOURCES = ("common.cpp",)
+COMMON_SOURCES = ("common.cpp", "fits.cpp")
 VARIANT_SOURCES = ("scan_forward.cpp", "scan_backward.cpp", "conv.cpp", "reduce.cpp", "probe.cpp")
 
 # Not -ffast-math: it would fold away the rounding in vmath.h. The last three change no result, only let selects become blends.

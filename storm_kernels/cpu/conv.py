@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..contract import ConvFilter
 from .loader import library
-from .structs import CConv, CFilter, check, empty_like, int64_offsets, pointer, rows, shape_struct, unit_innermost
+from .structs import CConv, CFilter, check, empty_like, floats, int64_offsets, rows, shape_struct, unit_innermost
 
 
 def conv(x: Tensor, filters: tuple[ConvFilter, ...], *, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
@@ -17,7 +17,7 @@ def conv(x: Tensor, filters: tuple[ConvFilter, ...], *, silu: bool, initial_stat
     if x.numel():
         offsets = int64_offsets(cu_seqlens)
         args = _conv_struct(x, filters, outs, silu, initial_state, offsets)
-        check(library().function("conv", ctypes.POINTER(CConv))(args), "causal_conv1d", x)
+        check(library().function("conv", ctypes.POINTER(CConv))(args), "causal_conv1d", x, args)
     return outs
 
 
@@ -34,14 +34,14 @@ def conv_backward(
     grad_x = empty_like(x) if "x" in needs else None
     parameters = tuple((empty_like(f.weight) if "weight" in needs else None, empty_like(f.bias) if "bias" in needs else None) for f in filters)
     # zeros: the inputs before an empty sequence reach no output
-    grad_initial = torch.zeros(initial_state.shape) if "initial_state" in needs and initial_state is not None else None
+    grad_initial = torch.zeros_like(initial_state) if "initial_state" in needs and initial_state is not None else None
     grads = tuple(unit_innermost(g) for g in grads)
     offsets = int64_offsets(cu_seqlens)
     args = _conv_struct(x, filters, grads, silu, initial_state, offsets)
-    args.grad_x, args.grad_initial_state = rows(grad_x), pointer(grad_initial)
+    args.grad_x, args.grad_initial_state = rows(grad_x), floats(grad_initial)
     for i, (weight, bias) in enumerate(parameters):
-        args.filter[i].grad_weight, args.filter[i].grad_bias = pointer(weight), pointer(bias)
-    check(library().function("conv_backward", ctypes.POINTER(CConv))(args), "causal_conv1d backward", x)
+        args.filter[i].grad_weight, args.filter[i].grad_bias = floats(weight), floats(bias)
+    check(library().function("conv_backward", ctypes.POINTER(CConv))(args), "causal_conv1d backward", x, args)
     return grad_x, parameters, grad_initial
 
 
@@ -49,11 +49,11 @@ def _conv_struct(x, filters, outs, silu, initial_state, offsets) -> CConv:
     args = CConv(
         shape=shape_struct(x, offsets),
         x=rows(x),
-        initial_state=pointer(initial_state),
+        initial_state=floats(initial_state),
         filters=len(filters),
         taps=filters[0].weight.shape[1],
         silu=silu,
     )
     for i, (f, out) in enumerate(zip(filters, outs, strict=True)):
-        args.filter[i] = CFilter(weight=pointer(f.weight), bias=pointer(f.bias), out=rows(out), reverse=f.reverse)
+        args.filter[i] = CFilter(weight=floats(f.weight), bias=floats(f.bias), out=rows(out), reverse=f.reverse)
     return args

@@ -33,14 +33,18 @@ class Library:
             self._handle = ctypes.CDLL(str(path))
         except OSError as error:
             raise LibraryMissing(f"{path} cannot be loaded ({error}); {HOW_TO_BUILD}") from error
+        self._functions: dict[str, ctypes._CFuncPtr] = {}
         self.isa = isa or self._best()
         self._check(self.isa, path)
         self.checkpoint_interval: int = self._handle.storm_checkpoint_interval()
 
     def function(self, name: str, *argtypes, restype=ctypes.c_int):
-        """The variant's function ``name``, for instance "scan"."""
-        found = getattr(self._handle, f"storm_{name}_{self.isa}")
-        found.argtypes, found.restype = argtypes, restype
+        """The variant's function ``name``, for instance "scan"; its types are those of the first call, which no thread changes under another."""
+        found = self._functions.get(name)
+        if found is None:
+            found = self._handle[f"storm_{name}_{self.isa}"]  # by item: an object of its own
+            found.argtypes, found.restype = argtypes, restype
+            found = self._functions.setdefault(name, found)
         return found
 
     def supported(self) -> list[str]:

@@ -17,8 +17,8 @@ from .structs import (
     CScanGrads,
     check,
     empty_like,
+    floats,
     int64_offsets,
-    pointer,
     reduction_struct,
     rows,
     sequence_count,
@@ -48,20 +48,21 @@ def scan(
     u, states = directions[0].u, directions[0].A.shape[1]
     batch, length, channels = u.shape
     length_out = length if reduction is None else reduction.reduced(grid).tokens
-    out = torch.empty(batch, length_out, channels, dtype=u.dtype)
-    final_state = torch.empty(sequence_count(u, cu_seqlens), channels, states) if len(directions) == 1 else None
+    out = torch.empty(batch, length_out, channels, dtype=u.dtype, device=u.device)
+    states_of = {"dtype": torch.float32, "device": u.device}
+    final_state = torch.empty(sequence_count(u, cu_seqlens), channels, states, **states_of) if len(directions) == 1 else None
     checkpoints = ()
     if save_checkpoints:
         packed = 0 if cu_seqlens is None else len(cu_seqlens) - 1
         # Packed sequences have room for more chunks than they need: what is left stays defined.
         new = torch.empty if cu_seqlens is None else torch.zeros
         shapes = checkpoint_shapes(batch, length, channels, states, directions=len(directions), sequences=packed)
-        checkpoints = tuple(map(new, shapes))
+        checkpoints = tuple(new(shape, **states_of) for shape in shapes)
     if out.numel() or (final_state is not None and final_state.numel()):
         offsets = int64_offsets(cu_seqlens)
         args = _scan_struct(directions, z, out, checkpoints, delta_softplus, initial_state, offsets, grid, reduction)
-        args.final_state = pointer(final_state)
-        check(library().function("scan", ctypes.POINTER(CScan))(args), "selective_scan", u)
+        args.final_state = floats(final_state)
+        check(library().function("scan", ctypes.POINTER(CScan))(args), "selective_scan", u, args)
     return ScanResult(out, final_state, checkpoints)
 
 
@@ -72,7 +73,7 @@ def _scan_struct(directions, z, out, checkpoints, delta_softplus, initial_state,
         reduction=reduction_struct(grid, reduction),
         z=rows(z),
         out=rows(out),
-        initial_state=pointer(initial_state),
+        initial_state=floats(initial_state),
         states=first.A.shape[1],
         groups=first.B.shape[2],
         directions=len(directions),
@@ -82,7 +83,7 @@ def _scan_struct(directions, z, out, checkpoints, delta_softplus, initial_state,
     for i, d in enumerate(directions):
         args.direction[i] = CDirection(
             *map(rows, (d.u, d.delta, d.B, d.C)),
-            *map(pointer, (d.A, d.D, d.delta_bias, checkpoints[i] if checkpoints else None)),
+            *map(floats, (d.A, d.D, d.delta_bias, checkpoints[i] if checkpoints else None)),
             d.reverse,
         )
     return args
@@ -110,11 +111,11 @@ def scan_backward(
         grad_final_state = grad_final_state.contiguous()
     offsets = int64_offsets(cu_seqlens)
     args = _scan_struct(directions, z, grad_out, checkpoints, delta_softplus, initial_state, offsets, grid, reduction)
-    c_grads = CScanGrads(z=rows(grad_z), final_state=pointer(grad_final_state), initial_state=pointer(grad_initial))
+    c_grads = CScanGrads(z=rows(grad_z), final_state=floats(grad_final_state), initial_state=floats(grad_initial))
     for i, g in enumerate(grads):
-        c_grads.direction[i] = CDirectionGrads(*map(rows, (g.u, g.delta, g.B, g.C)), *map(pointer, (g.A, g.D, g.delta_bias)))
+        c_grads.direction[i] = CDirectionGrads(*map(rows, (g.u, g.delta, g.B, g.C)), *map(floats, (g.A, g.D, g.delta_bias)))
     backward = library().function("scan_backward", ctypes.POINTER(CScan), ctypes.POINTER(CScanGrads))
-    check(backward(args, c_grads), "selective_scan backward", directions[0].u)
+    check(backward(args, c_grads), "selective_scan backward", directions[0].u, args)
     return grads, grad_z, grad_initial
 
 

@@ -45,13 +45,13 @@ def warmup(dtype: torch.dtype, *, d_state: int = 16, d_conv: int = 4, device: st
     grid, reduction, channels = TokenGrid(2, 2, 2), TokenReduction(2), 64
     x = torch.zeros(1, grid.tokens, channels, dtype=dtype, device=device)
     state = torch.zeros(1, grid.tokens, 1, d_state, dtype=dtype, device=device)
-    row = torch.zeros(channels, device=device)
+    row = torch.zeros(channels, dtype=torch.float32, device=device)
     filters = tuple(ConvFilter(row[:, None].expand(-1, d_conv).contiguous(), row, reverse) for reverse in (False, True))
     conv(x, filters, silu=True, initial_state=None, cu_seqlens=None)
     if backward:
         options = {"silu": True, "initial_state": None, "cu_seqlens": None}
         conv_backward((x, x), x, filters, needs=frozenset({"x", "weight", "bias"}), **options)
-    A = torch.zeros(channels, d_state, device=device)
+    A = torch.zeros(channels, d_state, dtype=torch.float32, device=device)
     directions = tuple(ScanInputs(x, x, A, state, state, row, row, reverse) for reverse in (False, True))
     for where, how in ((None, None), (grid, reduction)):
         options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None, "grid": where, "reduction": how}

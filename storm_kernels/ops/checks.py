@@ -16,6 +16,8 @@ def tensor(name: str, value: object, dims: int | tuple[int, ...], like: Tensor |
     """Raise unless ``value`` is a floating-point tensor with ``dims`` axes, on ``like``'s device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {value!r} of type {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a {'nested' if value.is_nested else value.layout} one")
     if value.dtype not in ACTIVATIONS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
     allowed = dims if isinstance(dims, tuple) else (dims,)

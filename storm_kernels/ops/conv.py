@@ -107,13 +107,14 @@ def _final_state(x: Tensor, width: int, reverse: bool, initial_state: Tensor | N
         before = F.pad(recent, (missing, 0)) if initial_state is None else None
         return before if before is not None else torch.cat([initial_state[..., recent.shape[-1] :].to(x.dtype), recent], -1)
     start, end = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
-    age = torch.arange(tail - 1, -1, -1, device=x.device)  # 0 is the newest
+    age = torch.arange(tail - 1, -1, -1, dtype=torch.int64, device=x.device)  # 0 is the newest
     index = start + age if reverse else end - 1 - age
     inside = ((index >= start) & (index < end)).unsqueeze(1)
     recent = x[0].index_select(0, index.clamp(0, max(x.shape[1] - 1, 0)).flatten()).unflatten(0, index.shape).transpose(1, 2)
     if initial_state is None:
         return recent.masked_fill(~inside, 0)
-    shifted = (torch.arange(tail, device=x.device) + (end - start)).clamp(max=max(tail - 1, 0))  # an older input moves up by the sequence's length
+    # An older input moves up by the sequence's length.
+    shifted = (torch.arange(tail, dtype=torch.int64, device=x.device) + (end - start)).clamp(max=max(tail - 1, 0))
     older = initial_state.to(x.dtype).gather(2, shifted.unsqueeze(1).expand(-1, x.shape[2], -1))
     return torch.where(inside, recent, older)
 

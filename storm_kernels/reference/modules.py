@@ -239,7 +239,7 @@ def run_padded(mix, x: Tensor, grid: TokenGrid, reduction: TokenReduction, lengt
         raise ValueError(f"lengths must be between 1 and {grid.frames}, the frames of the batch, got {list(lengths)}")
     tokens = [n * grid.tokens_per_frame for n in lengths]
     packed = torch.cat([video[:n] for video, n in zip(x, tokens, strict=True)])
-    bounds = torch.tensor([0, *tokens], device=x.device).cumsum(0)
+    bounds = torch.tensor([0, *tokens], dtype=torch.int64, device=x.device).cumsum(0)
     mixed = mix(packed[None], None, TokenReduction(), bounds)[0].split(tokens)
     grids = (TokenGrid(n, grid.height, grid.width) for n in lengths)
     reduced = [reduce_tokens(video[None], own, reduction)[0] for video, own in zip(mixed, grids, strict=True)]

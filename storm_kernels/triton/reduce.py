@@ -16,7 +16,7 @@ from .math import cast, sigmoid
 def token_places(grid: TokenGrid, reduction: TokenReduction, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each token, int64 (T*H*W,): the row of the output that averages it, and its place among the kept tokens; both -1 if it is dropped."""
     small = reduction.reduced(grid)
-    t, i, j = (torch.arange(side, device=device) for side in (grid.frames, grid.height, grid.width))
+    t, i, j = (torch.arange(side, dtype=torch.int64, device=device) for side in (grid.frames, grid.height, grid.width))
     pooled = t // reduction.temporal_pool
     kept = pooled % reduction.temporal_stride == 0
     within = i[:, None] // reduction.spatial_pool * small.width + j // reduction.spatial_pool
@@ -30,7 +30,7 @@ def inverse_counts(grid: TokenGrid, reduction: TokenReduction, device: torch.dev
     """For each row of the output: one over the number of tokens it averages, (T'*H'*W',) float32."""
 
     def counts(side: int, pool: int, stride: int = 1) -> Tensor:
-        return (side - torch.arange(0, side, pool * stride, device=device)).clamp(max=pool).float()
+        return (side - torch.arange(0, side, pool * stride, dtype=torch.int64, device=device)).clamp(max=pool).float()
 
     frames = counts(grid.frames, reduction.temporal_pool, reduction.temporal_stride)
     height, width = (counts(side, reduction.spatial_pool) for side in (grid.height, grid.width))

@@ -1,10 +1,11 @@
-// The plain C interface: what `launch.py` fills in through ctypes. Strides are in elements; offsets are 64-bit.
+// The plain C interface: what `structs.py` fills in through ctypes. Strides are in elements; offsets are 64-bit.
+// Each buffer comes with the number of elements that its memory holds; a call whose buffers hold too few is refused before it reads or writes.
 // Each instruction-set variant exports the same functions with its own suffix (storm_scan_avx2, ...).
 #pragma once
 #include <stdint.h>
 
 enum { STORM_FLOAT32 = 0, STORM_BFLOAT16 = 1, STORM_FLOAT16 = 2 };
-enum { STORM_OK = 0, STORM_NO_MEMORY = 1 };
+enum { STORM_OK = 0, STORM_NO_MEMORY = 1, STORM_REFUSED = 2 };  // refused: the structure's `refused` names the buffer
 
 // Tokens between two checkpoints of the scan; `checkpoint_shapes` in scan.py reads it through storm_checkpoint_interval().
 enum { STORM_CHECKPOINT = 64 };
@@ -12,9 +13,16 @@ enum { STORM_CHECKPOINT = 64 };
 // (batch, rows, [groups,] channels), the last axis of stride 1; data is null where the tensor is absent.
 typedef struct {
   void* data;
+  int64_t count;  // elements from `data` to the end of its memory
   int64_t batch_stride, row_stride, group_stride;
   int64_t dtype;
 } StormTensor;
+
+// A contiguous float32 tensor; data is null where it is absent.
+typedef struct {
+  float* data;
+  int64_t count;
+} StormFloats;
 
 // SPEC.md, Token reduction: a (frames, height, width) grid, pooled and sampled; frames is 0 without a reduction.
 typedef struct {
@@ -30,8 +38,8 @@ typedef struct {
 
 typedef struct {
   StormTensor u, delta, B, C;
-  const float *A, *D, *delta_bias;  // (E, S), (E,), (E,)
-  float* checkpoints;               // (chunks of all sequences, S, E): the state before each STORM_CHECKPOINT-th scanned token
+  StormFloats A, D, delta_bias;  // (E, S), (E,), (E,)
+  StormFloats checkpoints;       // (chunks of all sequences, S, E): the state before each STORM_CHECKPOINT-th scanned token
   int64_t reverse;
 } StormDirection;
 
@@ -40,29 +48,30 @@ typedef struct {
   StormReduction reduction;
   StormDirection direction[2];
   StormTensor z, out;  // in the backward pass `out` is the incoming gradient
-  const float* initial_state;  // (sequences, E, S)
-  float* final_state;          // likewise
+  StormFloats initial_state;  // (sequences, E, S)
+  StormFloats final_state;    // likewise
   int64_t states, groups, directions, softplus;
   int64_t z_is_kept;  // z holds only the tokens that survive the sampling
+  const char* refused;
 } StormScan;
 
 // Null where not asked for; u, delta, B, C, z are contiguous and in the dtype of what they are gradients of.
 typedef struct {
   StormTensor u, delta, B, C;
-  float *A, *D, *delta_bias;
+  StormFloats A, D, delta_bias;
 } StormDirectionGrads;
 
 typedef struct {
   StormDirectionGrads direction[2];
   StormTensor z;
-  const float* final_state;  // incoming
-  float* initial_state;      // outgoing
+  StormFloats final_state;    // incoming
+  StormFloats initial_state;  // outgoing
 } StormScanGrads;
 
 typedef struct {
-  const float *weight, *bias;  // (E, K), (E,)
-  StormTensor out;             // in the backward pass the incoming gradient
-  float *grad_weight, *grad_bias;
+  StormFloats weight, bias;  // (E, K), (E,)
+  StormTensor out;           // in the backward pass the incoming gradient
+  StormFloats grad_weight, grad_bias;
   int64_t reverse;
 } StormFilter;
 
@@ -70,13 +79,15 @@ typedef struct {
   StormShape shape;
   StormTensor x, grad_x;
   StormFilter filter[2];
-  const float* initial_state;  // (sequences, E, K - 1)
-  float* grad_initial_state;
+  StormFloats initial_state;  // (sequences, E, K - 1)
+  StormFloats grad_initial_state;
   int64_t filters, taps, silu;
+  const char* refused;
 } StormConv;
 
 typedef struct {
   StormReduction reduction;
   StormTensor x, out;
   int64_t batch, channels, threads;
+  const char* refused;
 } StormReduce;

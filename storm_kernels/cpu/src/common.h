@@ -21,6 +21,12 @@ StormSequence storm_sequence(const StormShape& shape, int64_t index);
 bool storm_build_row_map(const StormReduction& r, StormRowMap* map);
 void storm_free_row_map(StormRowMap* map);
 
+// The name of the first buffer that is absent or too small for what the call reads and writes there (fits.cpp); null if all fit.
+const char* storm_refused_by_scan(const StormScan& a);
+const char* storm_refused_by_scan_backward(const StormScan& a, const StormScanGrads& grads);
+const char* storm_refused_by_conv(const StormConv& a);
+const char* storm_refused_by_reduce(const StormReduce& a);
+
 // This thread's workspace, 64-byte aligned, kept for the next call; null if there is no memory.
 char* storm_workspace(size_t bytes);
 // Called by each thread at the end of a call: hands back a workspace above the bound.

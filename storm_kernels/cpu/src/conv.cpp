@@ -68,8 +68,8 @@ struct ConvWork {
     memset(w[f], 0, sizeof(float) * taps * c.pitch);
     memset(bias[f], 0, sizeof(float) * c.pitch);
     for (int e = 0; e < c.width; e++) {
-      for (int k = 0; k < taps; k++) w[f][k * c.pitch + e] = a.filter[f].weight[(c.first + e) * taps + k];
-      if (a.filter[f].bias) bias[f][e] = a.filter[f].bias[c.first + e];
+      for (int k = 0; k < taps; k++) w[f][k * c.pitch + e] = a.filter[f].weight.data[(c.first + e) * taps + k];
+      if (a.filter[f].bias.data) bias[f][e] = a.filter[f].bias.data[c.first + e];
     }
   }
 
@@ -87,9 +87,9 @@ struct ConvWork {
       if (from + i >= 0 && from + i < q.length) continue;
       float* row = to + i * c.pitch;
       memset(row, 0, sizeof(float) * c.pitch);
-      int64_t tap = a.initial_state ? state_tap(from + i) : -1;
+      int64_t tap = a.initial_state.data ? state_tap(from + i) : -1;
       if (tap < 0) continue;
-      for (int e = 0; e < c.width; e++) row[e] = a.initial_state[((sequence * a.shape.channels) + c.first + e) * halo + tap];
+      for (int e = 0; e < c.width; e++) row[e] = a.initial_state.data[((sequence * a.shape.channels) + c.first + e) * halo + tap];
     }
   }
 
@@ -119,7 +119,7 @@ struct ConvWork {
   }
 
   void run_backward() {
-    bool extend = a.grad_initial_state, reverse = a.filter[0].reverse;
+    bool extend = a.grad_initial_state.data, reverse = a.filter[0].reverse;
     int64_t begin = extend && !reverse ? -halo : 0, end = q.length + (extend && reverse ? halo : 0);
     for (int64_t first = begin; first < end; first += TILE) {
       int count = (int)(end - first < TILE ? end - first : TILE);
@@ -195,10 +195,10 @@ struct ConvWork {
     int64_t inside = first < 0 ? 0 : first, end = first + count < q.length ? first + count : q.length;
     if (a.grad_x.data && inside < end)
       store_rows(scan_rows(a.grad_x, q, false, c.first, c.width).skip(inside), (int)(end - inside), dx + (inside - first) * c.pitch, c.pitch);
-    for (int i = 0; a.grad_initial_state && i < count; i++) {
+    for (int i = 0; a.grad_initial_state.data && i < count; i++) {
       if (first + i >= 0 && first + i < q.length) continue;
       int64_t tap = state_tap(first + i);
-      for (int e = 0; tap >= 0 && e < c.width; e++) a.grad_initial_state[(sequence * a.shape.channels + c.first + e) * halo + tap] = dx[i * c.pitch + e];
+      for (int e = 0; tap >= 0 && e < c.width; e++) a.grad_initial_state.data[(sequence * a.shape.channels + c.first + e) * halo + tap] = dx[i * c.pitch + e];
     }
   }
 
@@ -262,9 +262,13 @@ int run_conv_backward(const StormConv& a, int64_t slots, double* weights[2], dou
 
 }  // namespace
 
-STORM_EXPORT(storm_conv)(const StormConv* args) { return run_conv(*args); }
+STORM_EXPORT(storm_conv)(StormConv* args) {
+  if ((args->refused = storm_refused_by_conv(*args))) return STORM_REFUSED;
+  return run_conv(*args);
+}
 
-STORM_EXPORT(storm_conv_backward)(const StormConv* args) {
+STORM_EXPORT(storm_conv_backward)(StormConv* args) {
+  if ((args->refused = storm_refused_by_conv(*args))) return STORM_REFUSED;
   const StormConv& a = *args;
   int64_t sequences = storm_sequence_count(a.shape), slots = sequences < MOST_SLOTS ? sequences : MOST_SLOTS, per_slot = a.shape.channels * (a.taps + 1);
   double* all = (double*)malloc(sizeof(double) * (a.filters * slots * per_slot + 1));
@@ -276,8 +280,8 @@ STORM_EXPORT(storm_conv_backward)(const StormConv* args) {
   }
   int status = run_conv_backward(a, slots, weights, biases);
   for (int f = 0; status == STORM_OK && f < a.filters; f++) {
-    add_slots(a.filter[f].grad_weight, weights[f], slots, a.shape.channels * a.taps);
-    add_slots(a.filter[f].grad_bias, biases[f], slots, a.shape.channels);
+    add_slots(a.filter[f].grad_weight.data, weights[f], slots, a.shape.channels * a.taps);
+    add_slots(a.filter[f].grad_bias.data, biases[f], slots, a.shape.channels);
   }
   free(all);
   return status;

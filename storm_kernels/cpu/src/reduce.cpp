@@ -49,7 +49,8 @@ INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-STORM_EXPORT(storm_reduce)(const StormReduce* args) {
+STORM_EXPORT(storm_reduce)(StormReduce* args) {
+  if ((args->refused = storm_refused_by_reduce(*args))) return STORM_REFUSED;
   const StormReduce& a = *args;
   const StormReduction& r = a.reduction;
   int64_t frames = ceil_div(ceil_div(r.frames, r.temporal_pool), r.temporal_stride);
@@ -67,7 +68,8 @@ STORM_EXPORT(storm_reduce)(const StormReduce* args) {
 }
 
 // `out` holds the incoming gradient, `x` receives the outgoing one.
-STORM_EXPORT(storm_reduce_backward)(const StormReduce* args) {
+STORM_EXPORT(storm_reduce_backward)(StormReduce* args) {
+  if ((args->refused = storm_refused_by_reduce(*args))) return STORM_REFUSED;
   const StormReduce& a = *args;
   StormRowMap map = {};
   if (!storm_build_row_map(a.reduction, &map)) return STORM_NO_MEMORY;

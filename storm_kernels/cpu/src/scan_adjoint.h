@@ -7,7 +7,8 @@ namespace {
 constexpr int TILE = STORM_CHECKPOINT;
 
 struct Block {
-  const float *delta, *u, *dy, *B, *C, *A;  // A times log2(e)
+  const float *delta, *u, *dy, *B, *C, *A;  // A times log2(e), over its unit
+  float unit;
   float *h, *decay;          // [token][state][lane]; h has one row more: h[0] is the state before the tile
   float *y;                  // null where not asked for
   float *sum_B, *sum_C;      // [token][state][lane], summed over the chunk's blocks
@@ -22,6 +23,7 @@ template <bool DECAY>
 void recompute(const Block& b) {
   for (int i = 0; i < b.count; i++) {
     const vf delta = load(b.delta + i * b.pitch), delta_u = delta * load(b.u + i * b.pitch);
+    const vf rate = DECAY ? delta : delta * b.unit;
     const float *B = b.B + i * b.bc_pitch, *C = b.C + i * b.bc_pitch;
     const int64_t row = i * b.states;
     vf y = {};
@@ -30,7 +32,7 @@ void recompute(const Block& b) {
       vf run = {};
 #pragma GCC unroll 4
       for (int64_t s = begin; s < end; s++) {
-        vf exponent = delta * load(b.A + s * LANES), decay = DECAY ? exp2_in_range(exponent) : exp2_any(exponent);
+        vf exponent = rate * load(b.A + s * LANES), decay = DECAY ? exp2_in_range(exponent) : exp2_any(exponent);
         vf h = decay * load(b.h + (row + s) * LANES) + delta_u * B[s];
         store(b.decay + (row + s) * LANES, decay);
         store(b.h + (row + b.states + s) * LANES, h);
@@ -65,7 +67,7 @@ void adjoint(const Block& b, int64_t first) {
       dA[n] += through_decay * delta;
     }
     store(b.d_input + i * b.d_pitch, load(b.d_input + i * b.d_pitch) + d_input);
-    store(b.d_delta + i * b.d_pitch, load(b.d_delta + i * b.d_pitch) + d_delta * LN2);
+    store(b.d_delta + i * b.d_pitch, load(b.d_delta + i * b.d_pitch) + d_delta * (LN2 * b.unit));
     if (i % SUM_RUN) continue;
     for (int n = 0; n < COUNT; n++) {
       add_compensated(b.dA + (first + n) * LANES, b.dA_error + (first + n) * LANES, dA[n]);

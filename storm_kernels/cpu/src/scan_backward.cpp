@@ -103,7 +103,7 @@ struct BackwardWork {
 
   void run_direction(int d) {
     const StormDirection& direction = a.direction[d];
-    load_state(grads.final_state, sequence, a.shape.channels, c, a.states, g);
+    load_state(grads.final_state.data, sequence, a.shape.channels, c, a.states, g);
     ScanRows rows = direction_rows(direction, q, c, a.states);
     for (int64_t index = (q.length + TILE - 1) / TILE - 1; index >= 0; index--) {
       int64_t first = index * TILE;
@@ -115,7 +115,7 @@ struct BackwardWork {
       if (partials.BC[d]) write_partial_BC(d, first, count);
       if (grads.z.data) write_gate(d, first, count);
     }
-    if (grads.initial_state) store_state(grads.initial_state, sequence, a.shape.channels, c, a.states, g);
+    if (grads.initial_state.data) store_state(grads.initial_state.data, sequence, a.shape.channels, c, a.states, g);
   }
 
   int64_t token(bool reverse, int64_t i) const { return reverse ? q.length - 1 - i : i; }
@@ -142,7 +142,7 @@ struct BackwardWork {
     memset(sum_C, 0, per_block);
     for (int j = 0; j < c.pitch; j += LANES) {
       int64_t at = j * a.states;
-      Block b = {tile.delta + j, tile.u + j, dy + j, tile.B, tile.C, p.A + at, h, decay, grads.z.data ? y + j : nullptr, sum_B, sum_C,
+      Block b = {tile.delta + j, tile.u + j, dy + j, tile.B, tile.C, p.A + at, p.unit[j / LANES], h, decay, grads.z.data ? y + j : nullptr, sum_B, sum_C,
                  g + at, d_input + j, d_delta + j, sums[d].A + at, sums[d].A_error + at, c.pitch, c.pitch, tile.bc_pitch, count, a.states};
       read_checkpoint(a.direction[d], index, j);
       bool decay = decays_only(b.delta, c.pitch, count, load(p.lowest + j), load(p.highest + j));
@@ -168,7 +168,7 @@ struct BackwardWork {
   }
 
   void read_checkpoint(const StormDirection& direction, int64_t index, int j) {
-    const float* from = direction.checkpoints + (q.first_checkpoint + index) * a.states * a.shape.channels + c.first + j;
+    const float* from = direction.checkpoints.data + (q.first_checkpoint + index) * a.states * a.shape.channels + c.first + j;
     int width = c.width - j < LANES ? c.width - j : LANES;
     for (int64_t s = 0; s < a.states; s++, from += a.shape.channels) {
       float lanes[LANES] = {};
@@ -293,7 +293,8 @@ int run_backward(const StormScan& a, const StormScanGrads& grads, const StormRow
 
 }  // namespace
 
-STORM_EXPORT(storm_scan_backward)(const StormScan* args, const StormScanGrads* grads) {
+STORM_EXPORT(storm_scan_backward)(StormScan* args, const StormScanGrads* grads) {
+  if ((args->refused = storm_refused_by_scan_backward(*args, *grads))) return STORM_REFUSED;
   const StormScan& a = *args;
   StormRowMap map = {};
   if (a.reduction.frames && !storm_build_row_map(a.reduction, &map)) return STORM_NO_MEMORY;
@@ -311,9 +312,9 @@ STORM_EXPORT(storm_scan_backward)(const StormScan* args, const StormScanGrads* g
   int status = allocated ? run_backward(a, *grads, a.reduction.frames ? &map : nullptr, partials, cut) : (int)STORM_NO_MEMORY;
   for (int d = 0; d < a.directions; d++) {
     if (status == STORM_OK) {
-      add_slots(grads->direction[d].A, partials.A[d], cut.slots, a.shape.channels * a.states);
-      add_slots(grads->direction[d].D, partials.D[d], cut.slots, a.shape.channels);
-      add_slots(grads->direction[d].delta_bias, partials.bias[d], cut.slots, a.shape.channels);
+      add_slots(grads->direction[d].A.data, partials.A[d], cut.slots, a.shape.channels * a.states);
+      add_slots(grads->direction[d].D.data, partials.D[d], cut.slots, a.shape.channels);
+      add_slots(grads->direction[d].delta_bias.data, partials.bias[d], cut.slots, a.shape.channels);
     }
     free(partials.BC[d]);
     free(partials.A[d]);

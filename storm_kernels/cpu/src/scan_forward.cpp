@@ -16,6 +16,7 @@ struct Soon {
 struct Block {
   const float *delta, *u, *B, *C, *A, *D;  // D null where absent
   float *y, *h;
+  float unit;  // of A
   int pitch, bc_pitch, count;
   int64_t states;
   Soon soon[4];
@@ -33,11 +34,11 @@ void scan_block(const Block& b) {
   for (int i = 0; i < b.count; i++) {
 #pragma GCC unroll 4
     for (const Soon& rows : b.soon) __builtin_prefetch(rows.data + i * rows.step);
-    const vf delta = load(b.delta + i * b.pitch), u = load(b.u + i * b.pitch), delta_u = delta * u;
+    const vf delta = load(b.delta + i * b.pitch), u = load(b.u + i * b.pitch), delta_u = delta * u, rate = DECAY ? delta : delta * b.unit;
     const float *B = b.B + i * b.bc_pitch, *C = b.C + i * b.bc_pitch;
     vf even = {}, odd = {}, y = {};
     auto step = [&](int64_t s, vf h) INLINE_LAMBDA {
-      vf exponent = delta * load(b.A + s * LANES);
+      vf exponent = rate * load(b.A + s * LANES);
       h = (DECAY ? exp2_in_range(exponent) : exp2_any(exponent)) * h + delta_u * B[s];
       if (WITH_Y) (s % 2 ? odd : even) += h * C[s];
       return h;
@@ -107,21 +108,21 @@ struct ScanWork {
   void run_direction(int d) {
     const StormDirection& direction = a.direction[d];
     load_parameters(p, direction, c, a.states);
-    load_state(a.initial_state, sequence, a.shape.channels, c, a.states, h);
+    load_state(a.initial_state.data, sequence, a.shape.channels, c, a.states, h);
     ScanRows rows = direction_rows(direction, q, c, a.states);
     for (int64_t first = 0; first < q.length; first += TILE) {
       int count = (int)(q.length - first < TILE ? q.length - first : TILE);
-      if (direction.checkpoints && first % STORM_CHECKPOINT == 0) write_checkpoint(direction, first / STORM_CHECKPOINT);
+      if (direction.checkpoints.data && first % STORM_CHECKPOINT == 0) write_checkpoint(direction, first / STORM_CHECKPOINT);
       load_tile(tile, rows, first, count, c, p, a.softplus);
       bool with_y = !map || any_survives(direction.reverse, first, count);
       scan_tile(rows, d, first, count, with_y);
       if (with_y) emit(d, first, count);
     }
-    if (a.final_state) store_state(a.final_state, sequence, a.shape.channels, c, a.states, h);
+    if (a.final_state.data) store_state(a.final_state.data, sequence, a.shape.channels, c, a.states, h);
   }
 
   void write_checkpoint(const StormDirection& direction, int64_t index) {
-    float* to = direction.checkpoints + (q.first_checkpoint + index) * a.states * a.shape.channels + c.first;
+    float* to = direction.checkpoints.data + (q.first_checkpoint + index) * a.states * a.shape.channels + c.first;
     for (int64_t s = 0; s < a.states; s++, to += a.shape.channels)
       for (int e = 0; e < c.width; e++) to[e] = h[state_index(e, s, a.states)];
   }
@@ -150,7 +151,7 @@ struct ScanWork {
     for (int j = 0; j < c.pitch; j += LANES) {
       auto soon = [j](const Rows& r) { return Soon{r.data + j * element_size(r.dtype), r.step}; };
       Block b = {tile.delta + j, tile.u + j, tile.B, tile.C, p.A + j * a.states, p.has_D ? p.D + j : nullptr, y + j, h + j * a.states,
-                 c.pitch, tile.bc_pitch, count, a.states, {soon(u), soon(delta), soon(y_to), soon(z)}};
+                 p.unit[j / LANES], c.pitch, tile.bc_pitch, count, a.states, {soon(u), soon(delta), soon(y_to), soon(z)}};
       bool decay = decays_only(b.delta, c.pitch, count, load(p.lowest + j), load(p.highest + j));
       a.states == 16 ? scan_block_any<16>(b, with_y, decay) : scan_block_any<0>(b, with_y, decay);
     }
@@ -189,7 +190,8 @@ struct ScanWork {
 
 }  // namespace
 
-STORM_EXPORT(storm_scan)(const StormScan* args) {
+STORM_EXPORT(storm_scan)(StormScan* args) {
+  if ((args->refused = storm_refused_by_scan(*args))) return STORM_REFUSED;
   StormRowMap map = {};
   if (args->reduction.frames && !storm_build_row_map(args->reduction, &map)) return STORM_NO_MEMORY;
   int64_t sequences = storm_sequence_count(args->shape);

@@ -10,13 +10,15 @@ constexpr int64_t STATE_RUN = 32;
 
 // One direction's parameters for one chunk.
 struct Parameters {
-  float* A;         // log2(e) A, [block][state][lane]: 2^(delta A) has one operation less than e^(delta A)
+  float* A;         // log2(e) A / unit, [block][state][lane]: 2^(delta A) has one operation less than e^(delta A)
+  float* unit;      // [block]: 1, or 2 where log2(e) A would be too large for a float32
   float* lowest;    // (pitch,): min over states of it
   float* highest;   // (pitch,): max over states of it
   float *bias, *D;  // (pitch,), zero where absent
   bool has_D;
   void take(Arena& arena, int pitch, int64_t states) {
     A = arena.floats(pitch * states);
+    unit = arena.floats(pitch / LANES);
     lowest = arena.floats(pitch);
     highest = arena.floats(pitch);
     bias = arena.floats(pitch);
@@ -24,24 +26,31 @@ struct Parameters {
   }
 };
 
+INLINE float times_log2e(float a) { return (float)(a * 1.4426950408889634); }
+
 INLINE int64_t state_index(int channel, int64_t state, int64_t states) { return (channel / LANES * states + state) * LANES + channel % LANES; }
 
 void load_parameters(Parameters& p, const StormDirection& d, const Chunk& c, int64_t states) {
-  p.has_D = d.D != nullptr;
+  p.has_D = d.D.data != nullptr;
+  for (int block = 0; block < c.blocks(); block++) p.unit[block] = 1.0f;
   for (int e = 0; e < c.pitch; e++) {
     bool inside = e < c.width;
-    p.bias[e] = inside && d.delta_bias ? d.delta_bias[c.first + e] : 0.0f;
-    p.D[e] = inside && d.D ? d.D[c.first + e] : 0.0f;
+    p.bias[e] = inside && d.delta_bias.data ? d.delta_bias.data[c.first + e] : 0.0f;
+    p.D[e] = inside && d.D.data ? d.D.data[c.first + e] : 0.0f;
     float lowest = 0.0f, highest = 0.0f;
     for (int64_t s = 0; s < states; s++) {
-      float a = inside ? (float)(d.A[(c.first + e) * states + s] * 1.4426950408889634) : 0.0f;
+      float a = inside ? times_log2e(d.A.data[(c.first + e) * states + s]) : 0.0f;
       p.A[state_index(e, s, states)] = a;
-      if (!(a >= lowest)) lowest = a;  // takes NaN too
+      if (a < lowest || a != a) lowest = a;  // NaN stays
       if (a > highest) highest = a;
     }
+    if (isinf(lowest) || isinf(highest)) p.unit[e / LANES] = 2.0f;
     p.lowest[e] = lowest;
     p.highest[e] = highest;
   }
+  for (int e = 0; e < c.width; e++)
+    for (int64_t s = 0; p.unit[e / LANES] != 1.0f && s < states; s++)
+      p.A[state_index(e, s, states)] = times_log2e(d.A.data[(c.first + e) * states + s] / p.unit[e / LANES]);
 }
 
 // (sequence, E, S) <-> [block][state][lane]; a null source means zeros.
@@ -99,7 +108,7 @@ void load_tile(Tile& tile, const ScanRows& rows, int64_t first, int count, const
     }
 }
 
-// Whether every exponent delta * A of this block stays in the range of exp2_in_range.
+// Whether every exponent delta * A of this block stays in the range of exp2_in_range; then its unit is 1.
 INLINE bool decays_only(const float* delta, int pitch, int count, vf lowest, vf highest) {
   vi inside = vi{} - 1;
   for (int i = 0; i < count; i++) {
