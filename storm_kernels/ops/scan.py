@@ -115,7 +115,9 @@ def _run(forward, backward, z, initial_state, cu_seqlens, delta_softplus, revers
         z = z.double()
     initial_state = parameter(initial_state, acc)
     differentiable = (*one, *two, z, initial_state)
-    save = torch.is_grad_enabled() and (any(t is not None and t.requires_grad for t in differentiable) or transformed())
+    # An exported program is for inference; were it differentiated, the backward pass would compute the checkpoints.
+    save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    save = save and (any(t is not None and t.requires_grad for t in differentiable) or transformed())
     where = None if grid is None else [grid.frames, grid.height, grid.width]
     how = None if reduction is None else [reduction.temporal_pool, reduction.spatial_pool, reduction.temporal_stride]
     out, final_state, *_ = _call(*differentiable, cu_seqlens, delta_softplus, reverse, where, how, save, dispatch.requested(backend))

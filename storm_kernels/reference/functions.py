@@ -192,7 +192,7 @@ def _gate_and_reduce(y: Tensor, z: Tensor | None, grid: TokenGrid | None, reduct
     """reduce(y * SiLU(z)); z may hold only the tokens of ``reduction.kept(grid)``."""
     reducing = reduction is not None and not reduction.is_identity
     if z is not None and z.shape[1] != y.shape[1]:
-        kept = torch.tensor(reduction.kept_frames(grid), device=y.device)
+        kept = reduction.kept_index(grid, y.device)
         y = y.unflatten(1, (grid.frames, grid.tokens_per_frame)).index_select(1, kept).flatten(1, 2)
         grid = reduction.kept(grid)
         reduction = TokenReduction(reduction.temporal_pool, reduction.spatial_pool)
