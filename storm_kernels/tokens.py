@@ -91,8 +91,8 @@ class TokenReduction:
         """The grid that is left: ``ceil(ceil(T/k)/s) x ceil(H/p) x ceil(W/p)``."""
         return TokenGrid(
             self._kept_groups(grid),
-            -(-grid.height // self.spatial_pool),
-            -(-grid.width // self.spatial_pool),
+            _blocks(grid.height, self.spatial_pool),
+            _blocks(grid.width, self.spatial_pool),
         )
 
     def kept(self, grid: TokenGrid) -> TokenGrid:
@@ -121,5 +121,9 @@ class TokenReduction:
         return group * (self.temporal_pool * self.temporal_stride) + within
 
     def _kept_groups(self, grid: TokenGrid) -> int:
-        pooled = -(-grid.frames // self.temporal_pool)
-        return -(-pooled // self.temporal_stride)
+        return _blocks(_blocks(grid.frames, self.temporal_pool), self.temporal_stride)
+
+
+def _blocks(side: int, size: int) -> int:
+    """ceil(side / size). Nothing negative is divided: in an ONNX model the quotient of a size is rounded towards zero."""
+    return (side + size - 1) // size
