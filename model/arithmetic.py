@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
+from storm_kernels.ops.flops import SCAN_PER_STATE
+
 from .config import LanguageConfig, ModelConfig, Variant, VisionConfig
 
 # Sizes of STORM's mixer (SPEC.md, Symbols): E / D, S, K.
 EXPAND, STATES, TAPS = 2, 16, 4
-# exp(delta*A): product and exp; times h; (delta*u)*B added; C*h summed (SPEC.md, Mixer). An exp is counted as one.
-SCAN_PER_STATE = 7
 
 
 def arithmetic(config: ModelConfig, variant: Variant, frames: int, prompt_tokens: int = 0) -> dict[str, int]:

@@ -165,6 +165,17 @@ def _callers_level() -> int:
     return level
 
 
+def run_plain(op: str, backend: str, reason: str) -> None:
+    """Note that plain PyTorch runs ``op`` outside its operator; raise where another backend was asked for by name, or in strict mode."""
+    if backend not in ("", "torch"):
+        raise BackendError(f"backend={backend!r} cannot run {op}: {reason}; leave the choice open or ask for backend='torch'")
+    if torch.compiler.is_compiling():
+        return
+    if not backend:
+        _tell(op, "torch", {"all others": reason})
+    count(op, load("torch"))
+
+
 def count(op: str, backend: Backend) -> None:
     """Note that ``op`` ran."""
     with _lock:

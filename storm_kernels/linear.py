@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .ops.autograd import forward_mode, transformed
 from .plain import call_convolution, call_dt_proj, is_plain, is_plain_convolution, is_silu
 
 # From here on the product outweighs widening the weight (measured on AVX2: equal between 8 and 16 rows).
@@ -89,7 +90,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     alike = autocast or all(t.dtype == dtype for t in operands)
     if dtype not in _SLOW or not alike or x.dtype == torch.float64 or x.numel() < _LEAST_ROWS * x.shape[-1]:
         return F.linear(x, weight, bias)
-    return _Float32Linear.apply(*(t.to(dtype) for t in operands))
+    operands = tuple(t.to(dtype) for t in operands)
+    if transformed() or forward_mode(*operands):
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(*(t.float() for t in operands)).to(dtype)
+    return _Float32Linear.apply(*operands)
 
 
 class _Float32Linear(torch.autograd.Function):
@@ -107,7 +112,7 @@ class _Float32Linear(torch.autograd.Function):
         wanted = (*ctx.needs_input_grad, False)
         with torch.autocast("cpu", enabled=False):
             grad_out = grad_out.float()
-            rows = grad_out.flatten(0, -2)
+            rows = grad_out.reshape(-1, grad_out.shape[-1])
             grad_x = (grad_out @ weight.float()).to(x.dtype) if wanted[0] else None
             grad_weight = (rows.mT @ x.float().flatten(0, -2)).to(x.dtype) if wanted[1] else None
             grad_bias = rows.sum(0).to(x.dtype) if wanted[2] else None

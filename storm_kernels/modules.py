@@ -45,7 +45,7 @@ class BiMambaMixer(ReferenceMixer):
 
     def _in_proj(self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction | None) -> tuple[Tensor, Tensor]:
         """The scan's input for every token, the gate for the surviving frames' tokens only."""
-        if reduction is None or reduction.temporal_stride == 1 or not is_plain(self.in_proj):
+        if reduction is None or not reduction.leaves_out(grid) or not is_plain(self.in_proj):
             return self._project(x, self.in_proj).chunk(2, dim=-1)
         kept = kept_tokens(x, grid, reduction)
         half = self.d_inner
@@ -100,11 +100,5 @@ def _reduces(layer: nn.Module) -> bool:
 
 def kept_tokens(x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:
     """The tokens of the frames that survive: (batch, T*N, C) -> (batch, kept tokens, C), a copy of those rows."""
-    pool, period = reduction.temporal_pool, reduction.temporal_pool * reduction.temporal_stride
     frames = x.unflatten(1, (grid.frames, grid.tokens_per_frame))
-    full, rest = divmod(grid.frames, period)
-    whole = frames[:, : full * period].unflatten(1, (full, period))[:, :, :pool].flatten(1, 3)
-    if rest == 0:
-        return whole
-    last = frames[:, full * period : full * period + min(pool, rest)].flatten(1, 2)
-    return torch.cat([whole, last], 1)
+    return frames.index_select(1, reduction.kept_index(grid, x.device)).flatten(1, 2)

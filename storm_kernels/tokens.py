@@ -5,19 +5,47 @@ Sequence order is the paper's sweep: left to right, top to bottom, frame to fram
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, fields
+
+import torch
 
 # No video has a side of more than 2^31 tokens; the bound turns absurd requests into an error instead of an allocation.
 _LARGEST = 2**31 - 1
 
 
 def positive_int(name: str, value: object) -> int:
-    """Return ``value`` if it is an integer from 1 to 2^31 - 1; otherwise raise, naming it."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+    """``value`` as an ``int`` from 1 to 2^31 - 1; otherwise raise, naming it.
+
+    An integer is whatever Python takes for an index (NumPy's, a tensor of one element), but no bool. The symbol that stands for a size while a
+    program is traced stays one.
+    """
+    if isinstance(value, torch.SymInt):
+        return value
+    if type(value) is not int:
+        value = integer(name, value)
     if not 1 <= value <= _LARGEST:
         raise ValueError(f"{name} must be between 1 and {_LARGEST}, got {value}")
     return value
+
+
+def integer(name: str, value: object) -> int:
+    """``value`` as an ``int``; raise where it is none, naming it. See :func:`positive_int`."""
+    try:
+        if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
+
+
+def _sides_as_int(record: object) -> None:
+    """Bring the fields of a frozen record to `int`, or raise."""
+    for field in fields(record):
+        given = getattr(record, field.name)
+        side = positive_int(f"{type(record).__name__}.{field.name}", given)
+        if side is not given:
+            object.__setattr__(record, field.name, side)
 
 
 @dataclass(frozen=True)
@@ -29,8 +57,7 @@ class TokenGrid:
     width: int
 
     def __post_init__(self):
-        for name in ("frames", "height", "width"):
-            positive_int(f"TokenGrid.{name}", getattr(self, name))
+        _sides_as_int(self)
 
     @property
     def tokens_per_frame(self) -> int:
@@ -54,8 +81,7 @@ class TokenReduction:
     temporal_stride: int = 1
 
     def __post_init__(self):
-        for name in ("temporal_pool", "spatial_pool", "temporal_stride"):
-            positive_int(f"TokenReduction.{name}", getattr(self, name))
+        _sides_as_int(self)
 
     @property
     def is_identity(self) -> bool:
@@ -65,21 +91,39 @@ class TokenReduction:
         """The grid that is left: ``ceil(ceil(T/k)/s) x ceil(H/p) x ceil(W/p)``."""
         return TokenGrid(
             self._kept_groups(grid),
-            -(-grid.height // self.spatial_pool),
-            -(-grid.width // self.spatial_pool),
+            _blocks(grid.height, self.spatial_pool),
+            _blocks(grid.width, self.spatial_pool),
         )
 
     def kept(self, grid: TokenGrid) -> TokenGrid:
         """The frames that some surviving token averages, at full resolution; the others are dropped by the sampling."""
         groups = self._kept_groups(grid)
         last_start = (groups - 1) * self.temporal_stride * self.temporal_pool
-        frames = (groups - 1) * self.temporal_pool + min(self.temporal_pool, grid.frames - last_start)
-        return TokenGrid(frames, grid.height, grid.width)
+        # A traced program whose number of frames is a symbol would be bound to the side that `min` takes.
+        last = torch.sym_min(self.temporal_pool, grid.frames - last_start)
+        return TokenGrid((groups - 1) * self.temporal_pool + last, grid.height, grid.width)
+
+    def leaves_out(self, grid: TokenGrid) -> bool:
+        """Whether the frames that the sampling drops are to be left out of what need not know them.
+
+        Not from an exported program for any number of frames: that the number of :meth:`kept` fits for all of them is more than torch.export proves.
+        """
+        return self.temporal_stride != 1 and not (torch.compiler.is_exporting() and isinstance(grid.frames, torch.SymInt))
 
     def kept_frames(self, grid: TokenGrid) -> list[int]:
         """Indices of the frames of :meth:`kept`, ascending."""
-        return [t for t in range(grid.frames) if (t // self.temporal_pool) % self.temporal_stride == 0]
+        return self.kept_index(grid).tolist()
+
+    def kept_index(self, grid: TokenGrid, device: torch.device | None = None) -> torch.Tensor:
+        """The same as a tensor, (frames,) int64."""
+        position = torch.arange(self.kept(grid).frames, dtype=torch.int64, device=device)
+        group, within = position // self.temporal_pool, position % self.temporal_pool
+        return group * (self.temporal_pool * self.temporal_stride) + within
 
     def _kept_groups(self, grid: TokenGrid) -> int:
-        pooled = -(-grid.frames // self.temporal_pool)
-        return -(-pooled // self.temporal_stride)
+        return _blocks(_blocks(grid.frames, self.temporal_pool), self.temporal_stride)
+
+
+def _blocks(side: int, size: int) -> int:
+    """ceil(side / size). Nothing negative is divided: in an ONNX model the quotient of a size is rounded towards zero."""
+    return (side + size - 1) // size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -215,8 +216,13 @@ class Draw:
 
     def bounds(self, length: int) -> list[int]:
         """0 = b_0 <= ... <= b_n = length for up to four sequences, some of them empty."""
-        inner = torch.randint(0, length + 1, (int(self.generator.initial_seed()) % 4,), generator=torch.Generator().manual_seed(length), device="cpu")
-        return [0, *sorted(inner.tolist()), length]
+        return list(_bounds(int(self.generator.initial_seed()), length))
+
+
+@cache
+def _bounds(seed: int, length: int) -> tuple[int, ...]:
+    inner = torch.randint(0, length + 1, (seed % 4,), generator=torch.Generator().manual_seed(length), device="cpu")
+    return 0, *sorted(inner.tolist()), length
 
 
 def lay_out(value: Tensor, layout: str) -> Tensor:

@@ -65,6 +65,30 @@ def test_compile_the_projector_with_inductor():
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x, REDUCTION), model(x, REDUCTION), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_no_second_compilation_for_the_third_number_of_frames(training):
+    """The first number of frames is taken for a constant, the second makes it a symbol, whatever blocks and periods it fills or not."""
+    model, compilations = projector(), []
+
+    def count(graph, inputs):
+        compilations.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    with torch.set_grad_enabled(training):
+        for frames in (8, 12, 9, 7, 32, 5, 13):
+            x = torch.randn(1, frames, 4, 3, 6)
+            torch.testing.assert_close(compiled(x, REDUCTION), model(x, REDUCTION), atol=1e-5, rtol=1e-4)
+    assert len(compilations) == 2
+
+
+def test_a_number_of_frames_marked_dynamic():
+    model, x = projector(), features()
+    torch._dynamo.mark_dynamic(x, 1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    agree(gradients(compiled, lambda m: m(x, REDUCTION)), gradients(model, lambda m: m(x, REDUCTION)))
+
+
 @pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
 def test_compile_a_patched_model(bimamba_type):
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("transformers", reason="the extra `model` is not installed")
 
-from model.arithmetic import arithmetic
+from model.arithmetic import SCAN_PER_STATE, arithmetic
 from model.config import PRESETS, VARIANTS, Variant, preset, variant
 from model.language import build_language
 from model.storm import VideoModel
@@ -132,7 +132,7 @@ def test_arithmetic_is_what_pytorch_counts(name):
             counted[part] = counter.get_total_flops()
     tokens = variant(name).reduction.reduced(TINY.token_grid(frames)).tokens + len(PROMPT)
     upper_triangle = 2 * 4 * 48 * tokens * (tokens - 1) // 2  # layers, FLOPs a pair and channel, channels, pairs
-    scan = 2 * 2 * 7 * TINY.token_grid(frames).tokens * 96 * 16 * variant(name).temporal  # layers, directions, FLOPs a state
+    scan = 2 * 2 * SCAN_PER_STATE * TINY.token_grid(frames).tokens * 96 * 16 * variant(name).temporal  # layers, directions, FLOPs a state
     expected = model.arithmetic(frames, len(PROMPT))
     assert counted["vision"] == expected["vision"]
     assert counted["language"] - upper_triangle == expected["language"]

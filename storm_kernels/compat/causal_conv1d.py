@@ -161,7 +161,7 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
 
     A sequence shorter than that has zeros before its first input.
     """
-    back = torch.arange(-state_len, 0, device=x.device)
+    back = torch.arange(-state_len, 0, dtype=torch.int64, device=x.device)
     tokens = cu_seqlens[1:, None].long() + back
     inside = tokens >= cu_seqlens[:-1, None]
     states = x[tokens.clamp(min=0)].masked_fill(~inside.unsqueeze(-1), 0)

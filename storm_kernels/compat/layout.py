@@ -50,7 +50,7 @@ def write_slots(states: Tensor, slots: Tensor | None, rows: Tensor) -> None:
         return
     slots = slots.to(states.device)
     real = slots >= 0
-    source = torch.where(real, torch.arange(len(slots), device=slots.device), real.to(torch.int32).argmax())
+    source = torch.where(real, torch.arange(len(slots), dtype=torch.int64, device=slots.device), real.to(torch.int32).argmax())
     target = slots[source].clamp(min=0)
     keep = (~real[source]).view(-1, *[1] * (rows.dim() - 1))
     states[target] = torch.where(keep, states[target], rows[source].to(states.dtype))

@@ -1,5 +1,6 @@
 """The public functions: argument checks, operator schemas, fake kernels and autograd; the only door to the kernels."""
 
+from . import flops
 from .conv import bidirectional_causal_conv1d, causal_conv1d
 from .norm import residual_layer_norm
 from .reduce import reduce_tokens
@@ -13,3 +14,5 @@ __all__ = [
     "residual_layer_norm",
     "selective_scan",
 ]
+
+flops.offer()  # its formulas name the operators that these modules register

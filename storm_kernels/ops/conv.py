@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, torch_backend
 from ..contract import ConvFilter
 from . import checks
+from .autograd import refuse_forward_mode, register, vjp
 from .normalise import accumulator, parameter, unit_innermost
 
 _DIFFERENTIABLE = ("x", "weight", "bias", "weight_b", "bias_b", "initial_state")
+_Gradients = tuple[(Tensor,) * len(_DIFFERENTIABLE)]
 
 
 def causal_conv1d(
@@ -92,7 +94,7 @@ def _check(x, weight, bias, activation, suffix: str) -> None:
 def _run(x, weight, bias, weight_b, bias_b, initial_state, cu_seqlens, activation, reverse, backend) -> tuple[Tensor, Tensor]:
     acc = accumulator(x)
     parameters = (parameter(t, acc) for t in (weight, bias, weight_b, bias_b, initial_state))
-    return torch.ops.storm_kernels.conv(x, *parameters, cu_seqlens, activation is not None, reverse, dispatch.requested(backend))
+    return _call(x, *parameters, cu_seqlens, activation is not None, reverse, dispatch.requested(backend))
 
 
 def _final_state(x: Tensor, width: int, reverse: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -133,12 +135,21 @@ def _conv(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """-> one output for each filter; without a second one an empty tensor."""
+    refuse_forward_mode("conv", x, weight, bias, weight_b, bias_b, initial_state)
     checks.bounds(cu_seqlens, x.shape[1])
     filters = _filters(weight, bias, weight_b, bias_b, reverse)
     checks.memory("the convolution's result", x.device, x.numel() * len(filters), x.element_size())
     module = dispatch.choose("conv", backend, x, d_conv=weight.shape[1])
     dispatch.count("conv", module)
     outs = module.conv(unit_innermost(x), filters, silu=silu, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    return outs[0], outs[1] if len(outs) == 2 else x.new_empty(0)
+
+
+def _plain(x, weight, bias, weight_b, bias_b, initial_state, cu_seqlens, silu, reverse, backend) -> tuple[Tensor, Tensor]:
+    """The operator in differentiable PyTorch."""
+    checks.bounds(cu_seqlens, x.shape[1])
+    filters = _filters(weight, bias, weight_b, bias_b, reverse)
+    outs = torch_backend.conv(x, filters, silu=silu, initial_state=initial_state, cu_seqlens=cu_seqlens)
     return outs[0], outs[1] if len(outs) == 2 else x.new_empty(0)
 
 
@@ -162,8 +173,9 @@ def _conv_backward(
     reverse: bool,
     needs: str,
     backend: str,
-) -> list[Tensor]:
-    """-> the gradients of the operands that ``needs`` names, separated by spaces, in its order."""
+) -> _Gradients:
+    """-> the gradient of each operand that ``needs`` names, separated by spaces; empty tensors for the others."""
+    refuse_forward_mode("conv_backward", grad, grad_b, x, weight, bias, weight_b, bias_b, initial_state)
     filters = _filters(weight, bias, weight_b, bias_b, reverse)
     module = dispatch.choose("conv", backend, x, d_conv=weight.shape[1])
     dispatch.count("conv_backward", module)
@@ -175,13 +187,30 @@ def _conv_backward(
     found = {"x": grad_x, "initial_state": grad_state}
     for suffix, (grad_weight, grad_bias) in zip(("", "_b"), per_filter, strict=False):
         found |= {f"weight{suffix}": grad_weight, f"bias{suffix}": grad_bias}
-    return [found[name] for name in names]
+    return tuple(found[name] if name in names else weight.new_empty(0) for name in _DIFFERENTIABLE)
 
 
 @_conv_backward.register_fake
 def _(grad, grad_b, *rest):
-    operands, needs = dict(zip(_DIFFERENTIABLE, rest, strict=False)), rest[-2]
-    return [torch.empty_like(operands[name], memory_format=torch.contiguous_format) for name in needs.split()]
+    operands, names, weight = rest[:6], rest[-2].split(), rest[1]
+    return tuple(
+        torch.empty_like(operand, memory_format=torch.contiguous_format) if name in names else weight.new_empty(0)
+        for name, operand in zip(_DIFFERENTIABLE, operands, strict=True)
+    )
+
+
+def _plain_backward(grad, grad_b, *rest):
+    """The gradients in PyTorch that can be differentiated again: those of the plain convolution."""
+    operands, options, names = rest[:6], rest[6:9], rest[9].split()
+    x, weight, weight_b = operands[0], operands[1], operands[3]
+    grads = tuple(torch.zeros_like(x) if g is None else g for g in (grad, grad_b))[: 1 if weight_b is None else 2]
+    positions = [_DIFFERENTIABLE.index(name) for name in names]
+    found = vjp(lambda *values: _plain(*values, *options, "torch")[: len(grads)], operands, positions, grads)
+    by_name = dict(zip(names, found, strict=True))
+    return tuple(by_name[name] if name in by_name else weight.new_empty(0) for name in _DIFFERENTIABLE)
+
+
+_call_backward = register(_conv_backward, kind="conv", plain=_plain_backward)
 
 
 def _setup_context(ctx, inputs, output):
@@ -193,12 +222,11 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, grad_b):
     needs = [name for name, wanted in zip(_DIFFERENTIABLE, ctx.needs_input_grad, strict=False) if wanted]
-    found = torch.ops.storm_kernels.conv_backward(grad, grad_b, *ctx.saved_tensors, *ctx.options, " ".join(needs), ctx.backend)
-    grads = dict(zip(needs, found, strict=True))
-    return (*(grads.get(name) for name in _DIFFERENTIABLE), *(None,) * 4)
+    found = _call_backward(grad, grad_b, *ctx.saved_tensors, *ctx.options, " ".join(needs), ctx.backend)
+    return (*(grad if name in needs else None for name, grad in zip(_DIFFERENTIABLE, found, strict=True)), *(None,) * 4)
 
 
-_conv.register_autograd(_backward, setup_context=_setup_context)
+_call = register(_conv, kind="conv", plain=_plain, backward=_backward, setup_context=_setup_context)
 
 
 def _filters(weight, bias, weight_b, bias_b, reverse: bool) -> tuple[ConvFilter, ...]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import dispatch
 from . import checks
+from .autograd import refuse_forward_mode, register, vjp
 from .normalise import accumulator, parameter, unit_innermost
 
 
@@ -41,15 +42,25 @@ def residual_layer_norm(
     acc = accumulator(x)
     weight = parameter(weight, acc)
     bias = torch.zeros_like(weight) if bias is None else parameter(bias, acc)
-    normed, summed, _, _ = torch.ops.storm_kernels.norm(x.reshape(-1, channels), residual, weight, bias, eps, dispatch.requested(backend))
+    normed, summed, _, _ = _call(x.reshape(-1, channels), residual, weight, bias, eps, dispatch.requested(backend))
     return normed.view(x.shape), summed.view(x.shape)
 
 
 @torch.library.custom_op("storm_kernels::norm", mutates_args=())
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    refuse_forward_mode("norm", x, residual, weight, bias)
     module = dispatch.choose("norm", backend, x)
     dispatch.count("norm", module)
     return module.norm(unit_innermost(x), unit_innermost(residual), weight, bias, eps)
+
+
+def _plain(x, residual, weight, bias, eps, backend):
+    """The operator in differentiable PyTorch, from elementary operations: torch.func's second derivative of F.layer_norm is wrong in torch 2.13."""
+    summed = x.clone() if residual is None else (x.to(weight.dtype) + residual.to(weight.dtype)).to(x.dtype)
+    mean = summed.to(weight.dtype).mean(-1, keepdim=True)
+    centred = summed.to(weight.dtype) - mean
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return (centred * rstd * weight + bias).to(x.dtype), summed, mean.flatten(), rstd.flatten()
 
 
 @_norm.register_fake
@@ -60,23 +71,34 @@ def _(x, residual, weight, bias, eps, backend):
 
 @torch.library.custom_op("storm_kernels::norm_backward", mutates_args=())
 def _norm_backward(
-    grad_normed: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, backend: str
+    grad_normed: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of the sum, of weight and of bias; ``eps`` is for derivatives of these alone."""
+    refuse_forward_mode("norm_backward", grad_normed, grad_sum, summed, weight)
     module = dispatch.choose("norm", backend, summed)
     dispatch.count("norm_backward", module)
     return module.norm_backward(grad_normed, grad_sum, summed, weight, mean, rstd)
 
 
 @_norm_backward.register_fake
-def _(grad_normed, grad_sum, summed, weight, mean, rstd, backend):
+def _(grad_normed, grad_sum, summed, weight, mean, rstd, eps, backend):
     return summed.new_empty(summed.shape), torch.empty_like(weight), torch.empty_like(weight)
 
 
+def _plain_backward(grad_normed, grad_sum, summed, weight, mean, rstd, eps, backend):
+    """The gradients in PyTorch that can be differentiated again: those of the plain norm. mean and rstd follow from the sum."""
+    grads = (grad_normed, torch.zeros_like(summed) if grad_sum is None else grad_sum)
+    return vjp(lambda *values: _plain(*values, eps, backend)[:2], (summed, None, weight, torch.zeros_like(weight)), [0, 2, 3], grads)
+
+
+_call_backward = register(_norm_backward, kind="norm", plain=_plain_backward)
+
+
 def _setup_context(ctx, inputs, output):
-    _, residual, weight, _, _, backend = inputs
+    _, residual, weight, _, eps, backend = inputs
     _, summed, mean, rstd = output
     ctx.save_for_backward(summed, weight, mean, rstd)
-    ctx.has_residual, ctx.backend = residual is not None, backend
+    ctx.has_residual, ctx.eps, ctx.backend = residual is not None, eps, backend
     ctx.set_materialize_grads(False)
 
 
@@ -84,8 +106,8 @@ def _backward(ctx, grad_normed, grad_sum, *_):
     summed, weight, mean, rstd = ctx.saved_tensors
     if grad_normed is None:
         grad_normed = torch.zeros_like(summed)
-    grad, grad_weight, grad_bias = torch.ops.storm_kernels.norm_backward(grad_normed, grad_sum, summed, weight, mean, rstd, ctx.backend)
+    grad, grad_weight, grad_bias = _call_backward(grad_normed, grad_sum, summed, weight, mean, rstd, ctx.eps, ctx.backend)
     return grad, grad if ctx.has_residual else None, grad_weight, grad_bias, None, None
 
 
-_norm.register_autograd(_backward, setup_context=_setup_context)
+_call = register(_norm, kind="norm", plain=_plain, backward=_backward, setup_context=_setup_context)

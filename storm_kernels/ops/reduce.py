@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, torch_backend
 from ..tokens import TokenGrid, TokenReduction
 from . import checks
+from .autograd import refuse_forward_mode, register, vjp
 from .normalise import unit_innermost
 
 
@@ -34,14 +35,20 @@ def reduce_tokens(x: Tensor, grid: TokenGrid, reduction: TokenReduction, *, back
         return x
     where = [grid.frames, grid.height, grid.width]
     how = [reduction.temporal_pool, reduction.spatial_pool, reduction.temporal_stride]
-    return torch.ops.storm_kernels.reduce(x, where, how, dispatch.requested(backend))
+    return _call(x, where, how, dispatch.requested(backend))
 
 
 @torch.library.custom_op("storm_kernels::reduce", mutates_args=())
 def _reduce(x: Tensor, grid: Sequence[int], reduction: Sequence[int], backend: str) -> Tensor:
+    refuse_forward_mode("reduce", x)
     module = dispatch.choose("reduce", backend, x)
     dispatch.count("reduce", module)
     return module.reduce(unit_innermost(x), TokenGrid(*grid), TokenReduction(*reduction))
+
+
+def _plain(x, grid, reduction, backend):
+    """The operator in differentiable PyTorch."""
+    return torch_backend.reduce(x, TokenGrid(*grid), TokenReduction(*reduction))
 
 
 @_reduce.register_fake
@@ -52,6 +59,7 @@ def _(x, grid, reduction, backend):
 
 @torch.library.custom_op("storm_kernels::reduce_backward", mutates_args=())
 def _reduce_backward(grad: Tensor, grid: Sequence[int], reduction: Sequence[int], backend: str) -> Tensor:
+    refuse_forward_mode("reduce_backward", grad)
     module = dispatch.choose("reduce", backend, grad)
     dispatch.count("reduce_backward", module)
     return module.reduce_backward(grad, TokenGrid(*grid), TokenReduction(*reduction))
@@ -62,12 +70,22 @@ def _(grad, grid, reduction, backend):
     return grad.new_empty(grad.shape[0], TokenGrid(*grid).tokens, grad.shape[2])
 
 
+def _plain_backward(grad, grid, reduction, backend):
+    """The gradient in PyTorch that can be differentiated again. The reduction is linear: that of x = 0 is that of any."""
+    x = grad.new_zeros(grad.shape[0], TokenGrid(*grid).tokens, grad.shape[2])
+    (found,) = vjp(_plain, (x, grid, reduction, backend), [0], grad)
+    return found
+
+
+_call_backward = register(_reduce_backward, kind="reduce", plain=_plain_backward)
+
+
 def _setup_context(ctx, inputs, output):
     _, *ctx.where = inputs
 
 
 def _backward(ctx, grad):
-    return torch.ops.storm_kernels.reduce_backward(grad, *ctx.where), None, None, None
+    return _call_backward(grad, *ctx.where), None, None, None
 
 
-_reduce.register_autograd(_backward, setup_context=_setup_context)
+_call = register(_reduce, kind="reduce", plain=_plain, backward=_backward, setup_context=_setup_context)

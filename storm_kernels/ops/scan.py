@@ -7,17 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..contract import ScanInputs
+from .. import dispatch, torch_backend
+from ..contract import ScanInputs, ScanResult
 from ..reference import Direction
 from ..tokens import TokenGrid, TokenReduction
 from . import checks
+from .autograd import refuse_forward_mode, register, transformed, vjp
 from .normalise import accumulator, parameter, unit_innermost
 
 # The operands of one direction, in the order of the schema; the backward direction's follow with "_b".
 _ONE = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 _DIFFERENTIABLE = (*_ONE, *(f"{name}_b" for name in _ONE), "z", "initial_state")
 _CHECKPOINTS = 3  # tensors that the operator hands to its backward
+_Gradients = tuple[(Tensor,) * len(_DIFFERENTIABLE)]
 
 
 def selective_scan(
@@ -113,11 +115,12 @@ def _run(forward, backward, z, initial_state, cu_seqlens, delta_softplus, revers
         z = z.double()
     initial_state = parameter(initial_state, acc)
     differentiable = (*one, *two, z, initial_state)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    where = [] if grid is None else [grid.frames, grid.height, grid.width]
-    how = [] if reduction is None else [reduction.temporal_pool, reduction.spatial_pool, reduction.temporal_stride]
-    name = dispatch.requested(backend)
-    out, final_state, *_ = torch.ops.storm_kernels.scan(*differentiable, cu_seqlens, delta_softplus, reverse, where, how, save, name)
+    # An exported program is for inference; were it differentiated, the backward pass would compute the checkpoints.
+    save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    save = save and (any(t is not None and t.requires_grad for t in differentiable) or transformed())
+    where = None if grid is None else [grid.frames, grid.height, grid.width]
+    how = None if reduction is None else [reduction.temporal_pool, reduction.spatial_pool, reduction.temporal_stride]
+    out, final_state, *_ = _call(*differentiable, cu_seqlens, delta_softplus, reverse, where, how, save, dispatch.requested(backend))
     return out.to(out_dtype), final_state
 
 
@@ -150,21 +153,35 @@ def _scan(
     cu_seqlens: Tensor | None,
     delta_softplus: bool,
     reverse: bool,
-    grid: Sequence[int],
-    reduction: Sequence[int],
+    grid: Sequence[int] | None,
+    reduction: Sequence[int] | None,
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> out, final state, three checkpoints; what there is not is an empty tensor."""
+    one, two = (u, delta, A, B, C, D, delta_bias), (u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b)
+    refuse_forward_mode("scan", *one, *two, z, initial_state)
     checks.bounds(cu_seqlens, u.shape[1])
-    directions = _directions((u, delta, A, B, C, D, delta_bias), (u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b), reverse)
+    directions = _directions(one, two, reverse)
     options = _options(initial_state, cu_seqlens, delta_softplus, grid, reduction)
     checks.memory("the scan's result", u.device, _out_shape(u, options).numel(), u.element_size())
     module = _choose(directions, z, backend)
     dispatch.count("scan", module)
-    result = module.scan(directions, unit_innermost(z), save_checkpoints=save, **options)
+    return _results(module.scan(directions, unit_innermost(z), save_checkpoints=save, **options), A)
+
+
+def _results(result: ScanResult, like: Tensor) -> tuple[Tensor, ...]:
     checkpoints = (*result.checkpoints, *(None,) * _CHECKPOINTS)[:_CHECKPOINTS]
-    return tuple(A.new_empty(0) if t is None else t for t in (result.out, result.final_state, *checkpoints))
+    return tuple(like.new_empty(0) if t is None else t for t in (result.out, result.final_state, *checkpoints))
+
+
+def _plain(*args) -> tuple[Tensor, ...]:
+    """The operator in differentiable PyTorch."""
+    operands, (cu_seqlens, delta_softplus, reverse, grid, reduction, _, _) = args[:16], args[16:]
+    checks.bounds(cu_seqlens, operands[0].shape[1])
+    options = _options(operands[15], cu_seqlens, delta_softplus, grid, reduction)
+    directions = _directions(operands[:7], operands[7:14], reverse)
+    return _results(torch_backend.scan(directions, operands[14], save_checkpoints=False, **options), operands[2])
 
 
 @_scan.register_fake
@@ -208,14 +225,19 @@ def _scan_backward(
     third: Tensor,
     delta_softplus: bool,
     reverse: bool,
-    grid: Sequence[int],
-    reduction: Sequence[int],
+    grid: Sequence[int] | None,
+    reduction: Sequence[int] | None,
     needs: str,
     backend: str,
-) -> list[Tensor]:
-    """-> the gradients of the operands that ``needs`` names, separated by spaces, in its order. ``first`` to ``third`` are the checkpoints."""
+) -> _Gradients:
+    """-> the gradient of each operand that ``needs`` names, separated by spaces; empty tensors for the others.
+
+    ``first`` to ``third`` are the checkpoints.
+    """
+    one, two = (u, delta, A, B, C, D, delta_bias), (u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b)
+    refuse_forward_mode("scan_backward", grad_out, grad_final_state, *one, *two, z, initial_state)
     names = needs.split()
-    directions = _directions((u, delta, A, B, C, D, delta_bias), (u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b), reverse)
+    directions = _directions(one, two, reverse)
     options = _options(initial_state, cu_seqlens, delta_softplus, grid, reduction)
     module = _choose(directions, z, backend)
     dispatch.count("scan_backward", module)
@@ -223,22 +245,38 @@ def _scan_backward(
     wanted = frozenset(name.removesuffix("_b") for name in names)
     per_direction, grad_z, grad_state = module.scan_backward(grad_out, grad_final_state, directions, unit_innermost(z), kept, needs=wanted, **options)
     found = {"z": grad_z, "initial_state": grad_state}
-    for suffix, one in zip(("", "_b"), per_direction, strict=False):
-        found |= {f"{name}{suffix}": grad for name, grad in zip(_ONE, one, strict=True)}
-    return [found[name] for name in names]
+    for suffix, grads in zip(("", "_b"), per_direction, strict=False):
+        found |= {f"{name}{suffix}": grad for name, grad in zip(_ONE, grads, strict=True)}
+    return tuple(found[name] if name in names else A.new_empty(0) for name in _DIFFERENTIABLE)
 
 
 @_scan_backward.register_fake
 def _(grad_out, grad_final_state, *rest):
-    operands, needs = dict(zip(_DIFFERENTIABLE, rest, strict=False)), rest[-2]
-    return [torch.empty_like(operands[name], memory_format=torch.contiguous_format) for name in needs.split()]
+    operands, names, A = rest[:16], rest[-2].split(), rest[2]
+    return tuple(
+        torch.empty_like(operand, memory_format=torch.contiguous_format) if name in names else A.new_empty(0)
+        for name, operand in zip(_DIFFERENTIABLE, operands, strict=True)
+    )
+
+
+def _plain_backward(grad_out, grad_final_state, *rest):
+    """The gradients in PyTorch that can be differentiated again: those of the plain scan."""
+    operands, cu_seqlens, options, names = rest[:16], rest[16], rest[20:24], rest[24].split()
+    positions = [_DIFFERENTIABLE.index(name) for name in names]
+    grads = (grad_out,) if grad_final_state is None else (grad_out, grad_final_state)
+    found = vjp(lambda *values: _plain(*values, cu_seqlens, *options, False, "torch")[: len(grads)], operands, positions, grads)
+    by_name = dict(zip(names, found, strict=True))
+    return tuple(by_name[name] if name in by_name else operands[2].new_empty(0) for name in _DIFFERENTIABLE)
+
+
+_call_backward = register(_scan_backward, kind="scan", plain=_plain_backward)
 
 
 def _setup_context(ctx, inputs, output):
     operands, (cu_seqlens, delta_softplus, reverse, grid, reduction, save, backend) = inputs[:16], inputs[16:]
     checkpoints = output[2:] if save else ()
     ctx.save_for_backward(*operands, cu_seqlens, *checkpoints)
-    ctx.options = (delta_softplus, reverse, list(grid), list(reduction))
+    ctx.options = (delta_softplus, reverse, grid, reduction)
     ctx.backend, ctx.saved = backend, save
     ctx.set_materialize_grads(False)
 
@@ -247,7 +285,7 @@ def _backward(ctx, grad_out, grad_final_state, *_):
     saved = ctx.saved_tensors  # to be asked for once
     operands, cu_seqlens, checkpoints = saved[:16], saved[16], saved[17:]
     if not ctx.saved:  # the forward pass could not know that gradients would be asked for
-        checkpoints = torch.ops.storm_kernels.scan(*operands, cu_seqlens, *ctx.options, True, ctx.backend)[2:]
+        checkpoints = _call(*operands, cu_seqlens, *ctx.options, True, ctx.backend)[2:]
     if grad_out is None:
         grid, reduction = ctx.options[2:]
         options = _options(None, None, False, grid, reduction)
@@ -255,14 +293,11 @@ def _backward(ctx, grad_out, grad_final_state, *_):
     if grad_final_state is not None and grad_final_state.numel() == 0:  # of the empty tensor that stands for no state
         grad_final_state = None
     needs = [name for name, wanted in zip(_DIFFERENTIABLE, ctx.needs_input_grad, strict=False) if wanted]
-    found = torch.ops.storm_kernels.scan_backward(
-        grad_out, grad_final_state, *operands, cu_seqlens, *checkpoints, *ctx.options, " ".join(needs), ctx.backend
-    )
-    grads = dict(zip(needs, found, strict=True))
-    return (*(grads.get(name) for name in _DIFFERENTIABLE), *(None,) * 7)
+    found = _call_backward(grad_out, grad_final_state, *operands, cu_seqlens, *checkpoints, *ctx.options, " ".join(needs), ctx.backend)
+    return (*(grad if name in needs else None for name, grad in zip(_DIFFERENTIABLE, found, strict=True)), *(None,) * 7)
 
 
-_scan.register_autograd(_backward, setup_context=_setup_context)
+_call = register(_scan, kind="scan", plain=_plain, backward=_backward, setup_context=_setup_context)
 
 
 def _directions(one: tuple, two: tuple, reverse: bool) -> tuple[ScanInputs, ...]:

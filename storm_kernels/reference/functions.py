@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
 
 from ..tokens import TokenGrid, TokenReduction
 
@@ -123,7 +124,8 @@ def reduce_tokens(x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tens
         )
     ]
     pooled = F.avg_pool3d(video, block, block, ceil_mode=True, count_include_pad=False)
-    kept = pooled[:, :, :: reduction.temporal_stride]
+    # By index: the size of a slice with a step is one that torch.export cannot prove for every number of frames.
+    kept = pooled.index_select(2, torch.arange(reduction.reduced(grid).frames, dtype=torch.int64, device=x.device) * reduction.temporal_stride)
     return kept.movedim(1, -1).reshape(batch, -1, channels).to(x.dtype)
 
 
@@ -175,24 +177,43 @@ def _scan_sequence(direction: Direction, delta_softplus: bool, reverse: bool, h:
     groups = B.shape[2] if B.dim() == 4 else 1
     in_groups = (groups, channels // groups)
     A = A.unflatten(0, in_groups)  # (G, E/G, S)
-    B, C = (t.reshape(batch, length, groups, 1, states) for t in (B, C))
+    B, C = (t.reshape(batch, length, groups, states) for t in (B, C))
     h = u.new_zeros(batch, channels, states) if h is None else h.to(acc).clone()
     h = h.unflatten(1, in_groups)  # (batch, G, E/G, S)
-    step, drive = (t.unflatten(2, in_groups).unsqueeze(-1) for t in (delta, delta * u))  # (batch, L, G, E/G, 1)
+    step, drive = (t.unflatten(2, in_groups) for t in (delta, delta * u))  # (batch, L, G, E/G)
 
-    y = [None] * length
-    for t in reversed(range(length)) if reverse else range(length):
-        h = torch.exp(step[:, t] * A) * h + drive[:, t] * B[:, t]
-        y[t] = (h * C[:, t]).sum(-1)
-    y = torch.stack(y, 1).flatten(2) if length else torch.zeros_like(u)
+    y, h = _recurrence(A, h, step, drive, B, C, reverse)
+    y = torch.zeros_like(u) if y is None else y.flatten(2)
     return (y if D is None else y + D * u), h.flatten(1, 2)
+
+
+def _recurrence(A: Tensor, h: Tensor, step: Tensor, drive: Tensor, B: Tensor, C: Tensor, reverse: bool) -> tuple[Tensor | None, Tensor]:
+    """A (G, E/G, S), h (batch, G, E/G, S); step, drive (batch, L, G, E/G); B, C (batch, L, G, S) -> y (batch, L, G, E/G), None without tokens; h."""
+
+    def advance(h, step, drive, B, C):
+        h = torch.exp(step * A) * h + drive * B
+        return h, (h * C).sum(-1)
+
+    if torch.compiler.is_exporting():  # one operator that holds the loop, in place of a graph as long as the sequence
+        h, y = scan(
+            lambda h, token: advance(h, token[0].unsqueeze(-1), token[1].unsqueeze(-1), token[2].unsqueeze(2), token[3].unsqueeze(2)),
+            h,
+            tuple(t.movedim(1, 0) for t in (step, drive, B, C)),
+            reverse=reverse,
+        )
+        return y.movedim(0, 1), h
+    step, drive, B, C = step.unsqueeze(-1), drive.unsqueeze(-1), B.unsqueeze(3), C.unsqueeze(3)
+    y = [None] * step.shape[1]
+    for t in reversed(range(len(y))) if reverse else range(len(y)):
+        h, y[t] = advance(h, step[:, t], drive[:, t], B[:, t], C[:, t])
+    return (torch.stack(y, 1) if y else None), h
 
 
 def _gate_and_reduce(y: Tensor, z: Tensor | None, grid: TokenGrid | None, reduction: TokenReduction | None) -> Tensor:
     """reduce(y * SiLU(z)); z may hold only the tokens of ``reduction.kept(grid)``."""
     reducing = reduction is not None and not reduction.is_identity
     if z is not None and z.shape[1] != y.shape[1]:
-        kept = torch.tensor(reduction.kept_frames(grid), dtype=torch.int64, device=y.device)
+        kept = reduction.kept_index(grid, y.device)
         y = y.unflatten(1, (grid.frames, grid.tokens_per_frame)).index_select(1, kept).flatten(1, 2)
         grid = reduction.kept(grid)
         reduction = TokenReduction(reduction.temporal_pool, reduction.spatial_pool)

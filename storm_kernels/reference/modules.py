@@ -6,6 +6,7 @@ The mixer is Vim's bimamba v2 (arXiv 2401.09417), the projector STORM's (arXiv 2
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ..plain import call_convolution, call_dt_proj, is_plain, is_plain_convolution
 from ..profiling import stage
-from ..tokens import TokenGrid, TokenReduction
+from ..tokens import TokenGrid, TokenReduction, integer
 from .functions import Direction, bidirectional_selective_scan, causal_conv1d, reduce_tokens, selective_scan
 
 
@@ -198,11 +199,11 @@ class ReferenceTemporalProjector(nn.Module):
         mixers = (self.mixer_class(d_model, bidirectional=bidirectional, **mixer_options, **factory) for _ in range(layers))
         self.layers = nn.ModuleList(MixerLayer(mixer, **factory) for mixer in mixers)
 
-    def forward(self, features: Tensor, reduction: TokenReduction = TokenReduction(), lengths: list[int] | None = None) -> Tensor:
+    def forward(self, features: Tensor, reduction: TokenReduction = TokenReduction(), lengths: Sequence[int] | Tensor | None = None) -> Tensor:
         """features (batch, T, h, w, vision_width) -> (batch, tokens, D).
 
-        ``lengths`` gives each video's number of frames where the batch is padded at the end; each video then comes out as if it ran alone,
-        followed by zeros.
+        ``lengths`` (batch,), a list, an array or a tensor, gives each video's number of frames where the batch is padded at the end; each video
+        then comes out as if it ran alone, followed by zeros.
         """
         tokens, grid = self.embed(features)
         return run_padded(self.mix, tokens, grid, reduction, lengths)
@@ -229,14 +230,15 @@ def downsample(features: Tensor) -> Tensor:
     return padded.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4).flatten(4, 6)
 
 
-def run_padded(mix, x: Tensor, grid: TokenGrid, reduction: TokenReduction, lengths: list[int] | None) -> Tensor:
+def run_padded(mix, x: Tensor, grid: TokenGrid, reduction: TokenReduction, lengths: Sequence[int] | Tensor | None) -> Tensor:
     """Run ``mix`` over whole videos x (batch, T*N, D), or, with ``lengths`` in frames, over the valid tokens packed one after the other."""
     if lengths is None:
         return mix(x, grid, reduction, None)
+    lengths = _frame_counts(lengths)
     if len(lengths) != x.shape[0]:
-        raise ValueError(f"lengths must name one number of frames for each of the {x.shape[0]} videos, got {len(lengths)}: {list(lengths)}")
+        raise ValueError(f"lengths must name one number of frames for each of the {x.shape[0]} videos, got {len(lengths)}: {lengths}")
     if any(not 1 <= n <= grid.frames for n in lengths):
-        raise ValueError(f"lengths must be between 1 and {grid.frames}, the frames of the batch, got {list(lengths)}")
+        raise ValueError(f"lengths must be between 1 and {grid.frames}, the frames of the batch, got {lengths}")
     tokens = [n * grid.tokens_per_frame for n in lengths]
     packed = torch.cat([video[:n] for video, n in zip(x, tokens, strict=True)])
     bounds = torch.tensor([0, *tokens], dtype=torch.int64, device=x.device).cumsum(0)
@@ -244,3 +246,11 @@ def run_padded(mix, x: Tensor, grid: TokenGrid, reduction: TokenReduction, lengt
     grids = (TokenGrid(n, grid.height, grid.width) for n in lengths)
     reduced = [reduce_tokens(video[None], own, reduction)[0] for video, own in zip(mixed, grids, strict=True)]
     return nn.utils.rnn.pad_sequence(reduced, batch_first=True)
+
+
+def _frame_counts(lengths: object) -> list[int]:
+    """``lengths`` as a list of int. A tensor is read in one go: on a GPU each number by itself would wait for the device."""
+    values = lengths.tolist() if hasattr(lengths, "tolist") else lengths
+    if not isinstance(values, Iterable):
+        raise TypeError(f"lengths must be a sequence of integers, one a video, got {lengths!r}")
+    return [integer(f"lengths[{i}]", n) for i, n in enumerate(values)]
