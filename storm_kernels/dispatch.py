@@ -143,6 +143,18 @@ def count(op: str, backend: Backend) -> None:
     _ran[op, backend.NAME] += 1
 
 
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Within it, what runs is not in :func:`stats`, and a slow path told of in vain is told again."""
+    ran, warned = _ran.copy(), _warned.copy()
+    try:
+        yield
+    finally:
+        for now, before in ((_ran, ran), (_warned, warned)):
+            now.clear()
+            now.update(before)
+
+
 def stats(*, reset: bool = False) -> dict[str, dict[str, int]]:
     """How often each operation has run on each backend, for example ``{"scan": {"cpu": 12}}``."""
     table: dict[str, dict[str, int]] = {}
