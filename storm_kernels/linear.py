@@ -1,5 +1,6 @@
-"""The projections' matrix products: PyTorch's, but through float32 where PyTorch has no half-precision kernel for this CPU.
+"""A mixer's projections and convolutions: fused or without a detour where the module is plain, the module itself where it is not (:mod:`plain`).
 
+Matrix products are PyTorch's, but go through float32 where PyTorch has no half-precision kernel for this CPU.
 Without AVX-512 or Arm's bfloat16 instructions (float16: AVX512-FP16) PyTorch multiplies half-precision matrices in a plain loop, ten times slower
 than float32. Products of halves are exact in float32 and sums are kept in float32 either way, so the results are as exact.
 """
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .plain import is_plain
+from . import ops
+from .plain import call_convolution, call_dt_proj, is_plain, is_plain_convolution, is_silu
 
 # From here on the product outweighs widening the weight (measured on AVX2: equal between 8 and 16 rows).
 _LEAST_ROWS = 16
@@ -30,6 +32,51 @@ def project(x: Tensor, projection: nn.Module, bias: bool = True) -> Tensor:
     if not bias:
         return linear(x, projection.weight)
     return linear(x, projection.weight, projection.bias) if is_plain(projection) else projection(x)
+
+
+def project_dt(dt_raw: Tensor, dt_proj: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """delta before bias and softplus, and the bias that the scan adds in float32: dt_raw (batch, L, R) -> (batch, L, E), (E,) or None.
+
+    A module that is more than a plain ``nn.Linear`` is called, bias and all; nothing is left for the scan to add. On the meta device, which
+    has shapes only, formats need not agree and nothing is called.
+    """
+    if is_plain(dt_proj) or dt_raw.is_meta:
+        return linear(dt_raw, dt_proj.weight), dt_proj.bias
+    return call_dt_proj(dt_proj, dt_raw), None
+
+
+def convolve(
+    x: Tensor,
+    conv: nn.Module,
+    act: object = None,
+    *,
+    reverse: bool = False,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The causal convolution and its activation: x (batch, L, E) -> (batch, L, E).
+
+    ``conv`` is a mixer's ``conv1d``, ``act`` its activation: None, ``F.silu`` or a module; what of them is not plain is called, on (batch, E, L).
+    The other arguments are those of :func:`storm_kernels.causal_conv1d`.
+    """
+    options = {"reverse": reverse, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    silu = is_silu(act)
+    if is_plain_convolution(conv):
+        u = ops.causal_conv1d(x, conv.weight.squeeze(1), conv.bias, activation="silu" if silu else None, **options)
+        return u if silu else _activate(u, act)
+    return _activate(call_convolution(conv, x, **options), F.silu if silu else act)
+
+
+def convolve_both(x: Tensor, conv: nn.Module, conv_b: nn.Module, act: object = None, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`convolve` in both directions: from one read of x where all is plain. Returns two tensors (batch, L, E)."""
+    if is_silu(act) and is_plain_convolution(conv) and is_plain_convolution(conv_b):
+        weights = (conv.weight.squeeze(1), conv.bias, conv_b.weight.squeeze(1), conv_b.bias)
+        return ops.bidirectional_causal_conv1d(x, *weights, activation="silu", cu_seqlens=cu_seqlens)
+    return convolve(x, conv, act, cu_seqlens=cu_seqlens), convolve(x, conv_b, act, reverse=True, cu_seqlens=cu_seqlens)
+
+
+def _activate(u: Tensor, act) -> Tensor:
+    return act(u.transpose(1, 2)).transpose(1, 2).contiguous()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

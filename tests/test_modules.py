@@ -5,6 +5,9 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.utils import prune
+from torch.overrides import TorchFunctionMode
 
 import storm_kernels as sk
 from storm_kernels import TokenReduction, reference
@@ -78,13 +81,96 @@ def test_state_dicts_are_the_same():
     assert names == both | backward | {"in_proj.weight", "out_proj.weight"}
 
 
+class Products(TorchFunctionMode):
+    """The rows of every product with a weight (or a part of one), by the weight's shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            self.rows[tuple(args[1].shape)] = args[0].shape[:-1].numel()
+        return function(*args, **kwargs or {})
+
+
 def test_the_last_layer_gates_and_projects_survivors_only():
     """SPEC.md, the algebra: with k=4, s=2 of 16 frames the gate sees 8 frames and out_proj 2."""
     _, fused = pair()
-    rows = []
-    fused.layers[0].mixer.out_proj.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[1]))
-    fused(torch.randn(1, 16, 4, 4, 6), TokenReduction(4, 1, 2))
-    assert rows == [2 * 4]
+    with Products() as products, torch.no_grad():
+        fused(torch.randn(1, 16, 4, 4, 6), TokenReduction(4, 1, 2))
+    assert products.rows[(16, 32)] == 2 * 4  # out_proj
+    assert products.rows[(32, 16)] == 8 * 4  # the gate's half of in_proj, after the scan's
+
+
+def halves_of(mixer):
+    return {name for name, p in mixer.named_parameters() if p.dtype == torch.bfloat16}
+
+
+def test_parameters_stay_float32_whatever_takes_the_place_of_dt_proj():
+    """Adapters forward the bias, other layers have none, or one that is no parameter (SPEC.md: states and decays are float32)."""
+    kept = {"A_log", "D", "A_b_log", "D_b"}
+    mixer = sk.BiMambaMixer(16)
+    mixer.dt_proj = torch.nn.Linear(1, 32, bias=False)
+    mixer.dt_proj_b = torch.nn.Sequential(mixer.dt_proj_b)
+    assert {name for name, _ in mixer.bfloat16().named_parameters()} - halves_of(mixer) == kept
+    assert mixer(torch.randn(1, 5, 16).bfloat16()).isfinite().all()
+    pruned = sk.BiMambaMixer(16)
+    prune.random_unstructured(pruned.dt_proj, "bias", 0.5)
+    assert {name for name, _ in pruned.half().named_parameters()} - halves_of(pruned) >= kept
+    del pruned.dt_proj_b
+    assert pruned.float().A_log.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_hooked_dt_proj_in_half_precision(dtype, when):
+    """Its bias is float32 beside half weights, which F.linear refuses; a hook that changes nothing changes no more than a rounding."""
+    plain, x = sk.BiMambaMixer(16), torch.randn(1, 9, 16)
+    hooked, reference_mixer = copy.deepcopy(plain), reference.ReferenceMixer(16)
+    reference_mixer.load_state_dict(plain.state_dict())
+    models = (hooked, reference_mixer)
+    for model in models:
+        if when == "after":
+            model.to(dtype)
+        for name in ("dt_proj", "dt_proj_b"):
+            getattr(model, name).register_forward_hook(lambda module, args, out: out)
+        model.to(dtype)
+        assert model.dt_proj.bias.dtype == torch.float32
+    truth = plain(x).detach()
+    for model in models:
+        torch.testing.assert_close(model(x.to(dtype)).float(), truth, atol=2e-2 * float(truth.abs().max()), rtol=0)
+    with torch.autocast("cpu", dtype):
+        torch.testing.assert_close(hooked.float()(x).float(), truth, atol=2e-2 * float(truth.abs().max()), rtol=0)
+
+
+def test_born_on_meta_and_filled_by_assignment():
+    """to_empty keeps each parameter's dtype; a checkpoint in bfloat16 may be assigned as it is: decays are computed in float32."""
+    torch.manual_seed(0)
+    source = sk.TemporalProjector(6, 16)
+    features = torch.randn(1, 3, 4, 4, 6)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.device("meta"):
+            born = sk.TemporalProjector(6, 16).bfloat16()
+            assert born(features.bfloat16().to("meta"), TokenReduction(2, 1, 2)).shape == (1, 4, 16)
+        assert born.to_empty(device="cpu").layers[0].mixer.A_log.dtype == torch.float32
+        state = {name: t.to(dtype) for name, t in source.state_dict().items()}
+        born.load_state_dict(state, assign=True)
+        out = born.to("cpu")(features.to(dtype), TokenReduction(2, 1, 2))
+        tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+        torch.testing.assert_close(out.float(), source(features, TokenReduction(2, 1, 2)), atol=tolerance, rtol=0)
+
+
+def test_tied_and_frozen_parameters():
+    """Two layers that share one mixer, whose biases then are cast twice; and a frozen mixer through which gradients still flow."""
+    _, fused = pair(layers=2)
+    fused.layers[1].mixer = fused.layers[0].mixer
+    fused.bfloat16()
+    assert fused.layers[0].mixer.dt_proj.bias.dtype == torch.float32
+    fused.float().layers.requires_grad_(False)
+    features = torch.randn(1, 3, 4, 4, 6)
+    fused(features, TokenReduction(2, 1, 2)).sum().backward()
+    assert fused.proj.weight.grad.abs().max() > 0 and fused.layers[0].mixer.A_log.grad is None
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..linear import project
+from ..linear import convolve, convolve_both, project, project_dt
 from ..reference import Direction, ReferenceMixer
+from ..reference.modules import decay
 
 BIDIRECTIONAL_TYPES = ("none", "v1", "v2")
 
@@ -63,20 +64,21 @@ class MambaForward(nn.Module):
     def _scan_all(self, x: Tensor, z: Tensor, kind: str) -> Tensor:
         """Convolved, scanned in each direction, gated: x, z (b, l, d) -> (b, l, d)."""
         if kind == "v2":
-            u, u_b = ops.bidirectional_causal_conv1d(x, *_filter(self.conv1d), *_filter(self.conv1d_b), activation="silu")
+            u, u_b = convolve_both(x, self.conv1d, self.conv1d_b, _activation(self))
             backward = self._operands(u_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
         else:
-            u = ops.causal_conv1d(x, *_filter(self.conv1d), activation="silu")
+            u = convolve(x, self.conv1d, _activation(self))
         forward = self._operands(u, self.x_proj, self.dt_proj, self.A_log, self.D)
         if kind == "none":
             return ops.selective_scan(*forward[:6], z=z, delta_bias=forward.delta_bias, delta_softplus=True)
         if kind == "v1":
-            backward = forward._replace(A=_decay(self.A_b_log))
+            backward = forward._replace(A=decay(self.A_b_log))
         return ops.bidirectional_selective_scan(forward, backward, z=z, delta_softplus=True)
 
     def _operands(self, u: Tensor, x_proj: nn.Module, dt_proj: nn.Module, A_log: Tensor, D: Tensor) -> Direction:
         dt_raw, B, C = project(u, x_proj).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return Direction(u, project(dt_raw, dt_proj, bias=False), _decay(A_log), B, C, D, dt_proj.bias)
+        delta, delta_bias = project_dt(dt_raw, dt_proj)
+        return Direction(u, delta, decay(A_log), B, C, D, delta_bias)
 
     def _out(self, y: Tensor) -> Tensor:
         out = project(y, self.out_proj)
@@ -87,7 +89,7 @@ class MambaForward(nn.Module):
         x, z = project(hidden_states, self.in_proj).chunk(2, dim=-1)
         # A negative pad crops: the last w inputs, with zeros before a shorter sequence.
         conv_state.copy_(F.pad(x.transpose(1, 2), (self.d_conv - x.shape[1], 0)))
-        u = ops.causal_conv1d(x, *_filter(self.conv1d), activation="silu")
+        u = convolve(x, self.conv1d, _activation(self))
         one = self._operands(u, self.x_proj, self.dt_proj, self.A_log, self.D)
         y, state = ops.selective_scan(*one[:6], z=z, delta_bias=one.delta_bias, delta_softplus=True, return_final_state=True)
         ssm_state.copy_(state)
@@ -100,7 +102,7 @@ class MambaForward(nn.Module):
         x, z = project(hidden_states, self.in_proj).chunk(2, dim=-1)
         history = conv_state[..., 1:].to(x.dtype, copy=True)
         conv_state.copy_(torch.cat([conv_state[..., 1:], x.transpose(1, 2).to(conv_state.dtype)], -1))
-        u = ops.causal_conv1d(x, *_filter(self.conv1d), activation="silu", initial_state=history)
+        u = convolve(x, self.conv1d, _activation(self), initial_state=history)
         one = self._operands(u, self.x_proj, self.dt_proj, self.A_log, self.D)
         before = ssm_state.to(one.A.dtype, copy=True)
         y, state = ops.selective_scan(*one[:6], z=z, delta_bias=one.delta_bias, delta_softplus=True, initial_state=before, return_final_state=True)
@@ -108,11 +110,11 @@ class MambaForward(nn.Module):
         return self._out(y), conv_state, ssm_state
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs) -> tuple[Tensor, Tensor]:
-        """Zero states (b, d, w) and (b, d, n), in the weights' dtype unless told; they do not grow with ``max_seqlen``."""
-        weight = self.conv1d.weight
-        shape = (batch_size, weight.shape[0])
-        dtype = weight.dtype if dtype is None else dtype
-        return weight.new_zeros(*shape, self.d_conv, dtype=dtype), weight.new_zeros(*shape, self.d_state, dtype=dtype)
+        """Zero states (b, d, w) and (b, d, n), in the convolution's dtype unless told; they do not grow with ``max_seqlen``."""
+        floating = (p.dtype for p in self.conv1d.parameters() if p.is_floating_point())
+        dtype = next(floating, self.D.dtype) if dtype is None else dtype
+        conv_state = self.D.new_zeros(batch_size, self.D.shape[0], self.d_conv, dtype=dtype)
+        return conv_state, self.D.new_zeros(batch_size, self.D.shape[0], self.d_state, dtype=dtype)
 
     def _get_states_from_cache(self, inference_params, batch_size: int, initialize_states: bool = False) -> tuple[Tensor, Tensor]:
         if self.layer_idx is None:
@@ -127,13 +129,9 @@ class MambaForward(nn.Module):
         return states
 
 
-def _filter(conv: nn.Conv1d) -> tuple[Tensor, Tensor | None]:
-    return conv.weight.squeeze(1), conv.bias
-
-
-def _decay(A_log: Tensor) -> Tensor:
-    """A = -exp(A_log), in float32 or better."""
-    return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
+def _activation(mixer: nn.Module) -> object:
+    """The convolution's activation; older mixers keep none beside its name."""
+    return getattr(mixer, "act", None)
 
 
 class Mamba(MambaForward, ReferenceMixer):
@@ -195,10 +193,6 @@ class Mamba(MambaForward, ReferenceMixer):
             self.A_b_log._no_weight_decay = True
         if init_layer_scale is not None:
             self.gamma = nn.Parameter(torch.full((d_model,), float(init_layer_scale), device=device))
-
-    def _float32_parameters(self) -> list[nn.Parameter]:
-        own_decay = [self.A_b_log] if hasattr(self, "A_b_log") and not self.bidirectional else []
-        return super()._float32_parameters() + own_decay
 
 
 def _init_dt_weight(weight: Tensor, dt_init: str, scale: float) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..plain import call_convolution, call_dt_proj, is_plain, is_plain_convolution
 from ..profiling import stage
 from ..tokens import TokenGrid, TokenReduction
 from .functions import Direction, bidirectional_selective_scan, causal_conv1d, reduce_tokens, selective_scan
@@ -20,6 +21,8 @@ class ReferenceMixer(nn.Module):
     """Bidirectional Mamba-1 mixer, Vim's bimamba v2 with Vim's parameter names (SPEC.md, Mixer); ``bidirectional=False`` is plain Mamba-1.
 
     ``A_log``, ``D``, the bias of ``dt_proj`` and their backward twins stay float32 when the module is moved to a half precision.
+    A child that is more than a plain layer (an adapter, hooks, a quantised or replaced layer) is called as a module: a convolution on
+    (batch, E, L), flipped for the backward direction; dt_proj on dt_raw, bias included.
 
     Args:
         d_model: width D of the input and the output.
@@ -76,15 +79,20 @@ class ReferenceMixer(nn.Module):
             x, z = self._project(x, self.in_proj).chunk(2, dim=-1)
         directions = []
         for suffix in self.suffixes:
-            conv = getattr(self, f"conv1d{suffix}")
             with stage("conv"):
-                u = causal_conv1d(x, conv.weight.squeeze(1), conv.bias, activation="silu", reverse=bool(suffix), cu_seqlens=cu_seqlens)
+                u = self._convolve(x, getattr(self, f"conv1d{suffix}"), bool(suffix), cu_seqlens)
             directions.append(self._direction(u, suffix))
         with stage("scan"):
             y = self._scan(directions, z, cu_seqlens)
         with stage("out_proj"):
             out = self._project(y, self.out_proj)
         return out if reduction is None else reduce_tokens(out, grid, reduction)
+
+    @staticmethod
+    def _convolve(x: Tensor, conv: nn.Module, reverse: bool, cu_seqlens: Tensor | None) -> Tensor:
+        if is_plain_convolution(conv):
+            return causal_conv1d(x, conv.weight.squeeze(1), conv.bias, activation="silu", reverse=reverse, cu_seqlens=cu_seqlens)
+        return F.silu(call_convolution(conv, x, reverse=reverse, cu_seqlens=cu_seqlens))
 
     def _scan(self, directions: list[Direction], z: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         if not self.bidirectional:
@@ -100,18 +108,27 @@ class ReferenceMixer(nn.Module):
             projected = self._project(u, getattr(self, f"x_proj{suffix}"))
             dt_raw, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         with stage("dt_proj"):
-            delta = self._project(dt_raw, dt_proj, bias=False)
-        A = -torch.exp(self.A_b_log if suffix else self.A_log)
-        return Direction(u, delta, A, B, C, getattr(self, f"D{suffix}"), dt_proj.bias)
+            delta, delta_bias = self._project_dt(dt_raw, dt_proj)
+        A = decay(self.A_b_log if suffix else self.A_log)
+        return Direction(u, delta, A, B, C, getattr(self, f"D{suffix}"), delta_bias)
 
     @staticmethod
-    def _project(x: Tensor, projection: nn.Module, bias: bool = True) -> Tensor:
-        """``projection(x)``, or without its bias; what a subclass may compute in its own way."""
-        return projection(x) if bias else F.linear(x, projection.weight)
+    def _project(x: Tensor, projection: nn.Module) -> Tensor:
+        """``projection(x)``; what a subclass may compute in its own way, as :meth:`_project_dt`."""
+        return projection(x)
+
+    @staticmethod
+    def _project_dt(dt_raw: Tensor, dt_proj: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """delta before the bias that the scan adds, and that bias, if dt_proj has not added it."""
+        if is_plain(dt_proj) or dt_raw.is_meta:
+            return F.linear(dt_raw, dt_proj.weight), dt_proj.bias
+        return call_dt_proj(dt_proj, dt_raw), None
 
     def _float32_parameters(self) -> list[nn.Parameter]:
-        per_direction = [(self.A_b_log if s else self.A_log, getattr(self, f"D{s}"), getattr(self, f"dt_proj{s}").bias) for s in self.suffixes]
-        return [parameter for one in per_direction for parameter in one]
+        """Those that there are: a replaced dt_proj may have no bias, or one that is no parameter."""
+        own = [self._parameters.get(name) for name in ("A_log", "A_b_log", "D", "D_b")]
+        biases = [getattr(self._modules.get(name), "bias", None) for name in ("dt_proj", "dt_proj_b")]
+        return [p for p in (*own, *biases) if isinstance(p, nn.Parameter)]
 
     def _apply(self, fn, recurse=True):
         """Moves as nn.Module does, but gives the float32 parameters their values back where a half precision was asked for."""
@@ -121,6 +138,11 @@ class ReferenceMixer(nn.Module):
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = data.to(parameter.device)
         return self
+
+
+def decay(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), in float32 or better."""
+    return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
 
 
 def _init_dt(dt_proj: nn.Linear, dt_rank: int, dt_min: float, dt_max: float, floor: float) -> None:
@@ -139,6 +161,12 @@ class MixerLayer(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(mixer.d_model, **factory)
         self.mixer = mixer
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """x (batch, L, D) -> the same shape."""
+        with stage("norm"):
+            normed = self.norm(x)
+        return x + self.mixer(normed, cu_seqlens=cu_seqlens)
 
 
 class ReferenceTemporalProjector(nn.Module):
@@ -189,9 +217,7 @@ class ReferenceTemporalProjector(nn.Module):
     def mix(self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction, cu_seqlens: Tensor | None) -> Tensor:
         """The layers and the reduction: (batch, L, D) -> (batch, L', D); packed videos (``cu_seqlens``) are not reduced."""
         for layer in self.layers:
-            with stage("norm"):
-                normed = layer.norm(x)
-            x = x + layer.mixer(normed, cu_seqlens=cu_seqlens)
+            x = layer(x, cu_seqlens=cu_seqlens)
         with stage("reduce"):
             return reduce_tokens(x, grid, reduction)
 
