@@ -128,14 +128,21 @@ def choose(op: str, backend: str, *activations: Tensor | None, d_state: int = 0,
 def _tell(op: str, chosen: str, refused: dict[str, str]) -> None:
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
     message = f"{op} runs on the {chosen} backend, because {reasons}"
-    if chosen == "torch" and _strict:
-        raise BackendError(f"strict mode: {message}")
-    if message in _warned:
-        return
-    _warned.add(message)
-    logger.info(message)
     if chosen == "torch":
-        warnings.warn(message, SlowPathWarning, stacklevel=2)
+        slow_path(message)
+    elif message not in _warned:
+        _warned.add(message)
+        logger.info(message)
+
+
+def slow_path(message: str) -> None:
+    """Warn, once for each message, that something slow runs; in strict mode raise."""
+    if _strict:
+        raise BackendError(f"strict mode: {message}")
+    if message not in _warned:
+        _warned.add(message)
+        logger.info(message)
+        warnings.warn(message, SlowPathWarning, stacklevel=3)
 
 
 def count(op: str, backend: Backend) -> None:

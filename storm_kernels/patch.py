@@ -18,6 +18,7 @@ from .patching.classes import rebuild as _rebuild  # noqa: F401  pickles of earl
 from .patching.recognise import ALREADY, Recognition, recognise
 from .patching.report import Entry, PatchError, PatchReport
 from .patching.trial import Verdict, trial, why_no_trial
+from .plain import unfused
 
 __all__ = ["Entry", "PatchError", "PatchReport", "patch", "patched", "unpatch"]
 
@@ -125,8 +126,7 @@ def _tried(module: nn.Module, found: Recognition, verdicts: dict) -> tuple[Recip
 
 def _note(module: nn.Module, recipe: Recipe, checked: str = "") -> str:
     notes = [checked] if checked else []
-    if recipe.kind == "transformers":
-        notes.append(not_fused(module, recipe.old))
+    notes += [not_fused(module, recipe.old)] if recipe.kind == "transformers" else unfused(module)
     if recipe.signature is not None and recipe.signature.defaults:
         notes.append(f"a call with {', '.join(name for name, _ in recipe.signature.defaults)} runs its own forward")
     return "; ".join(note for note in notes if note)

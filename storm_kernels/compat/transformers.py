@@ -24,11 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..linear import linear, project
-from ..plain import is_plain
+from ..linear import convolve, linear, project
+from ..plain import is_plain_convolution, is_silu
 from .transformers_cache import Past, past
 
-_SILU_CLASSES = ("SiLU", "SiLUActivation")
 _Result = TypeVar("_Result")
 
 
@@ -75,7 +74,7 @@ def by_head(mixer: nn.Module) -> bool:
 def not_fused(mixer: nn.Module, old: bool) -> str:
     """What of the mixer runs as PyTorch modules beside the kernels, for the report; empty if the kernels do it all."""
     notes = []
-    if old and not is_plain(mixer.conv1d, nn.Conv1d):
+    if old and not is_plain_convolution(mixer.conv1d):
         notes.append("conv1d is more than its weights and is called: PyTorch's convolution")
     if old and not _is_silu(mixer):
         notes.append("act is called: a pass of its own after the convolution and after the scan")
@@ -106,15 +105,14 @@ def _halves(mixer: nn.Module, projected: Tensor) -> tuple[Tensor, Tensor]:
 
 def _convolve(mixer: nn.Module, x: Tensor, history: Tensor | None, old: bool) -> Tensor:
     """x (b, l, d), convolved and activated."""
-    conv = mixer.conv1d
-    if old and history is None and not is_plain(conv, nn.Conv1d):
-        return _channels_first(lambda t: mixer.act(conv(t)[..., : t.shape[-1]]), x)
+    if old and history is None:
+        return convolve(x, mixer.conv1d, getattr(mixer, "act", None))
     silu = _is_silu(mixer) if old else _names_silu(mixer)
 
     def run(conv: nn.Module) -> Tensor:
         return ops.causal_conv1d(x, conv.weight.squeeze(1), conv.bias, activation="silu" if silu else None, initial_state=history)
 
-    u = _with_weights(conv, run)
+    u = _with_weights(mixer.conv1d, run)
     if silu:
         return u
     # The present form looks its activation up by name: no hook on mixer.act has a part in it.
@@ -132,10 +130,7 @@ def _names_silu(mixer: nn.Module) -> bool:
 
 def _is_silu(mixer: nn.Module) -> bool:
     """Whether calling ``mixer.act`` is SiLU and nothing else."""
-    act = getattr(mixer, "act", None)
-    if act is None:
-        return _names_silu(mixer)
-    return type(act).__name__ in _SILU_CLASSES and is_plain(act, type(act))
+    return is_silu(getattr(mixer, "act", None))
 
 
 def _with_weights(module: nn.Module, function: Callable[[nn.Module], _Result]) -> _Result:

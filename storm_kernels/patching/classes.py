@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from ..compat.mixer import MambaForward
 from ..compat.transformers import mixer_forward
-from ..dispatch import SlowPathWarning
+from ..dispatch import slow_path
 from ..modules import BiMambaMixer, TemporalProjector
 from .report import PatchError
 from .signature import CACHE, INPUT, MASK, POSITION, Signature, signature_of
@@ -159,7 +158,7 @@ def _by_roles(original: type[nn.Module], recipe: Recipe, compute: Callable) -> C
     def forward(self, *args, **kwargs):
         values = signature.read(args, kwargs)
         if values is None:
-            _tell(original.__name__)
+            slow_path(f"a call of {original.__name__} has an argument that is not known here: its own forward runs, not our kernels")
             return original.forward(self, *args, **kwargs)
         return compute(self, values, kwargs, recipe.old)
 
@@ -177,8 +176,3 @@ def _transformers_forward(mixer: nn.Module, values: dict, kwargs: dict, old: boo
 
 def _mamba_forward(mixer: nn.Module, values: dict, kwargs: dict, old: bool) -> Tensor:
     return MambaForward.forward(mixer, values[INPUT], values.get(CACHE))
-
-
-@cache
-def _tell(name: str) -> None:
-    warnings.warn(f"a call of {name} has an argument that is not known here: its own forward runs, not our kernels", SlowPathWarning, stacklevel=3)

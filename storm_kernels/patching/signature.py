@@ -79,11 +79,8 @@ class Signature:
 
 
 def signature_of(cls: type, kind: str) -> Signature | None:
-    """The signature of ``cls.forward``, or of its ``slow_forward`` where a decorator hides the first; None if it needs more than one argument."""
-    parameters = _parameters(cls.forward)
-    if not any(p.kind in (_Parameter.POSITIONAL_ONLY, _Parameter.POSITIONAL_OR_KEYWORD) for p in parameters) and hasattr(cls, "slow_forward"):
-        first, *rest = _parameters(cls.slow_forward)
-        parameters = [first.replace(name=INPUT), *rest]
+    """The signature of ``cls.forward``; None if it needs more than one argument."""
+    parameters = list(inspect.signature(_plain(cls.forward)).parameters.values())[1:]
     named = [p for p in parameters if p.kind not in (_Parameter.VAR_POSITIONAL, _Parameter.VAR_KEYWORD)]
     positional = tuple(p.name for p in named if p.kind is not _Parameter.KEYWORD_ONLY)
     if not positional or any(p.default is _Parameter.empty for p in named[1:]):
@@ -94,8 +91,11 @@ def signature_of(cls: type, kind: str) -> Signature | None:
     return Signature(kind, positional, tuple(roles.items()), defaults, any(p.kind is _Parameter.VAR_KEYWORD for p in parameters))
 
 
-def _parameters(function: Callable) -> list[inspect.Parameter]:
-    return list(inspect.signature(function).parameters.values())[1:]
+def _plain(function: Callable) -> Callable:
+    """The forward within a decorator that hides its arguments (transformers has had one)."""
+    named = [p for p in inspect.signature(function).parameters.values() if p.kind not in (_Parameter.VAR_POSITIONAL, _Parameter.VAR_KEYWORD)]
+    held = [cell.cell_contents for cell in function.__closure__ or ()] if len(named) <= 1 and inspect.isfunction(function) else []
+    return next((inner for inner in held if inspect.isfunction(inner) and inner.__name__ == "forward"), function)
 
 
 def _same(value: object, default: object) -> bool:
