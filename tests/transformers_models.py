@@ -29,6 +29,9 @@ OLD = hasattr(mixer_class("mamba"), "slow_forward")  # up to 5.15
 POSITIONS = "cache_position" in inspect.signature(mixer_class("mamba").forward).parameters  # up to 5.3
 
 
+CACHE = "cache" if "cache" in inspect.signature(mixer_class("mamba").forward).parameters else "cache_params"  # what mixers call it
+
+
 def build(kind, seed=0, **options):
     torch.manual_seed(seed)
     if kind == "jamba":
@@ -91,3 +94,32 @@ def hybrid_cache(model, batch):
     file = __import__(type(model).__module__, fromlist=["x"])
     cls = next(value for name, value in vars(file).items() if name.endswith("DynamicCache") and "Hybrid" in name)
     return cls(model.config, batch, torch.float32)
+
+
+def mixer_cache(model, batch):
+    """An empty cache for the model's mixers."""
+    if not POSITIONS:
+        return transformers.DynamicCache(config=model.config)
+    if hasattr(model, "backbone"):
+        file = __import__(type(model).__module__, fromlist=["x"])
+        return next(value for name, value in vars(file).items() if name.endswith("MambaCache"))(model.config, batch, dtype=torch.float32)
+    return hybrid_cache(model, batch)
+
+
+def mixer_steps(mixer, cache, x, mask=None, prompt=6):
+    """What a mixer gives for a prompt and for the tokens after it one by one, and what it leaves in the cache."""
+    taps, outs = mixer.conv_kernel_size, []
+    for start, end in [(0, prompt), *((t, t + 1) for t in range(prompt, x.shape[1]))]:
+        where = {"cache_position": torch.arange(taps) if start == 0 else torch.tensor([start])} if hasattr(cache, "update_ssm_state") else {}
+        masked = {} if mask is None or start else {"attention_mask": mask[:, :end]}
+        outs.append(mixer(x[:, start:end], **{CACHE: cache}, **where, **masked))
+        if isinstance(getattr(cache, "has_previous_state", None), bool):
+            cache.has_previous_state = True  # the model does so after its last layer
+    return [*outs, *_states(cache, mixer.layer_idx)]
+
+
+def _states(cache, layer):
+    if hasattr(cache, "ssm_states"):
+        return [cache.conv_states[layer].clone(), cache.ssm_states[layer].clone()]
+    held = (cache.layers[layer].conv_states, cache.layers[layer].recurrent_states)
+    return [(states[0] if isinstance(states, dict) else states).clone() for states in held]

@@ -62,7 +62,7 @@ def mixer_forward(
         y, state = y
         before.keep_state(state)
     if act:
-        y = y * _channels_first(act, z)
+        y = y * _gate(mixer, z)
     return project(y.to(dtype), mixer.out_proj)
 
 
@@ -115,13 +115,16 @@ def _convolve(mixer: nn.Module, x: Tensor, history: Tensor | None, old: bool) ->
     u = _with_weights(mixer.conv1d, run)
     if silu:
         return u
-    # The present form looks its activation up by name: no hook on mixer.act has a part in it.
-    return _channels_first(mixer.act if old else lambda t: type(mixer.act).forward(mixer.act, t), u)
+    if not old:  # the activation is looked up by name: no hook on mixer.act has a part in it
+        return type(mixer.act).forward(mixer.act, u)
+    return mixer.act(u[:, 0]).unsqueeze(1) if u.shape[1] == 1 else mixer.act(u.transpose(1, 2)).transpose(1, 2)
 
 
-def _channels_first(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function`` of x (b, l, d) as (b, d, l), the layout that the originals call their modules with."""
-    return function(x.transpose(1, 2)).transpose(1, 2)
+def _gate(mixer: nn.Module, z: Tensor) -> Tensor:
+    """``act`` of z (b, l, d), called on the layout that the old form calls it with: (b, d, l), or by head (h, b, d / h, l)."""
+    if not by_head(mixer):
+        return mixer.act(z.transpose(1, 2)).transpose(1, 2)
+    return mixer.act(z.unflatten(-1, (mixer.A_log.shape[0], -1)).permute(2, 0, 3, 1)).permute(1, 3, 0, 2).flatten(2)
 
 
 def _names_silu(mixer: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from ..compat.transformers import mixer_forward
 from ..dispatch import slow_path
 from ..modules import BiMambaMixer, TemporalProjector
 from .report import PatchError
-from .signature import CACHE, INPUT, MASK, POSITION, Signature, signature_of
+from .signature import CACHE, INPUT, MASK, POSITION, Signature, plain_forward, signature_of
 
 _PACKING = ("seq_idx", "cu_seqlens", "cu_seq_lens_q")
 
@@ -162,7 +162,7 @@ def _by_roles(original: type[nn.Module], recipe: Recipe, compute: Callable) -> C
             return original.forward(self, *args, **kwargs)
         return compute(self, values, kwargs, recipe.old)
 
-    forward.__signature__ = inspect.signature(original.forward)
+    forward.__signature__ = inspect.signature(plain_forward(original.forward))
     forward.__qualname__, forward.__doc__ = original.forward.__qualname__, original.forward.__doc__
     return forward
 

@@ -80,7 +80,7 @@ class Signature:
 
 def signature_of(cls: type, kind: str) -> Signature | None:
     """The signature of ``cls.forward``; None if it needs more than one argument."""
-    parameters = list(inspect.signature(_plain(cls.forward)).parameters.values())[1:]
+    parameters = list(inspect.signature(plain_forward(cls.forward)).parameters.values())[1:]
     named = [p for p in parameters if p.kind not in (_Parameter.VAR_POSITIONAL, _Parameter.VAR_KEYWORD)]
     positional = tuple(p.name for p in named if p.kind is not _Parameter.KEYWORD_ONLY)
     if not positional or any(p.default is _Parameter.empty for p in named[1:]):
@@ -91,7 +91,7 @@ def signature_of(cls: type, kind: str) -> Signature | None:
     return Signature(kind, positional, tuple(roles.items()), defaults, any(p.kind is _Parameter.VAR_KEYWORD for p in parameters))
 
 
-def _plain(function: Callable) -> Callable:
+def plain_forward(function: Callable) -> Callable:
     """The forward within a decorator that hides its arguments (transformers has had one)."""
     named = [p for p in inspect.signature(function).parameters.values() if p.kind not in (_Parameter.VAR_POSITIONAL, _Parameter.VAR_KEYWORD)]
     held = [cell.cell_contents for cell in function.__closure__ or ()] if len(named) <= 1 and inspect.isfunction(function) else []
