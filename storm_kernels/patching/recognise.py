@@ -68,7 +68,8 @@ def _has(module: nn.Module, name: str) -> bool:
 
 def _reference(module: nn.Module, reference: type[nn.Module]) -> Recognition:
     kind, fast = _REFERENCES[reference]
-    above = type(module).__mro__[: type(module).__mro__.index(reference)]
+    own = own_class(type(module))  # what other libraries put on top stays on top
+    above = own.__mro__[: own.__mro__.index(reference)]
     ours = {name for cls in (reference, fast) for name in vars(cls) if not name.startswith("__")}
     changed = sorted({name for cls in above for name in vars(cls)} & ours)
     if changed:
