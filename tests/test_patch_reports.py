@@ -157,7 +157,7 @@ def test_half_precision_models_decode(kind, dtype):
 
 
 @pytest.mark.skipif(OLD, reason="before 5.16 a compiled mixer has no static cache of layers")
-@pytest.mark.parametrize("kind", ["mamba", "jamba"])
+@pytest.mark.parametrize("kind", ["mamba"])
 def test_compiled_decoding(kind):
     """transformers pull request 31247: a compiled decoding step with a cache whose tensors stay where they are."""
     model, ids = build(kind), tokens(length=7)

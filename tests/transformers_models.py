@@ -82,35 +82,35 @@ def with_cache(model, ids, cache=None, seen=0):
     accepted = inspect.signature(model.forward).parameters
     name = next(name for name in ("cache", "cache_params", "past_key_values") if name in accepted)
     options = {} if cache is None else {name: cache}
-    if cache is None and name == "past_key_values" and POSITIONS:
-        options[name] = hybrid_cache(model, ids.shape[0])
+    if cache is None and name == "past_key_values" and own_cache(model) is not None:  # only ``generate`` makes it
+        options[name] = mixer_cache(model, ids.shape[0])
     if "cache_position" in accepted and cache is not None:
         options["cache_position"] = torch.arange(seen, seen + ids.shape[1])
     return model(ids, use_cache=True, **options)
 
 
-def hybrid_cache(model, batch):
-    """The cache of Jamba and Zamba in the generations in which only ``generate`` makes it."""
+def own_cache(model):
+    """The class of caches of its own that a model's file has, up to 5.4; None later."""
     file = __import__(type(model).__module__, fromlist=["x"])
-    cls = next(value for name, value in vars(file).items() if name.endswith("DynamicCache") and "Hybrid" in name)
-    return cls(model.config, batch, torch.float32)
+    found = [value for name, value in vars(file).items() if name.endswith("Cache") and ("Mamba" in name or "Hybrid" in name)]
+    return found[0] if found else None
 
 
 def mixer_cache(model, batch):
     """An empty cache for the model's mixers."""
-    if not POSITIONS:
-        return transformers.DynamicCache(config=model.config)
-    if hasattr(model, "backbone"):
-        file = __import__(type(model).__module__, fromlist=["x"])
-        return next(value for name, value in vars(file).items() if name.endswith("MambaCache"))(model.config, batch, dtype=torch.float32)
-    return hybrid_cache(model, batch)
+    cls = own_cache(model)
+    return transformers.DynamicCache(config=model.config) if cls is None else cls(model.config, batch, dtype=torch.float32)
 
 
 def mixer_steps(mixer, cache, x, mask=None, prompt=6):
     """What a mixer gives for a prompt and for the tokens after it one by one, and what it leaves in the cache."""
     taps, outs = mixer.conv_kernel_size, []
     for start, end in [(0, prompt), *((t, t + 1) for t in range(prompt, x.shape[1]))]:
-        where = {"cache_position": torch.arange(taps) if start == 0 else torch.tensor([start])} if hasattr(cache, "update_ssm_state") else {}
+        where = (
+            {"cache_position": torch.arange(taps) if start == 0 else torch.tensor([start])}
+            if POSITIONS and hasattr(cache, "update_ssm_state")
+            else {}
+        )
         masked = {} if mask is None or start else {"attention_mask": mask[:, :end]}
         outs.append(mixer(x[:, start:end], **{CACHE: cache}, **where, **masked))
         if isinstance(getattr(cache, "has_previous_state", None), bool):

@@ -102,6 +102,13 @@ class _FlatPast(Past):
         old = self.cache.conv_states[self.layer_idx]
         inputs = torch.cat([old[..., 1:], x.transpose(1, 2).to(old.dtype)], -1) if self.started else self._last_inputs(x)
         old.copy_(inputs)
+        # MambaCache of 5.4 tells by itself, after its last layer, that there is a past; other caches are told by the model.
+        if (
+            hasattr(self.cache, "update_conv_state")
+            and self.layer_idx == len(self.cache.conv_states) - 1
+            and hasattr(self.cache, "has_previous_state")
+        ):
+            self.cache.has_previous_state = True
 
     def keep_state(self, state):
         self.cache.ssm_states[self.layer_idx].copy_(self._shaped(state))
