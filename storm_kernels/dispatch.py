@@ -12,8 +12,8 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -41,6 +41,7 @@ ORDER = {
 _ran: Counter[tuple[str, str]] = Counter()
 _warned: set[str] = set()
 _lock = threading.Lock()  # of both
+_uncounted = threading.local()
 # Files whose lines are no caller's: this library's, and PyTorch's between the caller and an operator.
 _INSIDE = tuple(f"{Path(module).parent}{os.sep}" for module in (__file__, torch.__file__))
 
@@ -146,15 +147,28 @@ def choose(op: str, backend: str, *activations: Tensor | None, d_state: int = 0,
 def _tell(op: str, chosen: str, refused: dict[str, str]) -> None:
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
     message = f"{op} runs on the {chosen} backend, because {reasons}"
-    if chosen == "torch" and context.current("strict"):
+    if chosen == "torch":
+        slow_path(message)
+    else:
+        _first_time(message)
+
+
+def slow_path(message: str) -> None:
+    """Warn, once for each message, that something slow runs; in strict mode raise."""
+    if context.current("strict"):
         raise BackendError(f"strict mode: {message}")
+    if _first_time(message):
+        warnings.warn(message, SlowPathWarning, stacklevel=_callers_level())
+
+
+def _first_time(message: str) -> bool:
+    """Log ``message`` if it is told for the first time, and say whether it was; what is uncounted is not told."""
     with _lock:
-        if message in _warned:
-            return
+        if getattr(_uncounted, "here", False) or message in _warned:
+            return False
         _warned.add(message)
     logger.info(message)
-    if chosen == "torch":
-        warnings.warn(message, SlowPathWarning, stacklevel=_callers_level())
+    return True
 
 
 def _callers_level() -> int:
@@ -178,8 +192,20 @@ def run_plain(op: str, backend: str, reason: str) -> None:
 
 def count(op: str, backend: Backend) -> None:
     """Note that ``op`` ran."""
+    if getattr(_uncounted, "here", False):
+        return
     with _lock:
         _ran[op, backend.NAME] += 1
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Within it, what this thread runs is not in :func:`stats`, and no slow path is told of."""
+    before, _uncounted.here = getattr(_uncounted, "here", False), True
+    try:
+        yield
+    finally:
+        _uncounted.here = before
 
 
 def stats(*, reset: bool = False) -> dict[str, dict[str, int]]:

@@ -104,7 +104,8 @@ def test_report_names_what_was_replaced_and_why_not():
 
 
 class SubclassedMixer(reference.ReferenceMixer):
-    pass
+    def forward(self, x, **options):
+        return 2 * super().forward(x, **options)
 
 
 class Mamba2(nn.Module):
@@ -129,7 +130,7 @@ REFUSED = {
     "v3": (lambda: changed(original_mixers.Mamba(16), bimamba_type="v3"), "bimamba_type='v3' is not supported"),
     "forward only": (lambda: changed(original_mixers.Mamba(16, bimamba_type="v2"), use_fast_path=False), "use_fast_path=False"),
     "Mamba-2": (Mamba2, "is not a Mamba-1 mixer: it has no in_proj, conv1d"),
-    "a subclass": (lambda: SubclassedMixer(16), "subclass of the reference"),
+    "a subclass": (lambda: SubclassedMixer(16), "subclass of the reference whose changes a patch would lose: forward"),
     "another class": (lambda: type("Other", (nn.Module,), {})(), None),
     "an overridden forward": (Renamed, "Renamed overrides the forward of MambaMixer"),
     "ours": (lambda: Mamba(16), "runs on storm_kernels already"),

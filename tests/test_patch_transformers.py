@@ -1,6 +1,7 @@
-"""The Mamba, FalconMamba and Jamba of the installed transformers, patched and unpatched: same logits, greedy tokens, gradients and caches."""
+"""The Mamba, FalconMamba, Jamba and Zamba of the installed transformers, patched and unpatched: same logits, greedy tokens, gradients and caches."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -8,48 +9,7 @@ import torch
 from storm_kernels import stats
 from storm_kernels.patch import PatchError, patch, patched, unpatch
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
-VOCABULARY = 61
-SMALL = {"vocab_size": VOCABULARY, "hidden_size": 24, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": 1}
-
-
-def build(kind, seed=0, **options):
-    torch.manual_seed(seed)
-    if kind == "jamba":
-        config = transformers.JambaConfig(
-            **SMALL, num_hidden_layers=3, attn_layer_period=3, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=2,
-            num_attention_heads=2, num_key_value_heads=1, intermediate_size=32, mamba_d_state=4, mamba_dt_rank=3, **options,
-        )  # fmt: skip
-        model = transformers.JambaForCausalLM(config)
-    else:
-        name = {"mamba": "Mamba", "falcon": "FalconMamba"}[kind]
-        config = getattr(transformers, f"{name}Config")(**SMALL, num_hidden_layers=2, state_size=4, **options)
-        model = getattr(transformers, f"{name}ForCausalLM")(config)
-    with torch.no_grad():  # untrained logits are nearly level: spread them, so that a wrong token would show
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model.eval()
-
-
-def tokens(batch=2, length=11, seed=1):
-    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def padding(side, ids):
-    mask = torch.ones_like(ids)
-    if side == "left":
-        mask[0, :4] = 0
-    elif side == "right":
-        mask[0, -4:] = 0
-    return None if side == "none" else mask
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, atol=2e-5 * b.abs().max().item(), rtol=0)
-
-
-kinds = pytest.mark.parametrize("kind", ["mamba", "falcon", "jamba"])
+from .transformers_models import OLD, build, cache_of, close, kinds, mixer_class, mixers, own_cache, padding, tokens, with_cache
 
 
 @kinds
@@ -71,7 +31,8 @@ def test_prefill(kind, side, length):
 def test_greedy_tokens(kind, side, use_cache):
     for seed in range(2):
         model = build(kind, seed)
-        ids = tokens(length=2 if side == "none" else 9, seed=seed)  # without padding, a prompt shorter than the convolution
+        # Without padding, a prompt shorter than the convolution; transformers up to 5.4 departs from itself after such a one.
+        ids = tokens(length=(2 if own_cache(model) is None else 5) if side == "none" else 9, seed=seed)
         mask = torch.ones_like(ids) if side == "none" else padding(side, ids)
         options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "use_cache": use_cache}
         options |= {"return_dict_in_generate": True, "output_logits": True}
@@ -91,12 +52,10 @@ def test_a_cache_may_change_hands(kind):
         whole = model(ids, use_cache=False).logits
         for first, second in ((patch, unpatch), (lambda m: None, patch)):
             first(model)
-            out = model(ids[:, :6], use_cache=True)
-            cache = getattr(out, "cache_params", None) or out.past_key_values
-            name = "past_key_values" if kind == "jamba" else "cache_params"
+            cache = cache_of(with_cache(model, ids[:, :6]))
             second(model)
             for t in range(6, 11):
-                logits = model(ids[:, t : t + 1], **{name: cache}, use_cache=True).logits
+                logits = with_cache(model, ids[:, t : t + 1], cache, t).logits
                 close(logits[:, 0], whole[:, t])
 
 
@@ -122,18 +81,19 @@ def test_training(kind, side):
 def test_report_weights_and_counters(kind):
     model = build(kind)
     parameters, state = dict(model.named_parameters()), list(model.state_dict())
+    count = len(mixers(model))
     report = patch(model)
-    assert all(entry.class_name in ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer") for entry in report.replaced)
-    assert len(report.replaced) == 2 and not report.skipped
+    assert all(entry.class_name == mixer_class(kind).__name__ and not entry.note for entry in report.replaced)
+    assert len(report.replaced) == count and not report.skipped
     assert list(model.state_dict()) == state
     assert all(parameters[name] is p for name, p in model.named_parameters())
     stats(reset=True)
     with torch.no_grad():
         model(tokens(), use_cache=False)
-    assert {op: sum(by.values()) for op, by in stats().items()} == {"conv": 2, "scan": 2}
+    assert {op: sum(by.values()) for op, by in stats().items()} == {"conv": count, "scan": count}
     with pytest.raises(PatchError, match="patched already"):
         patch(model)
-    assert len(unpatch(model)) == 2
+    assert len(unpatch(model)) == count
 
 
 @kinds
@@ -144,7 +104,7 @@ def test_copies_and_checkpoints(kind, tmp_path):
         patch(model)
         twin = copy.deepcopy(model)
         close(twin(ids, use_cache=False).logits, expected)
-        assert len(unpatch(twin)) == 2
+        assert len(unpatch(twin)) == len(mixers(model))
         model.save_pretrained(tmp_path)
         loaded = type(model).from_pretrained(tmp_path).eval()
         close(loaded(ids, use_cache=False).logits, expected)
@@ -152,7 +112,11 @@ def test_copies_and_checkpoints(kind, tmp_path):
 
 @kinds
 def test_options_of_the_mixers(kind):
-    names = {"conv": "mamba_conv_bias", "projection": "mamba_proj_bias"} if kind == "jamba" else {"conv": "use_conv_bias", "projection": "use_bias"}
+    names = (
+        {"conv": "mamba_conv_bias", "projection": "mamba_proj_bias"}
+        if kind in ("jamba", "zamba")
+        else {"conv": "use_conv_bias", "projection": "use_bias"}
+    )
     model, ids = build(kind, **{names["conv"]: False, names["projection"]: True}), tokens()
     with torch.no_grad():
         mask = padding("left", ids)
@@ -174,36 +138,45 @@ def test_gradient_checkpointing(kind):
         torch.testing.assert_close(model.get_parameter(name).grad, grad)
 
 
-def test_a_prompt_in_pieces_is_what_transformers_makes_of_it():
-    model, ids = build("mamba"), tokens()
+@pytest.mark.skipif(OLD, reason="transformers up to 5.15 reads several tokens after a cached prefix wrongly, or not at all")
+@kinds
+def test_a_prompt_in_pieces_is_what_transformers_makes_of_it(kind):
+    model, ids = build(kind), tokens()
     with torch.no_grad():
         results = []
         for change in (lambda m: None, patch):
             change(model)
-            cache = model(ids[:, :5], use_cache=True).cache_params
-            results.append(model(ids[:, 5:], cache_params=cache, use_cache=True).logits)
+            cache = cache_of(with_cache(model, ids[:, :5]))
+            results.append(with_cache(model, ids[:, 5:], cache, 5).logits)
     close(results[1], results[0])
 
 
-def test_other_activations_are_refused():
-    with pytest.raises(PatchError, match="its activation is 'gelu'; only silu is fused"):
-        patch(build("mamba", hidden_act="gelu"))
+@kinds
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_other_activations_cost_a_pass_of_their_own(kind, activation):
+    model, ids = build(kind, **{"hidden_mamba_act" if kind == "zamba" else "hidden_act": activation}), tokens()
+    with torch.no_grad():
+        expected = [model(ids, use_cache=False).logits, *with_cache_steps(model, ids)]
+        report = patch(model, check=True)
+        assert len(report.replaced) == len(mixers(model))
+        assert all("a pass of its own after the convolution" in entry.note for entry in report.replaced)
+        for a, b in zip([model(ids, use_cache=False).logits, *with_cache_steps(model, ids)], expected, strict=True):
+            close(a, b)
 
 
-def test_accelerate_hooks_are_refused():
-    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
-    model = build("mamba")
-    accelerate.hooks.add_hook_to_module(model.backbone.layers[0].mixer, accelerate.hooks.ModelHook())
-    report = patch(model)
-    assert [entry.name for entry in report.replaced] == ["backbone.layers.1.mixer"]
-    assert "accelerate" in report.skipped[0].why
+def with_cache_steps(model, ids):
+    """The logits of a prompt of six tokens and of the tokens after it, one by one."""
+    out = with_cache(model, ids[:, :6])
+    cache = cache_of(out)
+    return [out.logits, *(with_cache(model, ids[:, t : t + 1], cache, t).logits for t in range(6, ids.shape[1]))]
 
 
-def test_packed_sequences_are_refused():
-    model = build("mamba")
-    mixer = model.backbone.layers[0].mixer
-    patch(model)
-    with pytest.raises(ValueError, match="packed sequences.*seq_idx"):
+@kinds
+def test_packed_sequences_are_refused(kind):
+    mixer = mixers(build(kind))[0]
+    patch(mixer)
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(mixer.forward).parameters.values())
+    with pytest.raises(ValueError if takes_more else TypeError, match="seq_idx"):
         mixer(torch.randn(1, 4, 24), seq_idx=torch.zeros(1, 4))
 
 
