@@ -153,14 +153,14 @@ def fast_class(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
 
 def _by_roles(original: type[nn.Module], recipe: Recipe, compute: Callable) -> Callable:
     """A forward that takes what the original's takes; a call that it does not wholly understand is the original's."""
-    signature = recipe.signature
+    read, old = recipe.signature.reader(), recipe.old
 
     def forward(self, *args, **kwargs):
-        values = signature.read(args, kwargs)
+        values = read(args, kwargs)
         if values is None:
             slow_path(f"a call of {original.__name__} has an argument that is not known here: its own forward runs, not our kernels")
             return original.forward(self, *args, **kwargs)
-        return compute(self, values, kwargs, recipe.old)
+        return compute(self, values, kwargs, old)
 
     forward.__signature__ = inspect.signature(plain_forward(original.forward))
     forward.__qualname__, forward.__doc__ = original.forward.__qualname__, original.forward.__doc__

@@ -42,26 +42,35 @@ class Signature:
         """What the argument of that role is called; None if there is none."""
         return next((name for name, own in self.roles if own == role), None)
 
-    def read(self, args: tuple, kwargs: dict) -> dict | None:
-        """The values by role; None if the call has an argument whose meaning is not known, or is none that this forward takes."""
-        if len(args) > len(self.positional):
-            return None
-        roles, defaults, values, aliases = dict(self.roles), dict(self.defaults), {}, {}
-        for name, value in (*zip(self.positional, args, strict=False), *kwargs.items()):
-            if name in roles:
-                if roles[name] in values:  # given twice: its own forward says so
-                    return None
-                values[roles[name]] = value
-            elif name in defaults:
-                if not _same(value, defaults[name]):
-                    return None
-            elif not self.keywords:
+    def reader(self) -> Callable[[tuple, dict], dict | None]:
+        """A function of a call's (args, kwargs): the values by role; None if one has no known meaning, or is not what this forward takes."""
+        positional, roles, defaults, keywords, spellings = (
+            self.positional,
+            dict(self.roles),
+            dict(self.defaults),
+            self.keywords,
+            _SPELLINGS[self.kind],
+        )
+
+        def read(args: tuple, kwargs: dict) -> dict | None:
+            if len(args) > len(positional):
                 return None
-            elif name in _SPELLINGS[self.kind]:
-                aliases[_SPELLINGS[self.kind][name]] = value
-        for role, value in aliases.items():
-            values.setdefault(role, value)
-        return values if INPUT in values else None
+            values, aliases = {}, {}
+            for name, value in (*zip(positional, args, strict=False), *kwargs.items()):
+                if name in roles:
+                    if roles[name] in values:  # given twice: its own forward says so
+                        return None
+                    values[roles[name]] = value
+                elif name in defaults:
+                    if not _same(value, defaults[name]):
+                        return None
+                elif not keywords:
+                    return None
+                elif name in spellings:
+                    aliases[spellings[name]] = value
+            return aliases | values if INPUT in values else None
+
+        return read
 
     def guesses(self) -> list[Signature]:
         """This signature with meanings given to the arguments that have none, in every way that makes sense, the likeliest first."""

@@ -51,8 +51,9 @@ def why_no_trial(module: nn.Module) -> str:
         forward = vars(child).get("_old_forward" if "_hf_hook" in vars(child) else "forward")
         if forward is not None and getattr(forward, "__func__", None) is not type(child).forward:
             return f"the forward of {name or 'the mixer'} is overridden on the instance, and a trial would call it"
+    empty = {name for name, p in module.named_parameters() if p.numel() == 0}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.is_meta or tensor.numel() == 0 or type(tensor).__name__ == "DTensor":
+        if tensor.is_meta or name in empty or type(tensor).__name__ == "DTensor":
             return f"the weights of {name} are elsewhere (offloaded, sharded, or not loaded yet)"
     if _dtype(module) not in BOUNDS:
         return f"its activations would be {_dtype(module)}"
