@@ -1,25 +1,21 @@
 """Autograd's other doors: forward mode, torch.func, batched gradients, second derivatives. Truth is the same door of the reference in float64."""
 
-import copy
 import re
-from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import storm_kernels as sk
-from storm_kernels import TokenReduction, reference
 from storm_kernels import linear as home
-from storm_kernels.patch import patch
+from storm_kernels import reference
 
 from .test_ops import CALLS, Recorder
 
 # None leaves the choice to dispatch; "torch" is the way out that always works.
 BACKENDS = [None, "torch"]
-REDUCTION = TokenReduction(2, 2, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -210,66 +206,6 @@ def test_the_widened_product_through_every_door(door, monkeypatch):
         assert (one.double() - true).abs().max() <= 0.03 * true.abs().max()
 
 
-def pair(make, ours):
-    """The reference in float64, and the same model on the kernels."""
-    torch.manual_seed(0)
-    model = make().double()
-    fast = ours(copy.deepcopy(model).float())
-    return model, fast
-
-
-def as_projector(plain):
-    fast = sk.TemporalProjector(6, 16, layers=2, d_state=4)
-    fast.load_state_dict(plain.state_dict())
-    return fast
-
-
-def projector():
-    return reference.ReferenceTemporalProjector(6, 16, layers=2, d_state=4)
-
-
-def features(dtype):
-    return torch.randn(3, 5, 4, 3, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def per_sample_gradients(model, x):
-    def loss(parameters, one):
-        return functional_call(model, parameters, (one[None], REDUCTION)).square().sum()
-
-    return vmap(grad(loss), (None, 0))(dict(model.named_parameters()), x)
-
-
-def an_ensemble(model, x):
-    parameters = {name: torch.stack([p, p * 1.01]) for name, p in model.named_parameters()}
-    return vmap(lambda parameters: functional_call(model, parameters, (x, REDUCTION)))(parameters)
-
-
-def a_gradient_penalty(model, x):
-    x = x.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(model(x, REDUCTION).sum(), x, create_graph=True)
-    return torch.autograd.grad(slope.square().sum(), list(model.parameters()), allow_unused=True)
-
-
-def a_hessian_vector_product(model, x):
-    return jvp(grad(lambda v: model(v, REDUCTION).square().sum()), (x,), (x.flip(1),))
-
-
-def a_tangent(model, x):
-    return jvp(lambda v: model(v, REDUCTION, lengths=[5, 3, 4]), (x,), (x.flip(1),))
-
-
-@pytest.mark.parametrize("backend", ["", "torch"])
-@pytest.mark.parametrize("use", [per_sample_gradients, an_ensemble, a_gradient_penalty, a_hessian_vector_product, a_tangent])
-@pytest.mark.parametrize("ours", [as_projector, lambda model: (patch(model), model)[1]], ids=["fused", "patched"])
-def test_a_projector_in_use(use, ours, backend, monkeypatch):
-    plain, fast = pair(projector, ours)
-    truth = use(plain, features(torch.float64))
-    with sk.use_backend(backend) if backend else nullcontext():
-        found = use(fast, features(torch.float32))
-    for one, true in zip(flat(found), flat(truth), strict=True):
-        assert (one.double() - true).abs().max() <= 1e-3 * true.abs().max() + 1e-6
-
-
 def test_kernels_run_under_grad_and_vmap():
     """Only what no kernel computes is plain PyTorch's; that is told, counted, and forbidden in strict mode."""
     c = Call(CALLS["scan"], sk, None, torch.float32)
@@ -305,16 +241,3 @@ def test_gradgradcheck(call):
     leaves = tuple(v.requires_grad_() for v in c.values)
     assert torch.autograd.gradgradcheck(c.outs, leaves, fast_mode=True)
     assert torch.autograd.gradcheck(c.outs, leaves, fast_mode=True, check_forward_ad=True, check_batched_grad=True)
-
-
-@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
-def test_transforms_inside_a_compiled_function(transform):
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    mixer, x, t = sk.BiMambaMixer(8, d_state=4), torch.randn(1, 5, 8), torch.randn(1, 5, 8)
-    function = {
-        "grad": lambda x, t: grad(lambda v: mixer(v).square().sum())(x),
-        "vmap": lambda x, t: vmap(mixer)(torch.stack([x, t])),
-        "jvp": lambda x, t: jvp(mixer, (x,), (t,))[1],
-    }[transform]
-    torch.testing.assert_close(torch.compile(function, backend="aot_eager")(x, t), function(x, t), atol=1e-5, rtol=1e-4)

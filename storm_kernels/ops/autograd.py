@@ -17,6 +17,7 @@ from .. import dispatch
 # Why plain PyTorch runs in the place of kernels.
 _FORWARD_MODE = "no kernel computes forward-mode derivatives"
 _HIGHER = "no kernel computes derivatives of gradients"
+_FUNCTIONALIZED = "no kernel runs under torch.func.functionalize"
 _IN_A_COMPILED_TRANSFORM = "no kernel runs under a transform of torch.func inside a compiled function"
 _EXPORT = "an ONNX model holds none but PyTorch's own operators"
 _ASKED_FOR = "plain PyTorch was asked for"
@@ -61,10 +62,15 @@ def forward_mode(*tensors: object) -> bool:
     """Whether forward-mode derivatives are taken with respect to one of the tensors, by torch.func or by ``torch.autograd.forward_ad``."""
     if forward_ad._current_level < 0:
         return False
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    if any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack):
+    if _under("Jvp"):
         return True
     return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _under(kind: str) -> bool:
+    """Whether one of the transforms in progress is a ``kind`` ("Jvp", "Functionalize", ...)."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key().name == kind for level in stack)
 
 
 def refuse_forward_mode(name: str, *tensors: object) -> None:
@@ -108,6 +114,8 @@ def _why_plain(args: tuple, under_transforms: bool) -> str | None:
         return _ASKED_FOR if plain_asked_for else _EXPORT if torch.onnx.is_in_onnx_export() else None
     if under_transforms and plain_asked_for:
         return _ASKED_FOR
+    if under_transforms and _under("Functionalize"):
+        return _FUNCTIONALIZED
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         return _EXPORT
     return _FORWARD_MODE if forward_mode(*args) else None
