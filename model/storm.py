@@ -12,7 +12,7 @@ from storm_kernels.tokens import positive_int
 
 from .arithmetic import arithmetic
 from .config import ModelConfig, Variant, check_frames
-from .language import build_language
+from .language import CACHE, build_language
 from .parts import check_dtype, seeded
 from .projector import BaselineProjector
 from .vision import FRAME_BATCH, build_vision
@@ -108,7 +108,7 @@ class VideoModel(nn.Module):
         with stage("prefill"):
             prompt = self.language.get_input_embeddings()(ids)
             out = self.language(inputs_embeds=torch.cat([video_tokens, prompt], 1), use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1], out.past_key_values
+        return out.logits[:, -1], out[CACHE]
 
     def forward(self, pixels: Tensor, prompt_ids: Tensor) -> Tensor:
         """pixels (T, 3, S, S), prompt (P,) or (1, P) -> logits of the next token (1, vocabulary)."""
@@ -123,7 +123,7 @@ class VideoModel(nn.Module):
         logits, cache = self.prefill(self.project(self.encode(pixels)), prompt_ids)
         ids = [logits.argmax(-1)]
         while len(ids) < max_new_tokens and ids[-1].item() not in self.config.language.eos_ids:
-            logits = self.language(input_ids=ids[-1][None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            logits = self.language(input_ids=ids[-1][None], **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits[:, -1]
             ids.append(logits.argmax(-1))
         return torch.cat(ids)
 

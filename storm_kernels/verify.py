@@ -6,6 +6,7 @@ largest error at most 2x plus 2 ulp: RELIABILITY.md's bound, taken over the whol
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, ops, reference
+from .cpu.loader import ISA_VARIABLE
 from .reference import Direction
 from .tokens import TokenGrid, TokenReduction
 
@@ -36,7 +38,9 @@ class Check:
 
 
 def run(devices: tuple[str, ...] | None = None) -> Iterator[Check]:
-    """Check each operation on each backend that can run it, on the CPU and, where there is one, on the GPU."""
+    """Check each operation on each backend that can run it, on the CPU and, where there is one, on the GPU. The cpu backend fails each operation
+    where STORM_KERNELS_CPU_ISA asks for a variant of it that cannot run."""
+    yield from _refused(devices or available_devices())
     for op, cases in _CASES.items():
         for dtype in _DTYPES:
             able = [
@@ -57,6 +61,16 @@ def run(devices: tuple[str, ...] | None = None) -> Iterator[Check]:
 def available_devices() -> tuple[str, ...]:
     """ "cpu", and "cuda" where torch sees a GPU."""
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def _refused(devices: tuple[str, ...]) -> Iterator[Check]:
+    asked = os.environ.get(ISA_VARIABLE)
+    for op, order in dispatch.ORDER["cpu"].items():
+        if not asked or "cpu" not in devices or "cpu" not in order:
+            continue
+        reason = dispatch.why_not(op, "cpu", d_state=_STATES, d_conv=_TAPS)
+        if reason:
+            yield Check(op, "cpu", "cpu", "any dtype", f"asked for by {ISA_VARIABLE}={asked}", reason)
 
 
 def _compare(operands: Operands, call: Callable, truth: Operands, plain: Operands, backend: str, device: str) -> str:

@@ -1,6 +1,8 @@
 """storm-kernels info and verify."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -67,6 +69,16 @@ def test_verify_reports_a_backend_that_breaks(monkeypatch):
     monkeypatch.setattr(verify, "_DTYPES", (torch.float32,))
     failures = {check.failure for check in verify.run(("cpu",)) if check.op == "reduce"}
     assert failures == {"RuntimeError: no such instruction"}
+
+
+def test_verify_tells_of_a_backend_that_cannot_run_as_asked():
+    """In a process of its own: the library is looked for once."""
+    environment = os.environ | {"STORM_KERNELS_CPU_ISA": "avx9000"}
+    code = "from storm_kernels import cli, verify; verify._DTYPES = verify._DTYPES[:1]; raise SystemExit(cli.main(['verify']))"
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert child.returncode == 1, child.stderr
+    assert re.search(r"^scan +cpu +cpu +FAILED\n +any dtype, asked for by STORM_KERNELS_CPU_ISA=avx9000: ", child.stdout, re.M), child.stdout
+    assert "'avx9000' is not available" in child.stdout and child.stdout.endswith("3 failures\n")
 
 
 def test_command_line_errors(capsys):

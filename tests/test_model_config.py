@@ -118,7 +118,8 @@ def test_mini_shares_the_arithmetic_as_the_paper_does(capsys):
 
 @pytest.mark.parametrize("name", ["vila", "storm-tp-sp", "storm-ts"])
 def test_arithmetic_is_what_pytorch_counts(name):
-    """FlopCounterMode sees products and convolutions (so attention must be made of products); not the scan, and all of a causal square."""
+    """FlopCounterMode sees products and convolutions (so attention must be made of products); not the scan, and all of a causal square. Some releases
+    of transformers (5.17) make the rotary angles by a product, which is no part of the arithmetic."""
     model, frames = VideoModel(TINY, variant(name)), 6
     counted = {}
     with torch.no_grad():
@@ -129,7 +130,8 @@ def test_arithmetic_is_what_pytorch_counts(name):
         }.items():
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 run()
-            counted[part] = counter.get_total_flops()
+            rotary = sum(sum(ops.values()) for module, ops in counter.get_flop_counts().items() if module.endswith(".rotary_emb"))
+            counted[part] = counter.get_total_flops() - rotary
     tokens = variant(name).reduction.reduced(TINY.token_grid(frames)).tokens + len(PROMPT)
     upper_triangle = 2 * 4 * 48 * tokens * (tokens - 1) // 2  # layers, FLOPs a pair and channel, channels, pairs
     scan = 2 * 2 * SCAN_PER_STATE * TINY.token_grid(frames).tokens * 96 * 16 * variant(name).temporal  # layers, directions, FLOPs a state

@@ -44,17 +44,18 @@ def load_gate(streams, places, t, lanes, GATE: tl.constexpr):
 
 
 @triton.jit
-def load_gradient(source, t, channel, mask, REDUCE: tl.constexpr):
+def load_gradient(source, t, lanes, mask, REDUCE: tl.constexpr):
     """The gradient of one token's output, or of its share of its row."""
     grad, stride, channel_stride, places = source
     row = tl.load(places + 2 * t + 1).to(tl.int64) if REDUCE else t
-    return tl.load(grad + row * stride + channel * channel_stride, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(grad + row * stride + lanes * channel_stride, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def replay_token(h, t, inputs, outputs, lanes, spot, STATES: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr, REDUCE: tl.constexpr):
     """One step forward again; writes dz and dC. -> state, (u, delta before and after softplus, decay, dy)."""
-    streams, bc, bc_stride, source, (A, D, delta_bias) = inputs
+    streams, bc, bc_stride, source, parameters = inputs
+    A, D, delta_bias = parameters  # a line of its own: Triton 3.7 takes no nested target
     _, _, dz, dbc = outputs
     channels, channel, mask, rows = spot
     states = tl.arange(0, STATES)
@@ -66,7 +67,7 @@ def replay_token(h, t, inputs, outputs, lanes, spot, STATES: tl.constexpr, SOFTP
     a = tl.exp2(delta_t[None, :] * A)
     h = a * h + (delta_t * u_t)[None, :] * b[:, None]
 
-    dy = load_gradient(source, t, channel, mask, REDUCE)
+    dy = load_gradient(source, t, lanes, mask, REDUCE)
     if GATE != "none":
         z_t = load_gate(streams, source[3], t, lanes, GATE).to(tl.float32)
         gate = sigmoid(z_t)
@@ -83,7 +84,8 @@ def replay_token(h, t, inputs, outputs, lanes, spot, STATES: tl.constexpr, SOFTP
 @triton.jit
 def adjoint_token(g, sums, before, token, t, inputs, outputs, spot, STATES: tl.constexpr, SOFTPLUS: tl.constexpr):
     """One step of the adjoint from the gradient g that reaches its state; writes du, ddelta, dB. -> g of the step before, sums with its own added."""
-    _, bc, bc_stride, _, (A, D, _) = inputs
+    _, bc, bc_stride, _, parameters = inputs
+    A, D, _ = parameters
     du, ddelta, _, dbc = outputs
     channels, channel, mask, rows = spot
     dA, dD, dbias = sums

@@ -33,7 +33,8 @@ def keep_states(
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """From state h before token t on: writes it and the states after each of ``groups_before`` groups to ``scratch``."""
-    streams, bc, bc_stride, _, (A, _, delta_bias) = inputs
+    streams, bc, bc_stride, _, parameters = inputs
+    A, _, delta_bias = parameters
     tl.store(load_states(scratch, STATES, BLOCK_E), h)
     for k in range(groups_before):
         for r in tl.static_range(GROUP):
@@ -64,7 +65,8 @@ def backward_direction(
     REREAD: tl.constexpr,
 ):
     tl.static_assert(GROUP == 2, "the last step of an odd count is a group of its own")
-    operands, checkpoints, (du, ddelta, dz, dbc, totals) = direction
+    operands, checkpoints, outputs = direction
+    du, ddelta, dz, dbc, totals = outputs
     gate, grad, grad_strides, grad_rows, grad_final, grad_initial, cu_seqlens, scratch = shared
     sequence, batch, start, count, block, group, channel, mask = locate(program, cu_seqlens, length, channels // groups, groups, BLOCK_E)
     # Clamped channels need no mask in loads: a channel that is not real gets no gradient, so it adds nothing to dB and dC.
@@ -74,7 +76,7 @@ def backward_direction(
         dbc += ((batch * tl.cdiv(channels // groups, BLOCK_E) + block) * length * groups + group) * (2 * STATES)
     source = (grad + batch * grad_strides[0], grad_strides[1], grad_strides[2], grad_rows)
     inputs = (streams, bc, bc_stride, source, load_parameters(operands, channels, lanes, STATES, BLOCK_E))
-    outputs = (du, ddelta, dz, dbc)
+    per_token = (du, ddelta, dz, dbc)
     # One offset for du, ddelta and dz, whose pointers then stay out of registers.
     spot = (channels, channel, mask, batch * length * channels + channel)
     g = tl.zeros([STATES, BLOCK_E], tl.float32)
@@ -87,13 +89,14 @@ def backward_direction(
     sequence32 = sequence.to(tl.int32)
     first = tl.maximum(start + (count - 1 if REVERSE else 0), 0)
     nothing = (tl.zeros([STATES, BLOCK_E], tl.float32), tl.zeros([BLOCK_E], tl.float32), tl.zeros([BLOCK_E], tl.float32))
-    # intervals, and steps within one, are counted in 32 bits: registers are short
-    for chunk in range(tl.cdiv(count, INTERVAL).to(tl.int32) - 1, -1, -1):
+    # Registers are short: intervals, and steps within one, are counted in 32 bits, and checkpoints are read at the places that `add_sums` writes at.
+    chunks = tl.cdiv(count, INTERVAL).to(tl.int32)
+    steps = (count - tl.full([], INTERVAL, tl.int64) * (chunks - 1)).to(tl.int32)
+    for chunk in range(chunks - 1, -1, -1):
         done = tl.full([], INTERVAL, tl.int64) * chunk
-        steps = tl.minimum(count - done, INTERVAL).to(tl.int32)
         whole = steps // GROUP
         origin = first + done * step
-        h = tl.load(states_place(checkpoints, checkpoint + chunk, channels, lanes, STATES))
+        h = tl.load(states_place(checkpoints, checkpoint + chunk, channels, channel, STATES), mask=mask[None, :], other=0.0)
         keep_states(h, origin, scratch, tl.cdiv(steps, GROUP) - 1, inputs, lanes, STATES, step, SOFTPLUS, BLOCK_E, GROUP)
         tl.debug_barrier()  # a lane may read below what another one wrote
 
@@ -101,15 +104,16 @@ def backward_direction(
         if whole * GROUP < steps:
             tile = load_states(scratch + whole * (STATES * BLOCK_E), STATES, BLOCK_E)
             t = origin + whole * (GROUP * step)
-            g, sums = adjoint_group(g, sums, tile, t, inputs, outputs, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, 1, REREAD)
+            g, sums = adjoint_group(g, sums, tile, t, inputs, per_token, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, 1, REREAD)
         for part in range(tl.maximum(tl.cdiv(whole, FLUSH), 1) - 1, -1, -1):
             for k in range(tl.minimum((part + 1) * FLUSH, whole) - 1, part * FLUSH - 1, -1):
                 tile = load_states(scratch + k * (STATES * BLOCK_E), STATES, BLOCK_E)
                 t = origin + k * (GROUP * step)
-                g, sums = adjoint_group(g, sums, tile, t, inputs, outputs, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, GROUP, REREAD)
+                g, sums = adjoint_group(g, sums, tile, t, inputs, per_token, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, GROUP, REREAD)
             add_sums(totals, sums, sequence32, channels, channel, mask, STATES)
             sums = nothing
         tl.debug_barrier()  # nor may the next interval's states overtake the reads of this one's
+        steps = tl.full([], INTERVAL, tl.int32)  # every interval but the last is whole
     if grad_initial is not None:
         tl.store(states_place(grad_initial, sequence, channels, channel, STATES), g, mask=mask[None, :])
 
