@@ -158,7 +158,7 @@ def _steps(module: nn.Module, recipe: Recipe, x: Tensor, mask: dict) -> list[Ten
     cache_name, position_name = recipe.signature.name_of(CACHE), recipe.signature.name_of(POSITION)
 
     def call(tokens: Tensor, positions: range, **options) -> Tensor:
-        where = {} if position_name is None else {position_name: torch.tensor(list(positions), device=x.device)}
+        where = {} if position_name is None else {position_name: torch.tensor(list(positions), dtype=torch.int64, device=x.device)}
         out = module.forward(tokens, **{cache_name: cache}, **where, **options)
         if isinstance(getattr(cache, "has_previous_state", None), bool):
             cache.has_previous_state = True  # the model does so after its last layer
