@@ -119,6 +119,10 @@ def _times(x: float) -> str:
     return f"{x:,.0f}x" if x >= 20 else f"{x:.1f}x"
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.1f} %"
+
+
 def _commit(row: Row) -> str:
     """Seven digits of the commit, with a plus sign where tracked files differed from it."""
     return row["commit"][:7] + ("+" if row["commit"].endswith("+changes") else "")
@@ -140,14 +144,15 @@ def _groups(name: str) -> list[list[Row]]:
 
 def measurements(name: str) -> list[str]:
     """Every measurement of a results file as it last ran."""
-    lines = [_line("what ran", "backend", "p20 / p50 / p80, ms", "times ours", "of the limit", "peak MiB", "commit"), _line(*["---"] * 7)]
+    lines = [_line("what ran", "backend", "p20 / p50 / p80, ms", "times ours", "of the limit", "peak MiB", "device", "commit"), _line(*["---"] * 8)]
     for group in _groups(name):
         ours = group[0]
         for row in group:
             what = f"{row['op']}, {row['mode']}, {row['shape'].replace('batch=1 ', '')}, {row['dtype']}" if row is ours else ""
             cells = [what, row["backend"], " / ".join(_number(row[key]) for key in ("p20_ms", "p50_ms", "p80_ms"))]
-            cells += ["1" if row is ours else _times(row["p50_ms"] / ours["p50_ms"]), f"{100 * row['of_limit']:.0f} %"]
-            lines.append(_line(*cells, _number(row["peak_bytes"] / 2**20), _commit(row)))
+            cells += ["1" if row is ours else _times(row["p50_ms"] / ours["p50_ms"]), _percent(row["of_limit"])]
+            peak = "" if row["peak_bytes"] is None else _number(row["peak_bytes"] / 2**20)
+            lines.append(_line(*cells, peak, row["device"] if row is ours else "", _commit(row)))
     return lines
 
 
@@ -184,10 +189,11 @@ SHORT = {
 
 
 def highlights() -> list[str]:
+    """The measurements that README shows, on a CPU."""
     lines = [_line("float32", "ours, ms", "how many times slower the others are", "commit"), _line("---", "---", "---", "---")]
     for title, file, op, ending in HIGHLIGHTS:
-        group = next(g for g in _groups(file) if (g[0]["op"], g[0]["mode"]) == (op, "forward") and g[0]["shape"].endswith(ending))
-        ours, *others = group
+        groups = [g for g in _groups(file) if (g[0]["op"], g[0]["mode"]) == (op, "forward") and g[0]["shape"].endswith(ending)]
+        ours, *others = next(g for g in groups if "CUDA" not in g[0]["device"])
         slower = ", ".join(f"{SHORT.get(row['backend'], row['backend'])} {_times(row['p50_ms'] / ours['p50_ms'])}" for row in others)
         lines.append(_line(title, _number(ours["p50_ms"]), slower, _commit(ours)))
     return lines
