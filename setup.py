@@ -34,6 +34,6 @@ class BuildLibrary(build_ext):
 
 setup(
     ext_modules=[Extension("storm_kernels.cpu.libstorm_cpu", sources=[], optional=True)],
-    package_data={"storm_kernels.cpu": ["src/*.cpp", "src/*.h"], "storm_kernels.cuda": ["src/*.cu", "src/*.cuh"]},
+    package_data={"storm_kernels": ["py.typed"], "storm_kernels.cpu": ["src/*.cpp", "src/*.h"], "storm_kernels.cuda": ["src/*.cu", "src/*.cuh"]},
     cmdclass={"build_ext": BuildLibrary},
 )
