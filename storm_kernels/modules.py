@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .linear import convolve, convolve_both, linear, project, project_dt
 from .ops import bidirectional_selective_scan, reduce_tokens, selective_scan
-from .plain import is_plain, runs_its_forward_only
+from .plain import has_hooks, is_plain, runs_its_forward_only
 from .profiling import stage
 from .reference import Direction, MixerLayer, ReferenceMixer, ReferenceTemporalProjector
 from .tokens import TokenGrid, TokenReduction
@@ -81,7 +81,8 @@ class TemporalProjector(ReferenceTemporalProjector):
         for layer in others if reduces else self.layers:
             x = layer(x, cu_seqlens=cu_seqlens)
         if not reduces:
-            return x if reduction.is_identity else reduce_tokens(x, grid, reduction)
+            with stage("reduce"):
+                return reduce_tokens(x, grid, reduction)
         with stage("norm"):
             normed = last.norm(x)
         with stage("reduce"):
@@ -91,7 +92,7 @@ class TemporalProjector(ReferenceTemporalProjector):
 
 def _reduces(layer: nn.Module) -> bool:
     """Whether the layer may be left out and its mixer asked for reduced tokens: both do what their classes do, and nothing else."""
-    if type(layer) is not MixerLayer or not runs_its_forward_only(layer) or not runs_its_forward_only(layer.mixer):
+    if type(layer) is not MixerLayer or not runs_its_forward_only(layer) or has_hooks(layer.mixer):
         return False
     mixer = getattr(layer.mixer, "_orig_mod", layer.mixer)  # of torch.compile(mixer)
     return type(mixer).forward is BiMambaMixer.forward and runs_its_forward_only(mixer)

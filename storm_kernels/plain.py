@@ -14,7 +14,6 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as _module
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # A tensor of any other class (quantised, sharded) multiplies in its own way. The last two stand for plain ones while a program is traced.
 _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
@@ -35,16 +34,21 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """
     if type(module) is not kind or not runs_its_forward_only(module):
         return False
-    if any(type(p) not in _PLAIN_TENSORS or p.is_meta for p in module._parameters.values() if p is not None):
-        return False
+    for parameter in module._parameters.values():
+        if parameter is not None and (type(parameter) not in _PLAIN_TENSORS or parameter.is_meta):
+            return False
     return _has_its_shape(module)
 
 
 def runs_its_forward_only(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs its class's forward, and no hook: neither one of its own nor one on all modules."""
-    if "forward" in vars(module) or _module._has_any_global_hook():
-        return False
-    return not any(getattr(module, hooks) for hooks in _HOOKS)
+    """Whether calling ``module`` runs its class's forward, and no hook."""
+    return "forward" not in vars(module) and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs a hook: one of its own, or one on all modules."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or _module._has_any_global_hook()
 
 
 def is_plain_convolution(conv: nn.Module) -> bool:
@@ -107,11 +111,11 @@ def call_dt_proj(dt_proj: nn.Module, dt_raw: Tensor) -> Tensor:
 
 
 def _has_its_shape(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
     if isinstance(module, nn.Linear):
-        return module._parameters.get("weight") is not None and module.weight.shape == (module.out_features, module.in_features)
+        return weight is not None and weight.shape == (module.out_features, module.in_features)
     if isinstance(module, nn.Conv1d):
-        shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
-        return module._parameters.get("weight") is not None and module.weight.shape == shape
+        return weight is not None and weight.shape == (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
     return True
 
 

@@ -1,6 +1,8 @@
 """compat's ``Mamba``: construction in every spelling, names of parameters, forward, decoding; and install()."""
 
 import inspect
+import io
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -228,6 +230,28 @@ def test_install_never_shadows_silently(tmp_path, imported):
         *[line for line in out.splitlines() if "UserWarning: storm_kernels takes the place of mamba_ssm at" in line],
     ]
     assert "UserWarning: storm_kernels takes the place of mamba_ssm at" in out
+
+
+class Unpickler(pickle.Unpickler):
+    """Finds the class of the original's name in compat, as it is found after install()."""
+
+    def find_class(self, module, name):
+        return Mamba if name == "Mamba" else super().find_class(module, name)
+
+
+@pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
+def test_models_pickled_by_the_original_move_and_cast(bimamba_type):
+    """They have the original's attributes only; what stays in float32 stays so in them too."""
+    torch.manual_seed(0)
+    original, x = original_mixers.Mamba(16, bimamba_type=bimamba_type), torch.randn(1, 5, 16)
+    mixer, expected = Unpickler(io.BytesIO(pickle.dumps(original))).load(), original(x)
+    assert type(mixer) is Mamba
+    torch.testing.assert_close(mixer.to("cpu")(x), expected, atol=1e-5, rtol=1e-4)
+    mixer.bfloat16()
+    kept = {"A_log", "D", "dt_proj.bias"} | {"none": set(), "v1": {"A_b_log"}, "v2": {"A_b_log", "D_b", "dt_proj_b.bias"}}[bimamba_type]
+    assert {name for name, p in mixer.named_parameters() if p.dtype == torch.float32} == kept
+    torch.testing.assert_close(mixer(x.bfloat16()).float(), expected, atol=0.05, rtol=0)
+    assert mixer.allocate_inference_cache(2, 0)[0].shape == (2, 32, 4)
 
 
 def test_transformers_finds_what_is_installed():
