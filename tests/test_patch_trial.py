@@ -163,6 +163,23 @@ def test_a_bidirectional_class_of_another_name():
     close(mixer(x), expected)
 
 
+class Dropping(Own):
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, tokens):
+        return self.dropout(super().forward(tokens))
+
+
+def test_a_dropout_of_its_own_would_be_lost():
+    with pytest.raises(PatchError, match="what Dropping computes with them is not known here, and ours in training mode differs by"):
+        patch(nn.Sequential(Dropping()).eval())
+    model = nn.Sequential(Own())
+    model[0].x_proj = nn.Sequential(nn.Dropout(0.5), model[0].x_proj)  # an adapter's is called, with the layer
+    assert len(patch(model).replaced) == 1
+
+
 def everything(model):
     """All that a trial might change."""
     tensors = {name: t.clone() for name, t in model.state_dict().items()}

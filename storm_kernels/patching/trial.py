@@ -125,6 +125,7 @@ def _calls(module: nn.Module, recipe: Recipe, device: torch.device, dtype: torch
     x = draw(2, max(12, module.conv1d.weight.shape[-1] + 2), _width(module))  # longer than the convolution
     yield f"on {x.shape[1]} tokens", lambda m: [m.forward(x)]
     yield "on one token", lambda m: [m.forward(x[:, :1])]
+    yield "in training mode", lambda m: [_training(m).forward(x)]
     if "D" in module._parameters:  # beside what D adds, the state's part may be too small to be told
         yield "without D", lambda m: [m.forward(x), _without_skip(m).forward(x)]
     keeps_states = hasattr(module, "allocate_inference_cache") and getattr(module, "layer_idx", None) is not None
@@ -144,6 +145,16 @@ def _calls(module: nn.Module, recipe: Recipe, device: torch.device, dtype: torch
         yield "with a cache", lambda m: _steps(m, recipe, x, {})
         if masks:
             yield "with a cache and padding", lambda m: _steps(m, recipe, x, {mask_name: masks[0]})
+
+
+def _training(module: nn.Module) -> nn.Module:
+    """The twin in training mode: a dropout of the mixer's own would be lost. Those within its layers, adapters' say, are the layers' affair."""
+    twin = _twin(module, {}).train()
+    for layer in twin.children():
+        for child in layer.modules():
+            if isinstance(child, nn.modules.dropout._DropoutNd) and child is not layer:
+                child.p = 0.0
+    return twin
 
 
 def _without_skip(module: nn.Module) -> nn.Module:
