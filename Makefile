@@ -12,11 +12,10 @@ GPU_SCAN := --device cuda --channels 7168 --dtypes bfloat16 --modes forward,back
 GPU_E2E := --preset storm-7b --device cuda
 MAMBA := mamba-ssm==2.3.2.post1
 # What depends on other projects' versions: transformers, PEFT, accelerate, torch's compiler, Triton, NVRTC, PyAV.
-DEPENDENT := $(wildcard tests/test_patch*.py tests/test_compat*.py tests/test_adapter*.py tests/test_autograd*.py tests/test_triton*.py \
-	tests/test_cuda_*.py tests/test_video*.py) tests/test_model.py tests/test_model_config.py tests/test_checkpoint.py tests/test_storm_patched.py \
-	tests/test_compile.py tests/test_export.py tests/test_ops.py tests/test_modules.py tests/test_linear.py
+DEPENDENT := tests/interop tests/model $(wildcard tests/nn/*.py tests/backends/test_triton*.py tests/backends/test_cuda_*.py) \
+	$(addprefix tests/ops/test_,autograd.py autograd_models.py compile.py export.py ops.py)
 # The mixers of transformers: every submodule and kind of change to it.
-PATCHED := $(addprefix tests/test_patch_,transformers.py modules.py trial.py accelerate.py classes.py reports.py)
+PATCHED := $(addprefix tests/interop/test_patch_,transformers.py modules.py trial.py accelerate.py classes.py reports.py)
 # Generations of transformers' mixers before the locked one, each with what of its requirements the locked environment does not satisfy.
 TOKENIZERS := tokenizers==0.22.2
 HUB := huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 certifi==2026.10.19.post1
@@ -25,7 +24,7 @@ GENERATION_5.3.0 := $(TOKENIZERS) $(HUB)
 GENERATION_5.14.1 := $(TOKENIZERS) $(HUB)
 GENERATION_5.23.0 :=
 GENERATIONS := 4.57.6 5.3.0 5.14.1 5.23.0
-SOURCES := pyproject.toml setup.py $(wildcard storm_kernels/cpu/src/*)
+SOURCES := pyproject.toml setup.py $(wildcard storm_kernels/backends/cpu/src/*)
 
 .PHONY: demo test test-main test-interpreted test-triton test-newest test-oldest test-generations lock FORCE lint nightly sanitize mutants large kernel-mix bench gpu gpu-peers gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector gpu-e2e-128 gpu-e2e-256 clean
 
@@ -40,11 +39,11 @@ test-main: $(VENV)/.test
 	$(PY) -m pytest tests --numprocesses 2
 
 test-interpreted: $(VENV)/.test
-	STORM_KERNELS_FUZZ=0.1 TRITON_INTERPRET=1 $(PY) -m pytest tests/test_parity.py tests/test_large.py tests/test_triton_edges.py
+	STORM_KERNELS_FUZZ=0.1 TRITON_INTERPRET=1 $(PY) -m pytest tests/backends/test_parity.py tests/backends/test_large.py tests/backends/test_triton_edges.py
 
 # 300 random cases and the designed ones, all interpreted.
 test-triton: $(VENV)/.test
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_parity.py tests/test_triton.py
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/backends/test_parity.py tests/backends/test_triton.py
 
 # The newest releases of everything, those before torch's next among them; the oldest that pyproject.toml allows. Each is 6 GB: PyPI's torch is for CUDA.
 test-newest test-oldest: test-%: %-tests %-mix
@@ -90,13 +89,13 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# The case counts of RELIABILITY.md, R1 and R2: 20,000 on a CPU, 5,000 in the interpreter (hours). CUDA's kernels run on the CPU.
+# The case counts of docs/reliability.md, R1 and R2: 20,000 on a CPU, 5,000 in the interpreter (hours). CUDA's kernels run on the CPU.
 nightly: $(VENV)/.test
-	STORM_KERNELS_FUZZ=10 $(PY) -m pytest tests/test_parity.py tests/test_cuda.py tests/test_cuda_tickets.py tests/test_cuda_code.py tests/test_cuda_backward.py
-	STORM_KERNELS_FUZZ=17 TRITON_INTERPRET=1 $(PY) -m pytest tests/test_parity.py tests/test_triton.py
+	STORM_KERNELS_FUZZ=10 $(PY) -m pytest tests/backends/test_parity.py tests/backends/test_cuda.py tests/backends/test_cuda_tickets.py tests/backends/test_cuda_code.py tests/backends/test_cuda_backward.py
+	STORM_KERNELS_FUZZ=17 TRITON_INTERPRET=1 $(PY) -m pytest tests/backends/test_parity.py tests/backends/test_triton.py
 
 sanitize: $(VENV)/.test
-	$(PY) -m tests.sanitize_cpu 40
+	$(PY) -m tests.support.sanitize_cpu 40
 
 # Seeded faults in the kernels, each of which the tests have to notice.
 mutants: $(VENV)/.test
@@ -131,11 +130,11 @@ gpu-peers:
 	MAMBA_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE $(PY) -m pip install --no-deps --no-build-isolation build/mamba_ssm
 
 gpu-test:
-	$(PY) -m pytest tests/test_parity.py -m gpu
+	$(PY) -m pytest tests/backends/test_parity.py -m gpu
 
 gpu-sanitize:
-	STORM_KERNELS_FUZZ=0.02 compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m pytest tests/test_parity.py -m gpu -k cuda
-	STORM_KERNELS_FUZZ=0.02 compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) -m pytest tests/test_parity.py -m gpu -k cuda
+	STORM_KERNELS_FUZZ=0.02 compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m pytest tests/backends/test_parity.py -m gpu -k cuda
+	STORM_KERNELS_FUZZ=0.02 compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) -m pytest tests/backends/test_parity.py -m gpu -k cuda
 
 # With every peer, those that loop over tokens too; then 256 frames, where only mamba-ssm can follow.
 gpu-scan:
@@ -175,4 +174,4 @@ $(VENV)/.test: $(VENV)/.demo
 	touch $@
 
 clean:
-	rm -rf build out *.egg-info storm_kernels/cpu/*.so
+	rm -rf build out *.egg-info storm_kernels/backends/cpu/*.so

@@ -7,11 +7,11 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-CPU = Path(__file__).resolve().parent / "storm_kernels" / "cpu"
+CPU = Path(__file__).resolve().parent / "storm_kernels" / "backends" / "cpu"
 
 
 def load_build_module():
-    """storm_kernels/cpu/build.py without importing the package, which needs torch."""
+    """storm_kernels/backends/cpu/build.py without importing the package, which needs torch."""
     spec = importlib.util.spec_from_file_location("storm_cpu_build", CPU / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -33,7 +33,11 @@ class BuildLibrary(build_ext):
 
 
 setup(
-    ext_modules=[Extension("storm_kernels.cpu.libstorm_cpu", sources=[], optional=True)],
-    package_data={"storm_kernels": ["py.typed"], "storm_kernels.cpu": ["src/*.cpp", "src/*.h"], "storm_kernels.cuda": ["src/*.cu", "src/*.cuh"]},
+    ext_modules=[Extension("storm_kernels.backends.cpu.libstorm_cpu", sources=[], optional=True)],
+    package_data={
+        "storm_kernels": ["py.typed"],
+        "storm_kernels.backends.cpu": ["src/*.cpp", "src/*.h"],
+        "storm_kernels.backends.cuda": ["src/*.cu", "src/*.cuh"],
+    },
     cmdclass={"build_ext": BuildLibrary},
 )

@@ -220,7 +220,7 @@ class CheckFailed(AssertionError):
 
 
 def verify(what: str, result: Tensor, plain: Tensor, truth: Tensor) -> dict[str, float]:
-    """RELIABILITY.md's bound over the whole tensor: rms error at most 1.25x, largest error at most 2x plus 2 ulp, of the plain reference's.
+    """docs/reliability.md's bound over the whole tensor: rms error at most 1.25x, largest error at most 2x plus 2 ulp, of the plain reference's.
 
     ``truth`` is float64 from the same rounded inputs, ``plain`` the reference in the precision of ``result``.
     Returns the columns `error` and `error_plain` (rms); raises `CheckFailed`.

@@ -18,8 +18,8 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from storm_kernels import patch
-from storm_kernels.linear import linear
+from storm_kernels.interop import patching as patch
+from storm_kernels.nn.linear import linear
 
 from . import harness, subject
 from .subject import Measurement

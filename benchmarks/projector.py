@@ -18,7 +18,7 @@ import typer
 from torch import Tensor
 
 from storm_kernels import TemporalProjector, TokenGrid, TokenReduction
-from storm_kernels.linear import linear
+from storm_kernels.nn.linear import linear
 from storm_kernels.reference import ReferenceTemporalProjector, reduce_tokens
 
 from . import harness, subject

@@ -164,7 +164,7 @@ def _limit(items: int, device: str) -> tuple[str, float | Callable[[], object]]:
 
 @cache
 def _exp2_fma_rate() -> float:
-    from storm_kernels.cpu import exp2_fma_rate
+    from storm_kernels.backends.cpu import exp2_fma_rate
 
     return exp2_fma_rate()
 

@@ -6,7 +6,7 @@ import torch
 from transformers import FalconMambaConfig, FalconMambaForCausalLM
 
 import storm_kernels
-from storm_kernels.patch import patched
+from storm_kernels.interop.patching import patched
 
 torch.manual_seed(0)
 model = FalconMambaForCausalLM(FalconMambaConfig(vocab_size=1000, hidden_size=128, num_hidden_layers=2)).eval()

@@ -3,7 +3,7 @@
 import torch
 
 from storm_kernels import TokenReduction
-from storm_kernels.patch import patch
+from storm_kernels.interop.patching import patch
 from storm_kernels.reference import ReferenceTemporalProjector
 
 torch.manual_seed(0)

@@ -2,7 +2,7 @@
 
 import torch
 
-from storm_kernels.compat import install
+from storm_kernels.interop import install
 
 print(install())  # before the imports that it serves: the linter wants those first (E402)
 

@@ -8,7 +8,7 @@ from storm_kernels.ops.flops import SCAN_PER_STATE
 
 from .config import LanguageConfig, ModelConfig, Variant, VisionConfig
 
-# Sizes of STORM's mixer (SPEC.md, Symbols): E / D, S, K.
+# Sizes of STORM's mixer (docs/spec.md, Symbols): E / D, S, K.
 EXPAND, STATES, TAPS = 2, 16, 4
 
 

@@ -1,4 +1,4 @@
-"""The models to compare: presets (sizes) and variants (projector and token reduction). SPEC.md, "Presets" and "The models to compare"."""
+"""The models to compare: presets (sizes) and variants (projector and token reduction). docs/spec.md, "Presets" and "The models to compare"."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ _SO400M_384 = VisionConfig(image_size=384, **_SO400M)
 
 _PRESETS = (
     # The paper's model. Sizes: huggingface.co Qwen/Qwen2-7B, config.json. M = 4: the paper does not give M, but its 348 ms for
-    # the projector at 256 frames fit four layers (KERNELS.md, "Limits per layer").
+    # the projector at 256 frames fit four layers (docs/kernels.md, "Limits per layer").
     ModelConfig(
         "storm-7b", _SO400M_448, LanguageConfig("qwen2", 28, 3584, 28, 4, 18944, 152064, 1e6, 131072, 1e-6, eos_ids=(151643,)), projector_layers=4
     ),
@@ -122,8 +122,8 @@ _PRESETS = (
         LanguageConfig("qwen2", 28, 1536, 12, 2, 8960, 151936, 1e6, 131072, 1e-6, tied_embeddings=True, eos_ids=(151643,)),
         projector_layers=4,
     ),
-    # Sized by its arithmetic: at 128 frames LLM, vision and projector take 72, 24 and 4 % as in the paper's Table 13 (tests/test_model.py prints
-    # them), and a run takes seconds on two CPU cores.
+    # Sized by its arithmetic: at 128 frames LLM, vision and projector take 72, 24 and 4 % as in the paper's Table 13
+    # (tests/model/test_model.py prints them), and a run takes seconds on two CPU cores.
     ModelConfig(
         "storm-mini",
         VisionConfig(image_size=112, patch_size=14, width=256, layers=8, heads=4, mlp_width=896),
@@ -141,7 +141,7 @@ def preset(name: str) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Variant:
-    """A projector and a token reduction. ``paper_*`` are the paper's figures at 128 frames on an A100-80G (SPEC.md, "The models to compare")."""
+    """A projector and a token reduction. ``paper_*`` are the paper's figures at 128 frames on an A100-80G (docs/spec.md, "The models to compare")."""
 
     name: str
     title: str

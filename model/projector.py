@@ -1,4 +1,4 @@
-"""The VILA baseline's projector, which STORM is compared with (SPEC.md, Projector)."""
+"""The VILA baseline's projector, which STORM is compared with (docs/spec.md, Projector)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The complete model: vision tower, projector, language model; STORM's or the VILA baseline's by the variant (SPEC.md, "The models to compare")."""
+"""The complete model: vision tower, projector, language model; STORM's or VILA's by the variant (docs/spec.md, "The models to compare")."""
 
 from __future__ import annotations
 

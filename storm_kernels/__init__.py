@@ -1,8 +1,16 @@
 """Fused kernels for the temporal projector of STORM (arXiv 2503.04130): bidirectional selective scan and token reduction."""
 
 from . import reference
-from .dispatch import BackendError, SlowPathWarning, set_default_backend, stats, strict, use_backend, why_not
-from .modules import BiMambaMixer, TemporalProjector
+from .backends.dispatch import (
+    BackendError,
+    SlowPathWarning,
+    set_default_backend,
+    stats,
+    strict,
+    use_backend,
+    why_not,
+)
+from .nn import BiMambaMixer, TemporalProjector
 from .ops import (
     bidirectional_causal_conv1d,
     bidirectional_selective_scan,

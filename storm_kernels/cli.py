@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from . import __version__, dispatch, verify
+from . import __version__, verify
+from .backends import dispatch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -71,7 +71,7 @@ class TokenGrid:
 @dataclass(frozen=True)
 class TokenReduction:
     """Average over blocks of ``temporal_pool`` frames and ``spatial_pool`` x ``spatial_pool`` tokens, then keep every ``temporal_stride``-th
-    pooled frame, the first included (SPEC.md, Token reduction).
+    pooled frame, the first included (docs/spec.md, Token reduction).
 
     A last block that is not full averages what it has: nothing is dropped, nothing padded. All ones changes nothing.
     """

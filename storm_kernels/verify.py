@@ -1,7 +1,7 @@
 """Parity of every backend on this machine with the float64 reference, forward and backward, in seconds; `storm-kernels verify` prints it.
 
 A result passes when its rms error is at most 1.25x (gradients 1.5x) that of the plain reference in the same precision plus half an ulp, and its
-largest error at most 2x plus 2 ulp: RELIABILITY.md's bound, taken over the whole result.
+largest error at most 2x plus 2 ulp: docs/reliability.md's bound, taken over the whole result.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import dispatch, ops, reference
-from .cpu.loader import ISA_VARIABLE
+from . import ops, reference
+from .backends import dispatch
+from .backends.cpu.loader import ISA_VARIABLE
 from .reference import Direction
 from .tokens import TokenGrid, TokenReduction
 

@@ -10,7 +10,9 @@ import time
 import pytest
 import torch
 
-from storm_kernels import __version__, cli, dispatch, torch_backend, verify
+from storm_kernels import __version__, cli, verify
+from storm_kernels.backends import dispatch
+from storm_kernels.backends import torch as torch_backend
 
 
 def test_info_has_one_row_for_each_operation_and_backend(capsys):

@@ -14,10 +14,10 @@ from unittest import mock
 
 import torch
 
-from benchmarks import summary
+from benchmarks.e2e import summary
 from benchmarks.harness import Row, load_rows
-from storm_kernels import dispatch
-from storm_kernels.cuda import launcher
+from storm_kernels.backends import dispatch
+from storm_kernels.backends.cuda import launcher
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

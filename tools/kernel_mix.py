@@ -1,8 +1,8 @@
 """What the Triton kernels cost, read from the machine code compiled for a GPU that need not be there.
 
 ``python -m tools.kernel_mix [--target sm_90 ...] [--kernel scan] [--mix]`` prints one line for each kernel and variant: registers, spilled bytes,
-instructions, and for scans on NVIDIA targets the issue slots per item against the budget of `storm_kernels/triton/configs.py`; with ``--mix`` also
-the instructions of each loop. It exits with 1 on a spill, on an atomic, or on a scan over its budget.
+instructions, and for scans on NVIDIA targets the issue slots per item against the budget of `storm_kernels/backends/triton/configs.py`; with
+``--mix`` also the instructions of each loop. It exits with 1 on a spill, on an atomic, or on a scan over its budget.
 A *slot* is one instruction of one warp; an *item* is one (channel, token, state), for each lane of that warp.
 """
 
@@ -19,10 +19,10 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from storm_kernels.backends.triton import configs
+from storm_kernels.backends.triton.launch import Launch
+from storm_kernels.backends.triton.warm import conv_state_launch, model_launches
 from storm_kernels.tokens import TokenGrid, TokenReduction
-from storm_kernels.triton import configs
-from storm_kernels.triton.launch import Launch
-from storm_kernels.triton.warm import conv_state_launch, model_launches
 
 from . import sass
 

@@ -1,4 +1,4 @@
-"""Seeded faults in the kernels: does the suite notice each one? (RELIABILITY.md, R8)
+"""Seeded faults in the kernels: does the suite notice each one? (docs/reliability.md, R8)
 
 ``python -m tools.mutants [word ...] [--jobs N]`` applies every fault of ``mutants_*.toml`` beside this file, or those whose backend or name holds one
 of the words, each to a copy of its own of the tree in a temporary folder, builds it there and runs the tests named beside it. They have to fail.
@@ -107,13 +107,13 @@ def judge(tests: Tests, mutant: Mutant | None, built: Path) -> Verdict:
 
 def build_library(root: Path) -> None:
     """The "cpu" backend's library of the tree at ``root``, for this processor only."""
-    from storm_kernels.cpu.loader import library
+    from storm_kernels.backends.cpu.loader import library
 
-    spec = importlib.util.spec_from_file_location("build_of_mutant", root / "storm_kernels/cpu/build.py")
+    spec = importlib.util.spec_from_file_location("build_of_mutant", root / "storm_kernels/backends/cpu/build.py")
     builder = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(builder)
     try:
-        builder.build(root / "storm_kernels/cpu" / builder.LIBRARY_NAME, only=(library().isa,))
+        builder.build(root / "storm_kernels/backends/cpu" / builder.LIBRARY_NAME, only=(library().isa,))
     except builder.BuildError as error:
         raise Broken(f"does not build: {error}") from error
 

@@ -1,5 +1,11 @@
-"""Other projects' call signatures on our kernels, and :func:`install`, which lets ``import mamba_ssm`` and ``import causal_conv1d`` find them."""
+"""``storm_kernels.compat``: the modules of :mod:`storm_kernels.interop` under the names by which code and pickles of earlier releases know them."""
 
-from .install import InstallReport, install, uninstall
+import sys
+from importlib import import_module
+
+from ..interop import InstallReport, install, uninstall
 
 __all__ = ["InstallReport", "install", "uninstall"]
+
+for _name in ("causal_conv1d", "inference", "install", "layout", "mamba_ssm", "mixer", "norms", "transformers", "vim", "vmamba"):
+    sys.modules[f"{__name__}.{_name}"] = import_module(f"..interop.{_name}", __package__)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import dispatch
+from ..backends import dispatch
 
 # Why plain PyTorch runs in the place of kernels.
 _FORWARD_MODE = "no kernel computes forward-mode derivatives"
@@ -28,7 +28,7 @@ def register(op, *, kind: str, plain: Callable, backward: Callable | None = None
 
     Args:
         op: result of ``torch.library.custom_op``; its last argument is the backend asked for, its results are a tensor or a tuple of tensors.
-        kind: the operation in the terms of :mod:`storm_kernels.dispatch`: "scan", "conv", "reduce" or "norm".
+        kind: the operation in the terms of :mod:`storm_kernels.backends.dispatch`: "scan", "conv", "reduce" or "norm".
         plain: the same function of the same arguments in differentiable PyTorch.
         backward, setup_context: as in ``op.register_autograd``; without them the operator is differentiated through ``plain``.
     """

@@ -1,4 +1,4 @@
-"""causal_conv1d and bidirectional_causal_conv1d: checks, schema, fake kernel and autograd (SPEC.md, Mixer)."""
+"""causal_conv1d and bidirectional_causal_conv1d: checks, schema, fake kernel and autograd (docs/spec.md, Mixer)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch, torch_backend
-from ..contract import ConvFilter
+from ..backends import dispatch
+from ..backends import torch as torch_backend
+from ..backends.contract import ConvFilter
 from . import checks
 from .autograd import refuse_forward_mode, register, vjp
 from .normalise import accumulator, parameter, unit_innermost

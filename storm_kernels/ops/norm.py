@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from ..backends import dispatch
 from . import checks
 from .autograd import refuse_forward_mode, register, vjp
 from .normalise import accumulator, parameter, unit_innermost

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import dispatch, torch_backend
+from ..backends import dispatch
+from ..backends import torch as torch_backend
 from ..tokens import TokenGrid, TokenReduction
 from . import checks
 from .autograd import refuse_forward_mode, register, vjp
@@ -15,7 +16,7 @@ from .normalise import unit_innermost
 
 
 def reduce_tokens(x: Tensor, grid: TokenGrid, reduction: TokenReduction, *, backend: str | None = None) -> Tensor:
-    """Average over blocks of frames and tokens, then keep every s-th pooled frame (SPEC.md, Token reduction), in one pass.
+    """Average over blocks of frames and tokens, then keep every s-th pooled frame (docs/spec.md, Token reduction), in one pass.
 
     Args:
         x: (batch, T*H*W, C), float32, bfloat16, float16 or float64; averaged in float32 (float64).

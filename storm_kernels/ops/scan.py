@@ -1,4 +1,4 @@
-"""selective_scan and bidirectional_selective_scan: checks, schema, fake kernel and autograd (SPEC.md, Mixer and Token reduction)."""
+"""selective_scan and bidirectional_selective_scan: checks, schema, fake kernel and autograd (docs/spec.md, Mixer and Token reduction)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import dispatch, torch_backend
-from ..contract import ScanInputs, ScanResult
+from ..backends import dispatch
+from ..backends import torch as torch_backend
+from ..backends.contract import ScanInputs, ScanResult
 from ..reference import Direction
 from ..tokens import TokenGrid, TokenReduction
 from . import checks
@@ -41,7 +42,7 @@ def selective_scan(
     reduction: TokenReduction | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Mamba-1's selective scan, gated and reduced (SPEC.md, Mixer; arXiv 2312.00752, algorithm 2).
+    """Mamba-1's selective scan, gated and reduced (docs/spec.md, Mixer; arXiv 2312.00752, algorithm 2).
 
     ``h_l = exp(delta_l A) h_{l-1} + delta_l u_l B_l``, ``y_l = C_l h_l + D u_l``, result ``reduce(y * SiLU(z))``. States and sums are float32.
     Activations may be float32, bfloat16 or float16, each its own; float64 in any of them moves the whole to float64 and plain PyTorch.
@@ -58,7 +59,7 @@ def selective_scan(
         return_final_state: also return the state after the last scanned token, (n, E, S), float32, differentiable.
         cu_seqlens: (n + 1,) integers from 0 to L: bounds of sequences packed one after the other in a batch of 1.
         grid, reduction: where the tokens sit and how they are averaged and sampled; only what survives is written. Not with ``cu_seqlens``.
-        backend: "torch", "cpu", "triton" or "cuda"; None leaves the choice to :func:`storm_kernels.dispatch.choose`.
+        backend: "torch", "cpu", "triton" or "cuda"; None leaves the choice to :func:`storm_kernels.backends.dispatch.choose`.
 
     Returns:
         (batch, L', E) in u's dtype, with L' = L without a reduction; and the final state where asked for.
@@ -89,7 +90,7 @@ def bidirectional_selective_scan(
     reduction: TokenReduction | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Both directions of a scan in one launch: ``reduce((y_forward + y_backward) * SiLU(z))`` (SPEC.md, Mixer).
+    """Both directions of a scan in one launch: ``reduce((y_forward + y_backward) * SiLU(z))`` (docs/spec.md, Mixer).
 
     ``forward`` and ``backward`` are :class:`Direction` tuples in the sequence's own order; the second is scanned from the end, without a flip.
     The other arguments, the result (batch, L', E) and the errors are those of :func:`selective_scan`.

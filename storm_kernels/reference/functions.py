@@ -1,4 +1,4 @@
-"""The plain-PyTorch truth: every public function, to be read beside SPEC.md. Slow, differentiable, right in float64.
+"""The plain-PyTorch truth: every public function, to be read beside docs/spec.md. Slow, differentiable, right in float64.
 
 Symbols: batch; L tokens; E = d_inner channels; S = d_state; G groups of channels that share B and C; K = d_conv;
 L' tokens after the reduction. States, decays and sums are float32, or float64 when any operand is, whatever the activations' dtype.
@@ -165,13 +165,13 @@ def _scan_sequences(
 
 
 def _scan_sequence(direction: Direction, delta_softplus: bool, reverse: bool, h: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The recurrence of SPEC.md, Mixer, one token after the other."""
+    """The recurrence of docs/spec.md, Mixer, one token after the other."""
     acc = _accumulate(*direction, h)
     u, delta, A, B, C, D, delta_bias = (None if t is None else t.to(acc) for t in direction)
     if delta_bias is not None:
         delta = delta + delta_bias
     if delta_softplus:
-        delta = F.softplus(delta)  # the identity above 20, as in SPEC.md
+        delta = F.softplus(delta)  # the identity above 20, as in docs/spec.md
     batch, length, channels = u.shape
     states = A.shape[1]
     groups = B.shape[2] if B.dim() == 4 else 1

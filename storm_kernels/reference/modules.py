@@ -1,6 +1,6 @@
 """The plain-PyTorch projector of STORM: the truth that the fused one is compared with, and whose parameters it inherits.
 
-The mixer is Vim's bimamba v2 (arXiv 2401.09417), the projector STORM's (arXiv 2503.04130, eqs. 3, 5-8); see SPEC.md.
+The mixer is Vim's bimamba v2 (arXiv 2401.09417), the projector STORM's (arXiv 2503.04130, eqs. 3, 5-8); see docs/spec.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .functions import Direction, bidirectional_selective_scan, causal_conv1d, r
 
 
 class ReferenceMixer(nn.Module):
-    """Bidirectional Mamba-1 mixer, Vim's bimamba v2 with Vim's parameter names (SPEC.md, Mixer); ``bidirectional=False`` is plain Mamba-1.
+    """Bidirectional Mamba-1 mixer, Vim's bimamba v2 with Vim's parameter names (docs/spec.md, Mixer); ``bidirectional=False`` is plain Mamba-1.
 
     ``A_log``, ``D``, the bias of ``dt_proj`` and their backward twins stay float32 when the module is moved to a half precision.
     A child that is more than a plain layer (an adapter, hooks, a quantised or replaced layer) is called as a module: a convolution on
@@ -171,7 +171,7 @@ class MixerLayer(nn.Module):
 
 
 class ReferenceTemporalProjector(nn.Module):
-    """STORM's projector: 2x2 downsample, linear, M bidirectional mixers over all frames' tokens, token reduction (SPEC.md, Projector).
+    """STORM's projector: 2x2 downsample, linear, M bidirectional mixers over all frames' tokens, token reduction (docs/spec.md, Projector).
 
     Args:
         vision_width: Dv, the width of the image encoder's tokens.

@@ -1,0 +1,220 @@
+"""Which backend runs an operation, why another does not, and what has run so far.
+
+Backends of a device are asked in the order of ``ORDER``; the first without a reason against it runs. A backend asked for by name runs or raises.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import context
+from .contract import Backend
+
+logger = logging.getLogger(__name__)
+
+MODULES = {"cpu": "cpu", "cuda": "cuda", "triton": "triton", "torch": "torch_backend"}
+OPS = ("scan", "conv", "reduce", "norm")
+# By device type and operation, best first. LayerNorm on a CPU is torch's own: memory-bound, vectorised there already.
+ORDER = {
+    "cpu": {"scan": ("cpu", "torch"), "conv": ("cpu", "torch"), "reduce": ("cpu", "torch"), "norm": ("torch",)},
+    "cuda": {
+        "scan": ("cuda", "triton", "torch"),
+        "conv": ("cuda", "triton", "torch"),
+        "reduce": ("cuda", "triton", "torch"),
+        "norm": ("triton", "torch"),
+    },
+}
+
+_ran: Counter[tuple[str, str]] = Counter()
+_warned: set[str] = set()
+_lock = threading.Lock()  # of both
+_uncounted = threading.local()
+# Files whose lines are no caller's: this library's, and PyTorch's between the caller and an operator.
+_INSIDE = tuple(f"{Path(module).parent}{os.sep}" for module in (__file__, torch.__file__))
+
+
+class BackendError(RuntimeError):
+    """A backend asked for by name cannot run this, or strict mode forbids the slow path that would."""
+
+
+class SlowPathWarning(UserWarning):
+    """A fast backend refused; plain PyTorch runs instead. Said once for each reason."""
+
+
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """``with use_backend(name):`` every operation runs on backend ``name`` ("torch", "cpu", "triton", "cuda"), unless its own ``backend=`` says
+    otherwise; its backward pass runs there too, wherever that is started. A decorator too.
+
+    It holds for the thread or asyncio task that is inside. Threads started within, such as nn.DataParallel's, do not see it:
+    :func:`set_default_backend` is for those.
+
+    Raises:
+        ValueError: ``name`` is none of them; at once.
+
+    >>> with use_backend("torch"):
+    ...     y = selective_scan(u, delta, A, B, C)
+    """
+    return context.Setting("backend", _known(name), f"use_backend({name!r})", f", or set_default_backend({name!r})")
+
+
+def set_default_backend(name: str | None) -> None:
+    """From here on every operation, in every thread, runs on backend ``name`` unless `use_backend` or ``backend=`` says otherwise; None undoes it.
+
+    Raises:
+        ValueError: ``name`` is no backend.
+    """
+    context.defaults["backend"] = "" if name is None else _known(name)
+
+
+def strict(enabled: bool = True) -> AbstractContextManager[None]:
+    """``with strict():`` an operation that would fall back to plain PyTorch raises :class:`BackendError`. A thread's own, like :func:`use_backend`.
+
+    STORM_KERNELS_STRICT=1 does so everywhere. A backward pass falls back where its forward pass did, and nowhere else.
+    """
+    return context.Setting("strict", bool(enabled), f"strict({enabled!r})")
+
+
+def requested(backend: str | None) -> str:
+    """The backend asked for, by argument or by :func:`use_backend`; "" leaves the choice to :func:`choose`."""
+    return context.current("backend") if backend is None else _known(backend)
+
+
+def _known(backend: str) -> str:
+    if backend not in MODULES:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, MODULES))}, got {backend!r}")
+    return backend
+
+
+@cache
+def load(name: str) -> Backend:
+    """The module of a backend."""
+    return importlib.import_module(f".{MODULES[name]}", __package__)
+
+
+def why_not(
+    op: str, backend: str, *, device: str | torch.device = "cpu", dtypes: Iterable[torch.dtype] = (torch.float32,), d_state: int = 16, d_conv: int = 4
+) -> str | None:
+    """None if ``backend`` can run ``op`` ("scan", "conv", "reduce", "norm") on such tensors; else why not and how to fix it."""
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(map(repr, OPS))}, got {op!r}")
+    _known(backend)
+    return _why_not(op, backend, torch.device(device).type, frozenset(dtypes), d_state, d_conv)
+
+
+def _why_not(op: str, backend: str, device: str, dtypes: frozenset, d_state: int, d_conv: int) -> str | None:
+    try:
+        module = load(backend)
+    except ImportError as error:
+        return f"the {backend} backend cannot be imported: {error}"
+    return module.why_not(op, device=device, dtypes=dtypes, d_state=d_state, d_conv=d_conv)
+
+
+def choose(op: str, backend: str, *activations: Tensor | None, d_state: int = 0, d_conv: int = 0) -> Backend:
+    """The backend module that runs ``op`` on these tensors; ``backend`` is a result of :func:`requested`. Empty tensors are plain PyTorch's."""
+    present = [t for t in activations if t is not None]
+    if present[0].numel() == 0:
+        return load("torch")
+    device, dtypes = present[0].device.type, frozenset(t.dtype for t in present)
+    if backend:
+        reason = _why_not(op, backend, device, dtypes, d_state, d_conv)
+        if reason is not None:
+            raise BackendError(f"backend={backend!r} cannot run {op}: {reason}")
+        return load(backend)
+    refused = {}
+    for name in ORDER.get(device, {}).get(op, ("torch",)):
+        reason = _why_not(op, name, device, dtypes, d_state, d_conv)
+        if reason is None:
+            if refused:
+                _tell(op, name, refused)
+            return load(name)
+        refused[name] = reason
+    raise BackendError(f"no backend can run {op} on {device}: {refused}")
+
+
+def _tell(op: str, chosen: str, refused: dict[str, str]) -> None:
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+    message = f"{op} runs on the {chosen} backend, because {reasons}"
+    if chosen == "torch":
+        slow_path(message)
+    else:
+        _first_time(message)
+
+
+def slow_path(message: str) -> None:
+    """Warn, once for each message, that something slow runs; in strict mode raise."""
+    if context.current("strict"):
+        raise BackendError(f"strict mode: {message}")
+    if _first_time(message):
+        warnings.warn(message, SlowPathWarning, stacklevel=_callers_level())
+
+
+def _first_time(message: str) -> bool:
+    """Log ``message`` if it is told for the first time, and say whether it was; what is uncounted is not told."""
+    with _lock:
+        if getattr(_uncounted, "here", False) or message in _warned:
+            return False
+        _warned.add(message)
+    logger.info(message)
+    return True
+
+
+def _callers_level() -> int:
+    """The ``stacklevel``, for the function that asks, of the innermost line outside this library and PyTorch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_code.co_filename.startswith(_INSIDE) and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def run_plain(op: str, backend: str, reason: str) -> None:
+    """Note that plain PyTorch runs ``op`` outside its operator; raise where another backend was asked for by name, or in strict mode."""
+    if backend not in ("", "torch"):
+        raise BackendError(f"backend={backend!r} cannot run {op}: {reason}; leave the choice open or ask for backend='torch'")
+    if torch.compiler.is_compiling():
+        return
+    if not backend:
+        _tell(op, "torch", {"all others": reason})
+    count(op, load("torch"))
+
+
+def count(op: str, backend: Backend) -> None:
+    """Note that ``op`` ran."""
+    if getattr(_uncounted, "here", False):
+        return
+    with _lock:
+        _ran[op, backend.NAME] += 1
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Within it, what this thread runs is not in :func:`stats`, and no slow path is told of."""
+    before, _uncounted.here = getattr(_uncounted, "here", False), True
+    try:
+        yield
+    finally:
+        _uncounted.here = before
+
+
+def stats(*, reset: bool = False) -> dict[str, dict[str, int]]:
+    """How often each operation has run on each backend, in all threads together, for example ``{"scan": {"cpu": 12}}``."""
+    with _lock:
+        ran = sorted(_ran.items())
+        if reset:
+            _ran.clear()
+    table: dict[str, dict[str, int]] = {}
+    for (op, backend), times in ran:
+        table.setdefault(op, {})[backend] = times
+    return table

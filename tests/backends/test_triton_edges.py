@@ -1,0 +1,28 @@
+"""Triton's convolution, reduction and norm in the interpreter, where few random cases come: sequences that meet, more rows than programs."""
+
+import importlib
+
+import pytest
+
+from storm_kernels import why_not
+
+from ..support.parity import check
+from ..support.parity_cases import ConvCase, NormCase, ReduceCase, simplest
+
+REASON = why_not("conv", "triton")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the interpreter was not asked for: {REASON}")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "both"])
+def test_convolution_with_initial_states_and_neighbours(direction, packed):
+    check(simplest(ConvCase, seed=3, length=9, direction=direction, packed=packed, initial=True, bias=True), "triton")
+
+
+def test_norm_of_more_rows_than_programs(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("storm_kernels.backends.triton.norm"), "NORM_PROGRAMS", 4)
+    check(simplest(NormCase, length=9, channels=8, residual=True, bias=True), "triton")
+
+
+def test_reduction_of_partial_groups():
+    check(simplest(ReduceCase, grid=(7, 3, 5), reduction=(2, 2, 2)), "triton")
