@@ -41,7 +41,7 @@ def describe() -> dict:
     for device in verify.available_devices():
         for op in dispatch.OPS:
             order = dispatch.ORDER[device][op]
-            reasons = {name: dispatch.why_not(op, name, device=device) for name in dispatch.MODULES}
+            reasons = {name: dispatch.why_not(op, name, device=device) for name in dispatch.BACKENDS}
             chosen = next((name for name in order if reasons[name] is None), None)
             for name, refused in reasons.items():
                 reason = refused or ("" if name in order else f"runs only when asked for with backend={name!r}")

@@ -47,7 +47,7 @@ def run(devices: tuple[str, ...] | None = None) -> Iterator[Check]:
             able = [
                 (device, backend)
                 for device in devices or available_devices()
-                for backend in dispatch.MODULES
+                for backend in dispatch.BACKENDS
                 if dispatch.why_not(op, backend, device=device, dtypes=(dtype,), d_state=_STATES, d_conv=_TAPS) is None
             ]
             for name, (make, call) in cases.items():

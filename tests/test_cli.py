@@ -19,7 +19,7 @@ def test_info_has_one_row_for_each_operation_and_backend(capsys):
     assert cli.main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     rows = [row for row in found["rows"] if row["device"] == "cpu"]
-    assert {(row["op"], row["backend"]) for row in rows} == {(op, backend) for op in dispatch.OPS for backend in dispatch.MODULES}
+    assert {(row["op"], row["backend"]) for row in rows} == {(op, backend) for op in dispatch.OPS for backend in dispatch.BACKENDS}
     for op in dispatch.OPS:
         of_op = [row for row in rows if row["op"] == op]
         (chosen,) = (row for row in of_op if row["chosen"])
@@ -54,7 +54,7 @@ def test_verify_finds_a_wrong_backend(monkeypatch, capsys):
         return result._replace(out=result.out * (1 + 2e-6))
 
     monkeypatch.setattr(torch_backend, "scan", wrong)
-    monkeypatch.setattr(dispatch, "MODULES", {"torch": "torch_backend"})
+    monkeypatch.setattr(dispatch, "BACKENDS", ("torch",))
     monkeypatch.setattr(verify, "_DTYPES", (torch.float32,))
     assert cli.main(["verify"]) == 1
     out = capsys.readouterr().out
@@ -67,7 +67,7 @@ def test_verify_reports_a_backend_that_breaks(monkeypatch):
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr(torch_backend, "reduce", broken)
-    monkeypatch.setattr(dispatch, "MODULES", {"torch": "torch_backend"})
+    monkeypatch.setattr(dispatch, "BACKENDS", ("torch",))
     monkeypatch.setattr(verify, "_DTYPES", (torch.float32,))
     failures = {check.failure for check in verify.run(("cpu",)) if check.op == "reduce"}
     assert failures == {"RuntimeError: no such instruction"}

@@ -91,7 +91,7 @@ def _limit(backend: str, op: str) -> str:
 
 def backends() -> list[str]:
     """One row an operation, one column a backend: what `why_not` lets through."""
-    columns = tuple(dispatch.MODULES)
+    columns = tuple(dispatch.BACKENDS)
     lines = [_line("operation", *(f"`{name}`" for name in columns)), _line(*["---"] * (1 + len(columns)))]
     for op, title in OPERATIONS.items():
         cells = []

@@ -25,7 +25,7 @@ from .contract import Backend
 
 logger = logging.getLogger(__name__)
 
-MODULES = {"cpu": "cpu", "cuda": "cuda", "triton": "triton", "torch": "torch_backend"}
+BACKENDS = ("cpu", "cuda", "triton", "torch")
 OPS = ("scan", "conv", "reduce", "norm")
 # By device type and operation, best first. LayerNorm on a CPU is torch's own: memory-bound, vectorised there already.
 ORDER = {
@@ -43,7 +43,7 @@ _warned: set[str] = set()
 _lock = threading.Lock()  # of both
 _uncounted = threading.local()
 # Files whose lines are no caller's: this library's, and PyTorch's between the caller and an operator.
-_INSIDE = tuple(f"{Path(module).parent}{os.sep}" for module in (__file__, torch.__file__))
+_INSIDE = tuple(f"{Path(module).parent}{os.sep}" for module in (Path(__file__).parent, torch.__file__))
 
 
 class BackendError(RuntimeError):
@@ -93,15 +93,15 @@ def requested(backend: str | None) -> str:
 
 
 def _known(backend: str) -> str:
-    if backend not in MODULES:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, MODULES))}, got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     return backend
 
 
 @cache
 def load(name: str) -> Backend:
     """The module of a backend."""
-    return importlib.import_module(f".{MODULES[name]}", __package__)
+    return importlib.import_module(f".{name}", __package__)
 
 
 def why_not(
