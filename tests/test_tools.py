@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,15 +51,32 @@ def test_failures_of_a_report():
     assert newest.failures(report) == ["tests.a::bad: AssertionError: 1 is 2", "::tests.b: the extra `model` is not installed"]
 
 
-def test_an_installation_that_fails_is_told(monkeypatch, capsys):
-    monkeypatch.setattr(newest, "run", lambda *_, **__: (1, "no such host"))
-    monkeypatch.setattr(newest.shutil, "disk_usage", lambda _: type("usage", (), {"free": 100e9}))
+def told(monkeypatch, capsys, tmp_path, *, free=100e9, outcome=(1, "no such host"), report=None):
+    """What CI prints where `make` ends with ``outcome`` and leaves ``report``."""
+
+    def run(command, seconds, **environment):
+        if report is not None and command[0] == "make":
+            newest.REPORT.write_text(report)
+        return outcome
+
+    monkeypatch.setattr(newest, "run", run)
+    monkeypatch.setattr(newest, "ENVIRONMENT", tmp_path / "none")
+    monkeypatch.setattr(newest, "REPORT", tmp_path / "newest.xml")
+    monkeypatch.setattr(newest.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     assert newest.main() == 0
-    assert "not run: the installation failed:\nno such host" in capsys.readouterr().out
-    monkeypatch.setattr(newest.shutil, "disk_usage", lambda _: type("usage", (), {"free": 3e9}))
-    monkeypatch.setattr(newest, "ENVIRONMENT", lock.ROOT / "no such folder")
-    assert newest.main() == 0
-    assert "12 GB, 3 are free" in capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_what_continuous_integration_tells(monkeypatch, capsys, tmp_path):
+    tell = partial(told, monkeypatch, capsys, tmp_path)
+    assert "12 GB, 3 are free" in tell(free=3e9)
+    assert "the last lines are\nno such host" in tell()
+    assert "not finished within 40 minutes" in tell(outcome=(None, ""))
+    passing = "<testsuite><testcase classname='a' name='b'/></testsuite>"
+    assert "everything passes" in tell(outcome=(0, ""), report=passing)
+    assert "1 lines to be mended next:\nsm_90 scan; FAULT: spills" in tell(outcome=(2, "sm_90 scan; FAULT: spills"), report=passing)
+    failing = "<testsuite><testcase classname='a' name='b'><error message='no'/></testcase></testsuite>"
+    assert "a::b: no" in tell(outcome=(2, ""), report=failing)
 
 
 def test_a_command_that_takes_too_long_is_ended():

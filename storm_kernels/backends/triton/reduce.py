@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...tokens import TokenGrid, TokenReduction
-from .configs import ROWS
+from .configs import POOL, ROWS, Config
 from .launch import launch
 from .math import cast, sigmoid
 
@@ -95,9 +95,9 @@ def spread_kernel(grad, strides, places, weights, out, rows, tokens, channels, B
     tl.store(out + row * channels + channel, cast(value, out.dtype.element_ty), mask=mask)
 
 
-def tiles(rows: int, channels: int) -> int:
+def tiles(rows: int, channels: int, config: Config = ROWS) -> int:
     """Programs that cover a (rows, channels) matrix."""
-    return triton.cdiv(rows, ROWS.constants["BLOCK_R"]) * triton.cdiv(channels, ROWS.constants["BLOCK_C"])
+    return triton.cdiv(rows, config.constants["BLOCK_R"]) * triton.cdiv(channels, config.constants["BLOCK_C"])
 
 
 def combine(parts: list[Tensor], dtype: torch.dtype, *, scale: Tensor | None = None, z: Tensor | None = None) -> Tensor:
@@ -120,7 +120,7 @@ def reduce(x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:
     rows = batch * small.tokens
     sizes = (grid.frames, grid.height, grid.width, small.tokens, small.height, small.width)
     pools = (reduction.temporal_pool, reduction.spatial_pool, reduction.temporal_stride)
-    launch(reduce_kernel, tiles(rows, channels), ROWS, x.device, x, x.stride()[:2], out, rows, channels, *sizes, *pools)
+    launch(reduce_kernel, tiles(rows, channels, POOL), POOL, x.device, x, x.stride()[:2], out, rows, channels, *sizes, *pools)
     return out
 
 
