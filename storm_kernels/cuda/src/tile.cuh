@@ -32,7 +32,7 @@ struct Quad {
     __device__ __forceinline__ Quad(const Direction& d, const Share& s) {
         channel = threadIdx.x % QUADS * QUAD;
         token = threadIdx.x / QUADS * 2;
-        channels = WORKERS < THREADS && threadIdx.x >= WORKERS ? 0 : s.channels - channel;
+        channels = idle() ? 0 : s.channels - channel;
 #pragma unroll
         for (int c = 0; c < QUAD; c++) {
             bias[c] = c < channels && d.delta_bias ? d.delta_bias[s.channel + channel + c] : 0.0f;
@@ -48,6 +48,8 @@ struct Quad {
         first_valid = held(channels > 0 ? token : TILE);
         BC = held((int)threadIdx.x * 16);
     }
+    // Whether the thread owns nothing: its offsets lie past the arrays, so nothing may be read there either.
+    __device__ __forceinline__ static bool idle() { return WORKERS < THREADS && threadIdx.x >= WORKERS; }
     template <typename T>
     __device__ __forceinline__ void load(float (&v)[QUAD], const T (&rows)[TILE][BLOCK_CHANNELS], int j) const {
         load_quad(v, past(&rows[j][0], staged * (int)sizeof(T) / 2));
@@ -55,7 +57,7 @@ struct Quad {
 };
 
 __device__ __forceinline__ void prepare(Shared& shared, const Stage& stage, const Quad& at, float (&u)[2][QUAD]) {
-    if (WORKERS == THREADS || threadIdx.x < WORKERS) {
+    if (!at.idle()) {
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             float delta[QUAD];
@@ -92,7 +94,7 @@ __device__ __forceinline__ void prepare(Shared& shared, const Stage& stage, cons
 
 // Past the sequence's end nothing happens to the states.
 __device__ __forceinline__ void stand_still(Shared& shared, const Quad& at, int tokens) {
-    if (WORKERS < THREADS && threadIdx.x >= WORKERS) return;
+    if (at.idle()) return;
 #pragma unroll
     for (int j = 0; j < 2; j++)
         if (at.token + j >= tokens)
@@ -141,6 +143,7 @@ __device__ __forceinline__ void advance_tile(float (&h)[ITEMS], const float (&A)
 
 // y before the gate: its parts and D u added up.
 __device__ __forceinline__ void finish(float (&y)[2][QUAD], const Shared& shared, const float (&u)[2][QUAD], const Quad& at) {
+    if (at.idle()) return;
 #pragma unroll
     for (int c = 0; c < QUAD; c++)
 #pragma unroll
@@ -157,6 +160,7 @@ __device__ __forceinline__ void finish(float (&y)[2][QUAD], const Shared& shared
         }
 }
 __device__ __forceinline__ void gate(float (&y)[2][QUAD], const Stage& stage, const Quad& at) {
+    if (at.idle()) return;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         float z[QUAD];
