@@ -40,11 +40,15 @@ def _modifiers(one: Instruction, *allowed: str) -> set[str]:
     return found
 
 
-def _pairs(machine: Machine, one: Instruction, function):
-    """Two bfloat16 numbers in 32 bits, or two halves: both at once, through float64, rounded once more than hardware would."""
-    half = one.parts[-1] == "f16x2"
-    to = machine.registers.row(one.operands[0], "u32")
-    sources = [machine.registers.read(text, "u32") for text in one.operands[1:]]
+_NARROW = ("bf16", "f16", "bf16x2", "f16x2")
+
+
+def _narrow(machine: Machine, one: Instruction, function):
+    """One number of 16 bits, or two in 32: through float64, and rounded once more than hardware would."""
+    _modifiers(one, "rn")
+    half, kind = one.parts[-1].startswith("f16"), "u32" if one.parts[-1].endswith("x2") else "u16"
+    to = machine.registers.row(one.operands[0], kind)
+    sources = [machine.registers.read(text, kind) for text in one.operands[1:]]
 
     def run(mask):
         values = []
@@ -53,7 +57,7 @@ def _pairs(machine: Machine, one: Instruction, function):
             values.append((bits.view(np.float16) if half else bf16_to_f32(bits)).astype(_F64))
         result = function(*values)
         bits = result.astype(np.float16).view(np.uint16) if half else f32_to_bf16(result.astype(_F32))
-        np.copyto(to, bits.view(np.uint32), where=mask)
+        np.copyto(to, bits.view(to.dtype), where=mask)
 
     return run
 
@@ -64,9 +68,8 @@ _FLOAT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 @opcode("add", "sub", "mul")
 def _arithmetic(machine: Machine, one: Instruction):
     kind, name = one.parts[-1], one.parts[0]
-    if kind in ("bf16x2", "f16x2"):
-        _modifiers(one, "rn")
-        return _pairs(machine, one, _FLOAT[name])
+    if kind in _NARROW:
+        return _narrow(machine, one, _FLOAT[name])
     if not is_float(kind):
         return integer_product(machine, one) if name == "mul" else integer_arithmetic(machine, one)
     found = _modifiers(one, "rn", "ftz")
@@ -97,9 +100,8 @@ def _unary(machine: Machine, one: Instruction):
 @opcode("fma")
 def _fused(machine: Machine, one: Instruction):
     kind = one.parts[-1]
-    if kind in ("bf16x2", "f16x2"):
-        _modifiers(one, "rn")
-        return _pairs(machine, one, lambda a, b, c: a * b + c)
+    if kind in _NARROW:
+        return _narrow(machine, one, lambda a, b, c: a * b + c)
     if kind != "f32":
         raise Unknown(f"fma of {kind}")
     _modifiers(one, "rn")
