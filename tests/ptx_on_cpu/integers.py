@@ -22,11 +22,11 @@ def elementwise(machine: Machine, one: Instruction, function: np.ufunc, kind: st
     sources = [machine.registers.read(text, kind) for text in one.operands[1:]]
     if len(sources) == 1:
         (a,) = sources
-        return lambda mask: _nothing(function(a, to, where=mask))
+        return lambda mask: _nothing(function(a, out=to, where=mask))
     a, b = sources
 
     def run(mask):
-        function(a, b, to, where=mask)
+        function(a, b, out=to, where=mask)
 
     return run
 
@@ -95,9 +95,9 @@ def _shift(machine: Machine, one: Instruction, function: np.ufunc, kind: str):
     amount = machine.registers.read(one.operands[2], "u32")
     if np.ndim(amount) == 0:
         amount = dtype(min(int(amount), 8 * np.dtype(dtype).itemsize))
-        return lambda mask: _nothing(function(a, amount, to, where=mask))
+        return lambda mask: _nothing(function(a, amount, out=to, where=mask))
     most = np.uint32(8 * np.dtype(dtype).itemsize)
-    return lambda mask: _nothing(function(a, np.minimum(amount, most).astype(dtype), to, where=mask))
+    return lambda mask: _nothing(function(a, np.minimum(amount, most).astype(dtype), out=to, where=mask))
 
 
 def _wide(kind: str) -> str:

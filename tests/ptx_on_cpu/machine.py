@@ -223,7 +223,7 @@ class Machine:
 
     def refuse(self, one: Instruction, mask, what: str) -> None:
         """Raise `Refused` for the first lane of ``mask`` (an index, a mask or True)."""
-        lane = mask if isinstance(mask, (int, np.integer)) else 0 if mask is ALWAYS else int(np.flatnonzero(mask)[0])
+        lane = 0 if mask is ALWAYS else int(np.flatnonzero(mask)[0]) if np.ndim(mask) else int(mask)
         where = f", {one.source[0].rsplit('/', 1)[-1]}:{one.source[1]}" if one.source else ""
         raise Refused(
             f"{self.kernel.name}, block {self.block_of[lane]}, thread {self.thread_of[lane]}: `{one.text}` {what} (PTX line {one.line}{where})"

@@ -107,6 +107,7 @@ class Global:
                 groups[group] = groups[group].max(0)
 
     def release(self, lanes: np.ndarray, offsets: np.ndarray) -> None:
+        """It tells of what the block's threads wrote before their last barrier: not of the releasing thread's own writes since then."""
         known, shared = self.known(), self.machine.shared
         for lane, offset in zip(lanes, offsets, strict=True):
             told = known[lane].copy()
@@ -114,6 +115,7 @@ class Global:
             self._released[int(offset)] = told
 
     def acquire(self, lanes: np.ndarray, offsets: np.ndarray) -> None:
+        """The acquiring threads know what the release told; their block does after its next barrier (`join`)."""
         known = self.known()
         for lane, offset in zip(lanes, offsets, strict=True):
             if int(offset) in self._released:
