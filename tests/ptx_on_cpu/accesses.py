@@ -40,7 +40,7 @@ def address_of(machine: Machine, operand: str):
         return lambda: fixed
     row = machine.registers.raw(base)
     if row.dtype.itemsize == 4:
-        return lambda: row.astype(np.int64) + offset
+        return lambda: row.astype(np.int64) + offset & 0xFFFF_FFFF
     signed = row.view(np.int64)
     return (lambda: signed + offset) if offset else lambda: signed
 

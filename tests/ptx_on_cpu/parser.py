@@ -14,7 +14,7 @@ _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)(.*?)\{", re.DOTALL)
 _PARAM = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)((?:\s+\.(?!b8)\w+(?:\s+\d+)?)*)\s+([\w$]+)(?:\[(\d+)\])?")
 _SHARED = re.compile(r"(\.extern\s+)?\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?")
 _REGISTER = re.compile(r"\.reg\s+\.(\w+)\s+(.*)")
-_LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+")
+_LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+(?:.*inlined_at\s+\d+\s+(\d+))?")
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]+)"')
 _LABEL = re.compile(r"^([\w$]+):\s*")
 _GUARD = re.compile(r"^@(!?)(%\w+)\s+")
@@ -41,7 +41,7 @@ class Instruction:
     parts: tuple[str, ...]  # of the opcode
     operands: tuple[str, ...]
     line: int  # in the PTX text, from 1
-    source: tuple[str, int] | None  # file and line
+    source: tuple[str, int, int] | None  # file, line, and the line that what stands there was put into, or 0
 
     @property
     def name(self) -> str:
@@ -167,7 +167,7 @@ def _body(kernel: Kernel, text: str, begin: int, files: dict[str, str]) -> None:
             start()
             kernel.labels[statement[:-1]] = len(kernel.blocks) - 1
         elif location := _LOCATION.match(statement):
-            source = (files.get(location[1], location[1]), int(location[2]))
+            source = (files.get(location[1], location[1]), int(location[2]), int(location[3] or 0))
         elif register := _REGISTER.match(statement):
             for one in register[2].split(","):
                 kernel.registers[one.strip().partition("<")[0]] = register[1]
@@ -183,7 +183,7 @@ def _body(kernel: Kernel, text: str, begin: int, files: dict[str, str]) -> None:
         current.instructions.append(_instruction(number, "ret", 0, source))
 
 
-def _instruction(number: int, text: str, line: int, source: tuple[str, int] | None) -> Instruction:
+def _instruction(number: int, text: str, line: int, source: tuple[str, int, int] | None) -> Instruction:
     guard = _GUARD.match(text)
     rest = text[guard.end() :] if guard else text
     opcode, _, operands = rest.partition(" ") if " " in rest else rest.partition("\t")
