@@ -66,7 +66,8 @@ gpu-smoke gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector
 
 # Every kernel's compiled code interpreted on a CPU, forward and backward, with the faults that only it shows: 5 to 8 minutes on two cores.
 test-ptx: $(VENV)/.test
-	$(PY) -m pytest tests/test_ptx_parity.py tests/test_ptx_faults.py tests/test_cuda_guards.py tests/test_gpu_script.py -m ptx --numprocesses 2
+	$(PY) -m pytest tests/test_ptx_parity.py tests/test_ptx_faults.py tests/test_cuda_guards.py tests/test_cuda_sanitized.py \
+		tests/test_gpu_script.py -m ptx --numprocesses 2
 
 # Optional, before gpu-scan: mamba-ssm beside our scans; needs nvcc. Its setup.py lists every architecture; without the list torch builds for the GPU
 # that is there. (This release builds Mamba-1's scan in any case; sources after it want MAMBA_KEEP_CUDA_BUILD.) Its other dependencies serve Mamba-2

@@ -156,16 +156,13 @@ def _remainder(machine: Machine, one: Instruction):
 @opcode("bfe")
 def _extract(machine: Machine, one: Instruction):
     kind = one.parts[-1]
-    if kind[0] != "u":
-        raise Unknown("signed")
-    a = machine.registers.read(one.operands[1], kind)
-    start, length = (machine.registers.read(text, "u32").astype(dtype_of(kind)) for text in one.operands[2:])
-    one_, bits = dtype_of(kind)(1), int(kind[1:])
-
-    def compute():
-        return (a >> start) & np.where(length >= bits, ~dtype_of(kind)(0), (one_ << length) - one_)
-
-    return assign(machine, one.operands[0], kind, compute)
+    start, length = (int(text, 0) for text in one.operands[2:])
+    bits = int(kind[1:])
+    if not 0 < length <= bits - start:
+        raise Unknown(f"{length} bits from {start}")
+    dtype = dtype_of(kind)
+    a, left, right = machine.registers.read(one.operands[1], kind), dtype(bits - start - length), dtype(bits - length)
+    return assign(machine, one.operands[0], kind, lambda: a << left >> right)
 
 
 @opcode("bfi")
