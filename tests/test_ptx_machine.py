@@ -233,3 +233,16 @@ def test_blocks_run_in_a_random_order():
     order = "setp.ne.u32 %p1, %r1, 0; @%p1 ret; atom.global.add.u32 %r7, [%rd2+2044], 1; st.global.u32 [%rd6], %r7;"
     orders = [run(order, out=torch.zeros(512, dtype=torch.int32), blocks=7, seed=seed, at_once=3)[0:448:64].tolist() for seed in range(3)]
     assert all(sorted(one) == list(range(7)) for one in orders) and orders[0] != orders[1]
+
+
+def test_one_command_runs_a_case_and_follows_a_thread(capsys):
+    pytest.importorskip("cuda.bindings", reason="needs cuda-bindings and nvidia-cuda-nvrtc to compile")
+    from .ptx_on_cpu.__main__ import main
+
+    assert main(["reduce", "channels=3", "reduction=(2, 2, 1)", "--trace", "0:5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith("on cuda: fine")
+    assert any(re.match(r"tokens.cu:\d+  int64 i = \(int64\)blockIdx.x \* THREADS", line) for line in lines)
+    assert any(re.match(r"    mov.u32 %r\d+, %tid.x    %r\d+ = 5$", line) for line in lines)
+    with pytest.raises(SystemExit, match="reduce has no colour: it has seed, batch"):
+        main(["reduce", "colour=3"])
