@@ -13,9 +13,8 @@ from .cuda_on_cpu import OnCpu
 from .parity import Operations
 from .parity_cases import ConvCase, ScanCase, simplest
 
-FINISH = "const Shared& shared, const float (&u)[2][QUAD], const Quad& at) {\n"
 BEYOND = {
-    "shared memory": (FINISH + "    if (at.idle()) return;\n", FINISH, simplest(ScanCase, states=32)),
+    "shared memory": ("threadIdx.x % WORKERS / QUADS", "threadIdx.x / QUADS", simplest(ScanCase, states=32)),
     "global memory": ("return token >= 0 && token < a.length ?", "return token >= 0 ?", simplest(ConvCase, length=700, direction="reverse")),
 }
 

@@ -67,7 +67,6 @@ struct OpenCells {
 
     // A usual tile's entries: all its tokens are of the open group, and each thread's in cells of its own.
     __device__ __forceinline__ void load(uint4 (&entries)[2]) const {
-        if (Quad::idle()) return;
         entries[0] = *(const uint4*)entry;
         entries[1] = *(const uint4*)((const char*)entry + next);
     }

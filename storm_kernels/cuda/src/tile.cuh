@@ -24,14 +24,14 @@ struct Shared {
 static_assert(sizeof(Shared) == SHARED_BYTES, "scan.py counts the same");
 
 struct Quad {
-    int channel, token, channels;  // of the quad's channels, those that exist; none if the thread owns nothing
+    int channel, token, channels;  // of the quad's channels, those that exist; none if the thread owns nothing: then the quad is another thread's
     float bias[QUAD], skip[QUAD];
     int staged, slot[2], part[2], BC;  // offsets in bytes: in the stage's arrays of two-byte numbers; in step; in y; in BC
     int first_valid;                   // token where there is a channel, else past every tile
 
     __device__ __forceinline__ Quad(const Direction& d, const Share& s) {
         channel = threadIdx.x % QUADS * QUAD;
-        token = threadIdx.x / QUADS * 2;
+        token = threadIdx.x % WORKERS / QUADS * 2;
         channels = idle() ? 0 : s.channels - channel;
 #pragma unroll
         for (int c = 0; c < QUAD; c++) {
@@ -48,7 +48,7 @@ struct Quad {
         first_valid = held(channels > 0 ? token : TILE);
         BC = held((int)threadIdx.x * 16);
     }
-    // Whether the thread owns nothing: its offsets lie past the arrays, so nothing may be read there either.
+    // Whether the thread owns nothing: it may read what another one does, but writes nothing.
     __device__ __forceinline__ static bool idle() { return WORKERS < THREADS && threadIdx.x >= WORKERS; }
     template <typename T>
     __device__ __forceinline__ void load(float (&v)[QUAD], const T (&rows)[TILE][BLOCK_CHANNELS], int j) const {
@@ -143,7 +143,6 @@ __device__ __forceinline__ void advance_tile(float (&h)[ITEMS], const float (&A)
 
 // y before the gate: its parts and D u added up.
 __device__ __forceinline__ void finish(float (&y)[2][QUAD], const Shared& shared, const float (&u)[2][QUAD], const Quad& at) {
-    if (at.idle()) return;
 #pragma unroll
     for (int c = 0; c < QUAD; c++)
 #pragma unroll
@@ -160,7 +159,6 @@ __device__ __forceinline__ void finish(float (&y)[2][QUAD], const Shared& shared
         }
 }
 __device__ __forceinline__ void gate(float (&y)[2][QUAD], const Stage& stage, const Quad& at) {
-    if (at.idle()) return;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         float z[QUAD];
