@@ -4,7 +4,7 @@
 another result. docs/kernels.md tells how to debug a kernel with them.
 """
 
-from . import accesses, floats, integers, meetings  # noqa: F401 (they register their opcodes)
+from . import accesses, floats, integers, meetings, moves  # noqa: F401 (they register their opcodes)
 from .cuda import OnPtx, compile_both, ptx_of
 from .machine import Machine, Options
 from .refusal import Refused, Unknown

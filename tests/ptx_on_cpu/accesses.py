@@ -6,9 +6,9 @@ import re
 
 import numpy as np
 
-from .integers import names_of
 from .machine import ALWAYS, Machine, opcode
 from .memory import BASE, WINDOW, wide
+from .moves import names_of
 from .parser import Instruction, dtype_of, size_of
 from .refusal import Unknown
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from .accesses import address_of, lanes_of, read_shared, write_shared
-from .integers import names_of
 from .machine import ALWAYS, WARP, Machine, opcode
+from .moves import names_of
 from .parser import Instruction
 from .refusal import Unknown
 
