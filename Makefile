@@ -64,7 +64,7 @@ gpu:
 gpu-smoke gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector gpu-e2e-128 gpu-e2e-256 gpu-compare: gpu-%:
 	$(PY) -m tools.gpu $*
 
-# Every kernel's compiled code interpreted on a CPU, forward and backward, with the faults that only it shows: 5 to 8 minutes on two cores.
+# Every kernel's compiled code interpreted on a CPU, forward and backward, with the faults that only it shows: some five minutes on two cores.
 test-ptx: $(VENV)/.test
 	$(PY) -m pytest tests/test_ptx_parity.py tests/test_ptx_faults.py tests/test_cuda_guards.py tests/test_cuda_sanitized.py \
 		tests/test_gpu_script.py -m ptx --numprocesses 2
