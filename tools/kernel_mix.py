@@ -109,7 +109,8 @@ def source(launch: Launch) -> ASTSource:
         if isinstance(value, tuple) and not constexpr:
             return tuple(describe((*path, i), item, name, False) for i, item in enumerate(value))
         if isinstance(value, torch.Tensor):
-            attributes[path] = [["tt.divisibility", 16]]
+            if value.data_ptr() % 16 == 0:
+                attributes[path] = [["tt.divisibility", 16]]
             return f"*{TYPES[value.dtype]}"
         if constexpr or value is None or (value == 1 and name not in varying):
             constants[path] = value

@@ -55,11 +55,16 @@ def find(tool: str) -> str:
     return path
 
 
-def _run(tool: str, option: str, cubin: bytes) -> str:
+def listing(cubin: bytes) -> str:
+    """nvdisasm's text with the source line of each instruction, where ``cubin`` was compiled with -lineinfo, and what it was put into."""
+    return _run("nvdisasm", "-gi", cubin, "-c")
+
+
+def _run(tool: str, option: str, cubin: bytes, *more: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([find(tool), option, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([find(tool), option, *more, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def resources(cubin: bytes) -> dict[str, Resources]:

@@ -1,10 +1,6 @@
 """The CUDA backend's kernels, run on a CPU by tests/support/cuda_on_cpu: indices, tails, halos, order, reductions, hand-over and the adjoint."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -245,39 +241,3 @@ def test_a_barrier_that_not_all_reach_is_an_error(monkeypatch):
     monkeypatch.setattr(source, "text", lambda name: broken)
     with launcher.using(OnCpu()), pytest.raises(RuntimeError, match="never comes"):
         sum_terms(torch.ones(1, 1, 128), torch.float32)
-
-
-_SANITIZED = """
-import torch
-from storm_kernels.backends.cuda import launcher, tickets
-from tests.support.cuda_on_cpu import OnCpu
-from tests.support.parity import check
-from tests.support.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
-flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-with launcher.using(OnCpu(flags=flags)):
-    common = dict(channels_per_group=35, groups=2, states=16, D=True, z="kept", bias=True, batch=2)
-    check(simplest(ScanCase, grid=(7, 3, 5), reduction=(3, 2, 2), direction="both", **common), "cuda")
-    for z in ("all", "none"):
-        check(simplest(ScanCase, length=43, direction="both", **common | dict(z=z)), "cuda")
-    common |= dict(layout="sliced", layout_state="sliced", initial=True)
-    check(simplest(ScanCase, seed=3, length=139, packed=True, direction="reverse", **common), "cuda")
-    check(simplest(ConvCase, seed=3, length=270, channels=130, direction="both", packed=True, layout="sliced"), "cuda")
-    check(simplest(ConvCase, length=67, channels=5, direction="reverse", initial=True), "cuda")
-    check(simplest(ReduceCase, grid=(7, 3, 5), reduction=(3, 2, 2), layout="sliced"), "cuda")
-tickets.ticketed_blocks, tickets.step_tokens = lambda *_: 5, lambda tokens, chunk, group: chunk
-with launcher.using(OnCpu(at_once=3, flags=flags)):
-    check(simplest(ScanCase, grid=(7, 4, 5), reduction=(3, 1, 1), direction="both", states=16, z="all", batch=1), "cuda")
-    check(simplest(ScanCase, seed=3, length=139, packed=True, direction="reverse", **common), "cuda")
-print("clean")
-"""
-
-
-def test_under_address_and_undefined_behaviour_sanitizers():
-    libraries = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in ("libasan.so", "libubsan.so")
-    ]
-    environment = os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", _SANITIZED], cwd=Path(__file__).parent.parent.parent, env=environment, capture_output=True, text=True
-    )
-    assert done.stdout.endswith("clean\n") and "Sanitizer" not in done.stderr, done.stderr[-4000:]

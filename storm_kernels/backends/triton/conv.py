@@ -14,7 +14,7 @@ from torch import Tensor
 from ..contract import ConvFilter
 from .configs import CONV, CONV_BACKWARD, CONV_STATE
 from .launch import launch
-from .math import cast, sigmoid
+from .math import cast, product, sigmoid
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def output_gradient(grad, strides, window, taps, shift, spot, distance: tl.const
     if SILU:
         pre = correlate(window, taps, shift, K - 1 + offset, K, REVERSE)
         gate = sigmoid(pre)
-        dpre *= gate * (1.0 + pre * (1.0 - gate))
+        dpre = product(dpre, gate * (1.0 + pre * (1.0 - gate)))
     return dpre
 
 
@@ -121,7 +121,7 @@ def output_gradient(grad, strides, window, taps, shift, spot, distance: tl.const
 def store_partials(row, dpre, window, channel, channels, K: tl.constexpr, REVERSE: tl.constexpr):
     """A tile's sums for the taps and the bias."""
     for j in tl.static_range(K):
-        tl.store(row + j * channels + channel, tl.sum(dpre * window[2 * (K - 1) - j if REVERSE else j], 0)[None, :], mask=channel < channels)
+        tl.store(row + j * channels + channel, tl.sum(product(dpre, window[2 * (K - 1) - j if REVERSE else j]), 0)[None, :], mask=channel < channels)
     tl.store(row + K * channels + channel, tl.sum(dpre, 0)[None, :], mask=channel < channels)
 
 

@@ -18,6 +18,7 @@ class Launch(NamedTuple):
     args: tuple
     options: dict
     before_sm_90: Mapping[str, int]  # options of older NVIDIA GPUs in place of the same
+    programs: int
 
 
 _recording: list[Launch] | None = None
@@ -27,7 +28,7 @@ def launch(kernel, programs: int, config: Config, device: torch.device, *args, *
     """Start ``programs`` programs of ``kernel``, all on the grid's x axis: y and z stop at 65,535."""
     options = {**constants, **config.options()}
     if _recording is not None:
-        _recording.append(Launch(kernel, args, options, config.before_sm_90))
+        _recording.append(Launch(kernel, args, options, config.before_sm_90, programs))
     elif programs > 0:
         if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (9, 0):
             options |= config.before_sm_90

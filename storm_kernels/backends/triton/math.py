@@ -42,6 +42,13 @@ def softplus(v):
 
 
 @triton.jit
+def product(a, b):
+    """``a * b`` rounded, for a sum over lanes. The compiler may fuse a plain product with the sum's first addition, of which each lane has another
+    half: then lanes that hold the same sum hold it in different bits, and which one is stored is chance."""
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def cast(value, dtype: tl.constexpr):
     """float32 to ``dtype``, rounded to nearest even. The interpreter cuts bfloat16 off instead, so there the rounding is done first, on the bits."""
     if INTERPRETED and dtype == tl.bfloat16:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .configs import NORM, NORM_PROGRAMS
 from .launch import launch
-from .math import cast
+from .math import cast, product
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def norm_kernel(x, x_stride, residual, residual_stride, weight, bias, normed, su
     value = rounded.to(tl.float32)
     average = tl.sum(value, 0) / channels
     centred = tl.where(mask, value - average, 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / channels + eps)
+    inverse = 1.0 / tl.sqrt(tl.sum(product(centred, centred), 0) / channels + eps)
     out = centred * inverse * tl.load(weight + channel, mask=mask, other=0.0)
     if bias is not None:
         out += tl.load(bias + channel, mask=mask, other=0.0)
@@ -53,8 +53,8 @@ def norm_backward_kernel(
         normal = tl.where(mask, (value - tl.load(mean + row)) * inverse, 0.0)
         weight_sum += dout * normal
         bias_sum += dout
-        dnormal = dout * scale
-        dvalue = inverse * (dnormal - tl.sum(dnormal, 0) / channels - normal * (tl.sum(dnormal * normal, 0) / channels))
+        dnormal = product(dout, scale)
+        dvalue = inverse * (dnormal - tl.sum(dnormal, 0) / channels - normal * (tl.sum(product(dnormal, normal), 0) / channels))
         if grad_sum is not None:
             dvalue += tl.load(grad_sum + row * grad_sum_strides[0] + channel * grad_sum_strides[1], mask=mask, other=0.0).to(tl.float32)
         tl.store(out + row * channels + channel, cast(dvalue, out.dtype.element_ty), mask=mask)

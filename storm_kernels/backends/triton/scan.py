@@ -65,7 +65,8 @@ def emit(out, h, c, D, token, t, channels, lanes, mask, GATE: tl.constexpr, REDU
         tl.store(out + row + lanes, total + output(h, c, D, u, z, GATE), mask=mask)
     elif row >= 0:
         place = out + row + lanes
-        tl.store(place, tl.load(place) + output(h, c, D, u, z, GATE), mask=mask)
+        # Clamped channels do not read what the real one's lane has just written.
+        tl.store(place, tl.load(place, mask=mask, other=0.0) + output(h, c, D, u, z, GATE), mask=mask)
 
 
 @triton.jit

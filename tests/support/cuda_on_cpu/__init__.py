@@ -14,6 +14,8 @@ from pathlib import Path
 from storm_kernels.backends.cuda import source
 from storm_kernels.backends.cuda.launcher import FLAGS, THREADS
 
+from .guarded import Guarded
+
 _HERE = Path(__file__).parent
 _BUILD = _HERE.parent.parent / "build" / "cuda_on_cpu"
 _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(const __grid_constant__ (\w+) \w+\)')
@@ -22,7 +24,8 @@ extern "C" int run_{kernel}(const void* args, unsigned blocks, size_t shared, un
     return cuda_on_cpu::run(blocks, THREADS, shared, at_once, [](const void* a) {{ {kernel}(*(const {struct}*)a); }}, args);
 }}
 """
-_OUTCOMES = {1: "threads of a block wait for something that never comes", 2: "a copy meets another on its way to the same place"}
+_OUTCOMES = {1: "threads of a block wait for something that never comes", 2: "a copy meets another on its way to the same place",
+             3: "a thread reaches past shared or global memory"}  # fmt: skip
 
 
 class OnCpu:
@@ -50,7 +53,9 @@ class OnCpu:
             ctypes.c_int.in_dll(library, f"flag_{flag}").value = defines[flag]
         run = getattr(library, f"run_{kernel}")
         run.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t, ctypes.c_uint)
-        outcome = run(source.pack(name, struct, values), blocks, shared, self.at_once)
+        guarded = Guarded()
+        outcome = run(source.pack(name, struct, guarded.replace(values)), blocks, shared, self.at_once)
+        guarded.take_back()
         if outcome:
             raise RuntimeError(f"{kernel}: {_OUTCOMES[outcome]}")
 

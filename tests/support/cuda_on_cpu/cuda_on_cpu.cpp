@@ -1,7 +1,10 @@
 // The machinery of cuda_on_cpu.h, compiled once.
 #include "cuda_on_cpu.h"
 
+#include <signal.h>
+#include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <memory>
@@ -56,6 +59,7 @@ struct Block {
     bool any[3] = {false, false, false};
     bool progress = false;
     bool clash = false;
+    bool beyond = false;
     void (*kernel)(const void*) = nullptr;
     const void* args = nullptr;
 };
@@ -161,20 +165,58 @@ static Outcome run_fibers(Block& b, bool alone) {
             __sanitizer_start_switch_fiber(&b.scheduler_fake_stack, f.stack.get(), STACK);
 #endif
             swapcontext(&b.scheduler, &f.context);
+            if (b.beyond) break;
 #ifdef __SANITIZE_ADDRESS__
             __sanitizer_finish_switch_fiber(b.scheduler_fake_stack, nullptr, nullptr);
 #endif
         }
+        if (b.beyond) return BEYOND;
         if (!left) return b.clash ? CLASH : FINE;
         if (!b.progress && alone) return STUCK;
         if (!b.progress) std::this_thread::yield();
     }
 }
 
+// Memory that ends where a page begins that nobody may touch.
+struct Guarded {
+    size_t page = sysconf(_SC_PAGESIZE), size;
+    unsigned char *pages, *data;
+
+    explicit Guarded(size_t bytes) : size((bytes + page - 1) / page * page) {
+        pages = (unsigned char*)mmap(nullptr, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        mprotect(pages + size, page, PROT_NONE);
+        data = pages + (size - bytes) / 16 * 16;
+    }
+    ~Guarded() { munmap(pages, size + page); }
+};
+
+// A fiber that touched such a page does not go on: its block ends.
+static void stop_fiber(int, siginfo_t*, void*) {
+    if (!block) _exit(139);
+    block->beyond = true;
+    setcontext(&block->scheduler);
+}
+
+struct Watch {
+#ifndef __SANITIZE_ADDRESS__  // which says itself what happened
+    struct sigaction before;
+    Watch() {
+        struct sigaction watch = {};
+        watch.sa_sigaction = stop_fiber;
+        watch.sa_flags = SA_SIGINFO | SA_NODEFER;
+        sigaction(SIGSEGV, &watch, &before);
+    }
+    ~Watch() { sigaction(SIGSEGV, &before, nullptr); }
+#else
+    Watch() {}
+    ~Watch() {}
+#endif
+};
+
 static Outcome run_block(unsigned number, unsigned threads, size_t shared_bytes, void (*kernel)(const void*), const void* args, bool alone) {
     Block b;
-    std::unique_ptr<unsigned char[]> shared(new unsigned char[shared_bytes + 16]);
-    b.shared = (unsigned char*)(((size_t)shared.get() + 15) / 16 * 16);
+    const Guarded shared(shared_bytes);
+    b.shared = shared.data;
     memset(b.shared, 0xff, shared_bytes);  // NaN
     b.index.x = number;
     b.threads = threads;
@@ -200,6 +242,7 @@ static Outcome run_block(unsigned number, unsigned threads, size_t shared_bytes,
 }
 
 Outcome run(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned at_once, void (*kernel)(const void*), const void* args) {
+    const Watch watch;
     grid.x = blocks;
     std::atomic<unsigned> next{0};
     std::atomic<Outcome> outcome{FINE};

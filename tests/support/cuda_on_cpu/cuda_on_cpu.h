@@ -50,7 +50,8 @@ void copy_commit();
 void copy_wait(size_t pending);
 
 // STUCK: a block's threads wait for something that never comes. CLASH: a copy was asked for while another was under way to the same place.
-enum Outcome { FINE, STUCK, CLASH };
+// BEYOND: a thread reached past shared memory, or past global memory where pages guard it.
+enum Outcome { FINE, STUCK, CLASH, BEYOND };
 
 // `at_once` blocks run side by side, each on a thread.
 Outcome run(unsigned blocks, unsigned threads, size_t shared_bytes, unsigned at_once, void (*kernel)(const void*), const void* args);

@@ -71,7 +71,7 @@ struct OpenCells {
         entries[1] = *(const uint4*)((const char*)entry + next);
     }
     __device__ __forceinline__ void add(const float (&y)[2][QUAD], const uint4 (&entries)[2]) {
-        if (WORKERS < THREADS && threadIdx.x >= WORKERS) return;
+        if (Quad::idle()) return;
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             float4& sum = *(float4*)past(sums, (int)((uint32)own + entries[j].x * ROW));
@@ -87,7 +87,7 @@ struct OpenCells {
     // Any tile: token by token, each channel one thread's.
     __device__ __forceinline__ void add_each(const float (&y)[2][QUAD], Shared& shared, const TokenEntry* map, const Quad& at, int tokens,
                                              const Reduced& r, const Problem& p, const Share& s) {
-        if (WORKERS == THREADS || threadIdx.x < WORKERS)
+        if (!at.idle())
             for (int k = 0; k < 2; k++)
                 *past(&shared.y[0][0][0], at.part[k]) = make_float4(y[0][2 * k], y[0][2 * k + 1], y[1][2 * k], y[1][2 * k + 1]);
         __syncthreads();

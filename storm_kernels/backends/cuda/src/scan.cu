@@ -171,7 +171,7 @@ struct Scan {
 
     // Asks for the first tile's inputs.
     __device__ __forceinline__ void begin() {
-        rest = (int)smaller(s.length, 1 << 30);
+        rest = (int)smaller(s.length, FAR);
         inputs.stage(stage(), rest);
         if (GATED && !REDUCED) inputs.z.copy(stage().z, rest);
         copy_commit();
@@ -186,7 +186,7 @@ struct Scan {
             if (d.checkpoints && position % CHUNK == 0)
                 store_states(h, d.checkpoints + ((checkpoint + position / CHUNK) * a.p.channels + s.channel) * D_STATE, place, s.channels);
             if (REDUCED && a.group_tokens && left == 0) enter_group();
-            rest = (int)smaller(s.length - position, 1 << 30);
+            rest = (int)smaller(s.length - position, FAR);
             const int tiles = (int)smaller(CHUNK - position % CHUNK, REDUCED ? left : rest) / TILE;
             if (tiles == 0)
                 run_unusual();

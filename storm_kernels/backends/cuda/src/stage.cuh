@@ -10,6 +10,8 @@ struct Stage {
     __align__(16) B_T B[TILE][STATES];
     __align__(16) C_T C[TILE][STATES];
 };
+// Tokens: no token is as far off as this, and no count of tokens that are left says more.
+constexpr int FAR = 1 << 30;
 constexpr int C_AFTER_B = (TILE * STATES * sizeof(B_T) + 15) / 16 * 16;  // bytes
 
 // `p` and a number of bytes: offsets that a thread uses tile after tile are `held` in registers.
@@ -37,7 +39,7 @@ struct Rows {
         : from(row0), row(row), step(held(row * TILE * (int64)sizeof(T))), thread(thread), count(columns), token(0), to(0) {
         if (!ASYNC) return;
         const int column = thread % PIECES * PIECE, first = thread / PIECES;
-        token = held(column < columns ? first : 2 * TILE);
+        token = held(column < columns ? first : FAR);
         to = held((first * WIDTH + column) * (int)sizeof(T));
         from += first * row + column;
     }

@@ -24,15 +24,15 @@ struct Shared {
 static_assert(sizeof(Shared) == SHARED_BYTES, "scan.py counts the same");
 
 struct Quad {
-    int channel, token, channels;  // of the quad's channels, those that exist; none if the thread owns nothing
+    int channel, token, channels;  // of the quad's channels, those that exist; none if the thread owns nothing: then the quad is another thread's
     float bias[QUAD], skip[QUAD];
     int staged, slot[2], part[2], BC;  // offsets in bytes: in the stage's arrays of two-byte numbers; in step; in y; in BC
     int first_valid;                   // token where there is a channel, else past every tile
 
     __device__ __forceinline__ Quad(const Direction& d, const Share& s) {
         channel = threadIdx.x % QUADS * QUAD;
-        token = threadIdx.x / QUADS * 2;
-        channels = WORKERS < THREADS && threadIdx.x >= WORKERS ? 0 : s.channels - channel;
+        token = threadIdx.x % WORKERS / QUADS * 2;
+        channels = idle() ? 0 : s.channels - channel;
 #pragma unroll
         for (int c = 0; c < QUAD; c++) {
             bias[c] = c < channels && d.delta_bias ? d.delta_bias[s.channel + channel + c] : 0.0f;
@@ -48,6 +48,8 @@ struct Quad {
         first_valid = held(channels > 0 ? token : TILE);
         BC = held((int)threadIdx.x * 16);
     }
+    // Whether the thread owns nothing: it may read what another one does, but writes nothing.
+    __device__ __forceinline__ static bool idle() { return WORKERS < THREADS && threadIdx.x >= WORKERS; }
     template <typename T>
     __device__ __forceinline__ void load(float (&v)[QUAD], const T (&rows)[TILE][BLOCK_CHANNELS], int j) const {
         load_quad(v, past(&rows[j][0], staged * (int)sizeof(T) / 2));
@@ -55,7 +57,7 @@ struct Quad {
 };
 
 __device__ __forceinline__ void prepare(Shared& shared, const Stage& stage, const Quad& at, float (&u)[2][QUAD]) {
-    if (WORKERS == THREADS || threadIdx.x < WORKERS) {
+    if (!at.idle()) {
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             float delta[QUAD];
@@ -92,7 +94,7 @@ __device__ __forceinline__ void prepare(Shared& shared, const Stage& stage, cons
 
 // Past the sequence's end nothing happens to the states.
 __device__ __forceinline__ void stand_still(Shared& shared, const Quad& at, int tokens) {
-    if (WORKERS < THREADS && threadIdx.x >= WORKERS) return;
+    if (at.idle()) return;
 #pragma unroll
     for (int j = 0; j < 2; j++)
         if (at.token + j >= tokens)

@@ -1,0 +1,100 @@
+"""`make gpu` (tools/gpu.py) where there is no GPU: the PTX interpreter is its device."""
+
+import os
+
+import pytest
+
+import storm_kernels as sk
+from benchmarks import environment
+from storm_kernels import dispatch
+from tools import gpu, gpu_compare
+
+pytest.importorskip("cuda.bindings", reason="needs cuda-bindings and nvidia-cuda-nvrtc to compile")
+
+
+def test_the_first_step_tells_what_works(capsys):
+    found = gpu.smoke("ptx", ["cuda: reduction", "cuda: convolution"])
+    assert found == {"cuda: reduction": "", "cuda: convolution": ""}
+    assert capsys.readouterr().out.count("works") == 2
+
+
+@pytest.mark.ptx
+def test_every_family_works():
+    found = gpu.smoke("ptx")
+    assert found == dict.fromkeys(gpu.families(), "")
+
+
+def fails(name, device, answer):
+    answer.send("RuntimeError: an illegal memory access was encountered")
+
+
+def dies(name, device, answer):
+    os._exit(9)
+
+
+def hangs(name, device, answer):
+    import time
+
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(("child", "why"), [(fails, "illegal memory access"), (dies, "ended with status 9"), (hangs, "still running after")])
+def test_a_family_that_fails_dies_or_hangs_takes_no_other_with_it(child, why):
+    name, found, _ = gpu.try_apart("cuda: scan", "ptx", 20 if child is not hangs else 2, child)
+    assert name == "cuda: scan" and why in found
+
+
+def test_later_steps_leave_out_what_failed(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "smoke", lambda device, names: dict.fromkeys(gpu.families(), "") | {"cuda: scan, backward": "wrong"})
+    state = gpu.State(tmp_path / "state.json", "a GPU, commit 1")
+    gpu.run_smoke(state, "ptx")
+    assert state.broken == ["cuda:scan"]
+    monkeypatch.setattr(dispatch, "_why_not", dispatch._why_not)
+    gpu.leave_out(state.broken)
+    assert sk.why_not("scan", "cuda") == "cuda's scan failed the first step"
+    assert "failed the first step" not in str(sk.why_not("conv", "cuda"))
+
+
+def test_a_step_that_is_done_is_done_once_for_each_device_and_commit(tmp_path):
+    state = gpu.State(tmp_path / "state.json", "a GPU, commit 1")
+    state.broken = ["cuda:scan"]
+    state.note("scan", "done")
+    again = gpu.State(tmp_path / "state.json", "a GPU, commit 1")
+    assert (again.steps, again.broken) == ({"scan": "done"}, ["cuda:scan"])
+    other = gpu.State(tmp_path / "state.json", "a GPU, commit 2")
+    assert (other.steps, other.broken) == ({}, [])
+
+
+def test_steps_run_in_an_interpreter_without_what_is_broken(tmp_path, monkeypatch):
+    (tmp_path / "asks.py").write_text("import sys, storm_kernels as sk; sys.exit(7 if 'first step' in sk.why_not('scan', 'cuda') else 0)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert gpu.run_step(gpu.Step([["asks"]]), []) == "done"
+    assert gpu.run_step(gpu.Step([["asks"]]), ["cuda:scan"]) == "asks ended with status 7"
+    assert gpu.run_step(gpu.Step([["asks"]], (["no-such-tool"],)), []) == "no-such-tool is not there"
+
+
+def test_measured_times_are_held_against_arithmetic(tmp_path):
+    row = {
+        "op": "bidirectional_scan",
+        "backend": "cuda",
+        "mode": "forward",
+        "shape": "batch=1 tokens=65536 channels=7168 states=16",
+        "dtype": "bfloat16",
+    }
+    row |= {"p50_ms": 6.5, "work": 2 * 65536 * 7168 * 16, "unit": "items", "device": "NVIDIA H100 80GB HBM3, 80 GiB", "commit": environment.commit()}
+    expected, limit = gpu_compare.expected_ms(row, gpu_compare.GPUS["H100"])
+    assert limit == "exp2" and abs(expected - 4.06) < 0.01  # docs/kernels.md
+    import json
+
+    (tmp_path / "scan.json").write_text(json.dumps([row, row | {"commit": "another"}, row | {"device": "an unknown one"}]))
+    lines = gpu_compare.compare(tmp_path)
+    assert "1.60x" in lines[0] and "H100" in lines[0] and row["commit"] in lines[0]
+    assert "look first at" in lines[1] and "clock" in lines[2]
+
+
+def test_every_step_names_modules_that_exist():
+    import importlib.util
+
+    for step in gpu.STEPS.values():
+        for module in step.modules:
+            assert importlib.util.find_spec(module[0]), module
