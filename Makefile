@@ -122,7 +122,7 @@ gpu-smoke gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector
 
 # Every kernel's compiled code interpreted on a CPU, forward and backward, with the faults that only it shows: some five minutes on two cores.
 test-ptx: $(VENV)/.test
-	$(PY) -m pytest tests/test_ptx_parity.py tests/test_ptx_faults.py tests/test_cuda_guards.py tests/test_cuda_sanitized.py \
+	$(PY) -m pytest tests/backends/test_ptx_parity.py tests/backends/test_ptx_faults.py tests/backends/test_cuda_guards.py tests/backends/test_cuda_sanitized.py \
 		tests/test_gpu_script.py -m ptx --numprocesses 2
 
 # Optional, before gpu-scan: mamba-ssm beside our scans; needs nvcc. Its setup.py lists every architecture; without the list torch builds for the GPU

@@ -30,7 +30,7 @@ EACH = {"cuda": 18, "ptx": 300}  # seconds of a family in the first step
 AT_ONCE = 4  # families: 17 of 18 seconds end within 90 even if each one hangs
 SCAN = ["--device", "cuda", "--channels", "7168", "--dtypes", "bfloat16", "--modes", "forward,backward", "--out", f"{RESULTS}/scan.json"]
 E2E = ["benchmarks.e2e", "--preset", "storm-7b", "--device", "cuda"]
-GPU_TESTS = ["pytest", "tests/test_parity.py", "-m", "gpu"]
+GPU_TESTS = ["pytest", "tests/backends/test_parity.py", "-m", "gpu"]
 SANITIZER = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
 
 
@@ -62,7 +62,7 @@ STEPS = {
 
 def families() -> dict[str, tuple[str, str, object, bool]]:
     """Of each family its backend, operation, smallest case and whether it is of gradients."""
-    from tests.parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+    from tests.support.parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
 
     whole = {"length": 19, "channels_per_group": 8, "states": 16, "D": True, "z": "all", "bias": True, "batch": 1, "dtype": "bfloat16"}
     reduced = whole | {"grid": (4, 2, 8), "reduction": (2, 1, 2), "z": "kept"}
@@ -86,13 +86,13 @@ def kernels_on(device: str, backend: str):
     if device == "cuda":
         yield
     elif backend == "cuda":
-        from storm_kernels.cuda import launcher
-        from tests.ptx_on_cpu import OnPtx
+        from storm_kernels.backends.cuda import launcher
+        from tests.support.ptx_on_cpu import OnPtx
 
         with launcher.using(OnPtx()):
             yield
     else:
-        from tests.ptx_on_cpu.triton import triton_on_ptx
+        from tests.support.ptx_on_cpu.triton import triton_on_ptx
 
         with triton_on_ptx():
             yield
@@ -100,7 +100,7 @@ def kernels_on(device: str, backend: str):
 
 def try_family(name: str, device: str) -> str:
     """ "" if it keeps the bound; else what went wrong."""
-    from tests.parity import check
+    from tests.support.parity import check
 
     backend, _, case, gradients = families()[name]
     try:
@@ -118,7 +118,7 @@ def _child(name: str, device: str, answer) -> None:
 def context():
     """Processes that begin with torch imported: by forks of one that has imported it and never asks for the GPU."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["tests.parity"])
+    found.set_forkserver_preload(["tests.support.parity"])
     return found
 
 

@@ -26,7 +26,7 @@ GPUS = {
 }
 EXP2 = 16  # a clock and multiprocessor
 SLOTS = 128  # lanes of issued instructions a clock and multiprocessor
-# Slots an item (tests/test_cuda_code.py, tests/test_cuda_backward.py, tools/kernel_mix.py), with the passes over y beside the scan.
+# Slots an item (tests/backends/test_cuda_code.py, tests/backends/test_cuda_backward.py, tools/kernel_mix.py), with the passes over y beside the scan.
 SLOTS_PER_ITEM = {
     ("cuda", "forward"): 7.8, ("cuda", "backward"): 23.8, ("triton", "forward"): 9.5, ("triton", "backward"): 41.0,
 }  # fmt: skip
@@ -38,7 +38,7 @@ PLACES = {
         "bank conflicts of shared memory (ncu --metrics l1tex__data_bank_conflicts_pipe_lsu): pairs of lanes should share addresses",
         "the rate of exp2 alone (the benchmark's limit loop)",
         "blocks a multiprocessor (ncu: achieved occupancy): 3 of a forward scan of 16 states, else 2",
-        "tickets against one block a chain (storm_kernels/cuda/tickets.py): its constants are estimates",
+        "tickets against one block a chain (storm_kernels/backends/cuda/tickets.py): its constants are estimates",
     ),
     "memory": (
         "the bandwidth that a copy of the same bytes reaches (the benchmark's limit)",

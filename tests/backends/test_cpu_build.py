@@ -45,7 +45,7 @@ def test_installation_succeeds_without_a_compiler(tmp_path):
 
 
 def test_a_missing_library_is_named_with_the_way_to_build_it(tmp_path):
-    with pytest.raises(loader.LibraryMissing, match=r"absent\.so is not there.*python -m storm_kernels\.cpu\.build"):
+    with pytest.raises(loader.LibraryMissing, match=r"absent\.so is not there.*python -m storm_kernels\.backends\.cpu\.build"):
         loader.Library(tmp_path / "absent.so")
 
 

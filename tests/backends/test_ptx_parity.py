@@ -9,16 +9,16 @@ import re
 import pytest
 import torch
 
-from storm_kernels.cuda import launcher, tickets
-from storm_kernels.cuda.scan import geometry
+from storm_kernels.backends.cuda import launcher, tickets
+from storm_kernels.backends.cuda.scan import geometry
 
-from .parity import Operations, check, evaluate
-from .parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
-from .ptx_on_cpu import OnPtx, Options, ptx_of
+from ..parity import Operations, check, evaluate
+from ..parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from ..support.ptx_on_cpu import OnPtx, Options, ptx_of
 
 pytest.importorskip("cuda.bindings", reason="needs cuda-bindings and nvidia-cuda-nvrtc to compile")
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-from .ptx_on_cpu.triton import triton_on_ptx  # noqa: E402
+from ..support.ptx_on_cpu.triton import triton_on_ptx  # noqa: E402
 
 pytestmark = pytest.mark.ptx
 

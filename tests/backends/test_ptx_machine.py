@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from .ptx_on_cpu import Machine, Options, Refused, Unknown
-from .ptx_on_cpu.memory import Global
-from .ptx_on_cpu.parser import parse
-from .ptx_on_cpu.shared import Shared
+from ..support.ptx_on_cpu import Machine, Options, Refused, Unknown
+from ..support.ptx_on_cpu.memory import Global
+from ..support.ptx_on_cpu.parser import parse
+from ..support.ptx_on_cpu.shared import Shared
 
 _MODULE = """
 .version 8.0
@@ -237,7 +237,7 @@ def test_blocks_run_in_a_random_order():
 
 def test_one_command_runs_a_case_and_follows_a_thread(capsys):
     pytest.importorskip("cuda.bindings", reason="needs cuda-bindings and nvidia-cuda-nvrtc to compile")
-    from .ptx_on_cpu.__main__ import main
+    from ..support.ptx_on_cpu.__main__ import main
 
     assert main(["reduce", "channels=3", "reduction=(2, 2, 1)", "--trace", "0:5"]) == 0
     lines = capsys.readouterr().out.splitlines()

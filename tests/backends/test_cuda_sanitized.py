@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from storm_kernels.cuda import launcher, source
+from storm_kernels.backends.cuda import launcher, source
 
-from .cuda_on_cpu import OnCpu
-from .parity import Operations
-from .parity_cases import ConvCase, ScanCase, simplest
+from ..parity import Operations
+from ..parity_cases import ConvCase, ScanCase, simplest
+from ..support.cuda_on_cpu import OnCpu
 
 BEYOND = {
     "shared memory": ("threadIdx.x % WORKERS / QUADS", "threadIdx.x / QUADS", simplest(ScanCase, states=32)),
@@ -21,7 +21,7 @@ BEYOND = {
 
 @pytest.mark.parametrize("what", BEYOND)
 def test_a_thread_that_reaches_past_memory_is_an_error(what, monkeypatch):
-    """Pages that nobody may touch lie behind it: a read a few bytes past a small array may not get there (tests/ptx_on_cpu)."""
+    """Pages that nobody may touch lie behind it: a read a few bytes past a small array may not get there (tests/support/ptx_on_cpu)."""
     old, new, case = BEYOND[what]
     original = source.text
     monkeypatch.setattr(source, "text", lambda name: original(name).replace(old, new))
@@ -32,10 +32,10 @@ def test_a_thread_that_reaches_past_memory_is_an_error(what, monkeypatch):
 
 _SANITIZED = """
 import torch
-from storm_kernels.cuda import launcher, tickets
-from tests.cuda_on_cpu import OnCpu
-from tests.parity import check
-from tests.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
+from storm_kernels.backends.cuda import launcher, tickets
+from tests.support.cuda_on_cpu import OnCpu
+from tests.support.parity import check
+from tests.support.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
 flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 with launcher.using(OnCpu(flags=flags)):
     common = dict(channels_per_group=35, groups=2, states=16, D=True, z="kept", bias=True, batch=2)
@@ -59,11 +59,11 @@ print("clean")
 # Channels that are whole blocks, and that are not.
 _SANITIZED_STATES = """
 import sys
-from storm_kernels.cuda import launcher
-from storm_kernels.cuda.scan import geometry
-from tests.cuda_on_cpu import OnCpu
-from tests.parity import check
-from tests.parity_cases import ScanCase, simplest
+from storm_kernels.backends.cuda import launcher
+from storm_kernels.backends.cuda.scan import geometry
+from tests.support.cuda_on_cpu import OnCpu
+from tests.support.parity import check
+from tests.support.parity_cases import ScanCase, simplest
 states = int(sys.argv[1])
 block = geometry(states).block_channels
 with launcher.using(OnCpu(flags=("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"))):
@@ -89,5 +89,5 @@ def sanitized(code: str, *arguments: str) -> None:
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in ("libasan.so", "libubsan.so")
     ]
     environment = os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=Path(__file__).parent.parent.parent, env=environment, capture_output=True, text=True)
     assert done.stdout.endswith("clean\n") and "Sanitizer" not in done.stderr, done.stderr[-4000:]

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from triton.compiler import compile
 
-import storm_kernels.triton as backend
-from storm_kernels.triton import launch as starting
-from storm_kernels.triton.launch import Launch
+import storm_kernels.backends.triton as backend
+from storm_kernels.backends.triton import launch as starting
+from storm_kernels.backends.triton.launch import Launch
 from tools import kernel_mix
 
 from .machine import WARP, Machine, Options

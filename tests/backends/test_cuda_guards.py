@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from storm_kernels.cuda import source
+from storm_kernels.backends.cuda import source
 
-from .ptx_on_cpu import compile_both
-from .ptx_on_cpu.guards import of_cubin, of_ptx, unconditional, unguarded
-from .test_cuda_code import FORMATS, TARGETS, forward_of, variants
+from ..support.ptx_on_cpu import compile_both
+from ..support.ptx_on_cpu.guards import of_cubin, of_ptx, unconditional, unguarded
+from ..test_cuda_code import FORMATS, TARGETS, forward_of, variants
 
 pytest.importorskip("cuda.bindings", reason="needs cuda-bindings and nvidia-cuda-nvrtc to compile")
 

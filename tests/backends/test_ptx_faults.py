@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from storm_kernels.cuda import launcher, source, tickets
+from storm_kernels.backends.cuda import launcher, source, tickets
 
-from .parity import Operations, check, evaluate
-from .parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
-from .ptx_on_cpu import OnPtx, Options, Refused
+from ..parity import Operations, check, evaluate
+from ..parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from ..support.ptx_on_cpu import OnPtx, Options, Refused
 
 pytest.importorskip("cuda.bindings", reason="needs cuda-bindings and nvidia-cuda-nvrtc to compile")
 
@@ -53,7 +53,7 @@ CASES = {
 
 
 def load() -> dict[str, list]:
-    table = tomllib.loads(Path(__file__).with_name("ptx_faults.toml").read_text())
+    table = tomllib.loads((Path(__file__).parent.parent / "support" / "ptx_faults.toml").read_text())
     return {group: [pytest.param(Fault(**one), id=one["name"]) for one in faults] for group, faults in table.items()}
 
 
@@ -107,14 +107,14 @@ SUMS = {
 def test_a_sum_that_differs_from_lane_to_lane_is_refused(name, monkeypatch):
     """A product that is fused with the first addition of a sum over lanes: found once, seeded in one kernel at a time."""
     triton = pytest.importorskip("triton")
-    from .ptx_on_cpu.plain_product import plain_product
-    from .ptx_on_cpu.triton import triton_on_ptx
+    from ..support.ptx_on_cpu.plain_product import plain_product
+    from ..support.ptx_on_cpu.triton import triton_on_ptx
 
     case = SUMS[name]
     with triton_on_ptx() as runner:
         check(case, "triton")
     assert name in runner.launched
-    module = sys.modules[f"storm_kernels.triton.{name.partition('_')[0]}"]
+    module = sys.modules[f"storm_kernels.backends.triton.{name.partition('_')[0]}"]
     monkeypatch.setattr(module, "product", plain_product)
     called = [f for f in vars(module).values() if isinstance(f, triton.JITFunction) and (f.__name__ == name or not f.__name__.endswith("kernel"))]
     for function in called:

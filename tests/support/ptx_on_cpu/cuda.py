@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from storm_kernels.cuda import source
-from storm_kernels.cuda.launcher import THREADS
+from storm_kernels.backends.cuda import source
+from storm_kernels.backends.cuda.launcher import THREADS
 
 from .machine import Machine, Options
 from .memory import Global
@@ -28,7 +28,7 @@ _FIELD = re.compile(r"^    (const )?(\w+)(\*?) (\w+)(?:\[(\d+)\])?;", re.MULTILI
 def compile_both(name: str, defines: Mapping[str, object], arch: str, *, cubin: bool = True) -> tuple[str, bytes]:
     """PTX and, from the same compilation, machine code of source ``name`` for ``arch`` ("sm_90"); without ``cubin`` only the PTX, in half the time.
 
-    Lines of the PTX's `.loc` are those of `storm_kernels.cuda.source.text`. Raises RuntimeError with NVRTC's log.
+    Lines of the PTX's `.loc` are those of `storm_kernels.backends.cuda.source.text`. Raises RuntimeError with NVRTC's log.
     """
     from cuda.bindings import nvrtc
 
@@ -103,7 +103,9 @@ def _addresses(memory: Global, fields: dict, struct: str, values: Mapping, path:
 
 
 class OnPtx:
-    """A `Launcher` (storm_kernels.cuda.launcher): kernels compiled for ``arch`` and interpreted. A block may have ``shared`` bytes of shared memory.
+    """A `Launcher` (storm_kernels.backends.cuda.launcher): kernels compiled for ``arch`` and interpreted.
+
+    A block may have ``shared`` bytes of shared memory.
 
     ``edit`` changes the PTX before it is read: for tests that seed faults. ``watch`` is called with each `Machine` before it runs.
     """

@@ -1,7 +1,7 @@
 """Debug a kernel without a GPU: run one small case of an operation in the PTX interpreter, and follow one thread through it.
 
-``python -m tests.ptx_on_cpu scan states=32 length=5`` runs the case (fields of tests/parity_cases.py; the rest as small as can be) and says whether
-its results keep the bound, or what was refused, where. ``--trace 0:64`` prints what thread 64 of block 0 executes: source lines, instructions and
+``python -m tests.support.ptx_on_cpu scan states=32 length=5`` runs the case (fields of tests/support/parity_cases.py; the rest as small as can
+be) and says whether its results keep the bound, or what was refused, where. ``--trace 0:64`` prints what thread 64 of block 0 executes: source lines, instructions and
 what they write; ``--kernel`` and ``--lines 600-640`` cut that down. ``--backend triton``, ``--arch sm_80``, ``--backward``, ``--noise 1``.
 """
 
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from storm_kernels.cuda import launcher, source
+from storm_kernels.backends.cuda import launcher, source
 
-from ..parity import check
-from ..parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from ...parity import check
+from ...parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
 from . import Machine, OnPtx, Options, Refused
 from .machine import ALWAYS
 from .parser import Instruction
@@ -87,7 +87,7 @@ def _case(op: str, changes: list[str]):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.ptx_on_cpu", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.support.ptx_on_cpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("op", choices=CASES)
     parser.add_argument("changes", nargs="*", metavar="field=value")
     parser.add_argument("--backend", choices=["cuda", "triton"], help="default: cuda, for norm triton")

@@ -1,8 +1,0 @@
-"""A fault to be seeded: what `storm_kernels.triton.math.product` would be without its fma."""
-
-import triton
-
-
-@triton.jit
-def plain_product(a, b):
-    return a * b
