@@ -54,7 +54,7 @@ def test_verify_finds_a_wrong_backend(monkeypatch, capsys):
         return result._replace(out=result.out * (1 + 2e-6))
 
     monkeypatch.setattr(torch_backend, "scan", wrong)
-    monkeypatch.setattr(dispatch, "MODULES", {"torch": "torch_backend"})
+    monkeypatch.setattr(dispatch, "MODULES", {"torch": "torch"})
     monkeypatch.setattr(verify, "_DTYPES", (torch.float32,))
     assert cli.main(["verify"]) == 1
     out = capsys.readouterr().out
@@ -67,7 +67,7 @@ def test_verify_reports_a_backend_that_breaks(monkeypatch):
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr(torch_backend, "reduce", broken)
-    monkeypatch.setattr(dispatch, "MODULES", {"torch": "torch_backend"})
+    monkeypatch.setattr(dispatch, "MODULES", {"torch": "torch"})
     monkeypatch.setattr(verify, "_DTYPES", (torch.float32,))
     failures = {check.failure for check in verify.run(("cpu",)) if check.op == "reduce"}
     assert failures == {"RuntimeError: no such instruction"}
