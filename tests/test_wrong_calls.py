@@ -97,10 +97,10 @@ FUNCTIONS = {
     "u=array": (lambda: scan(u=U.numpy()), TypeError, r"^u must be a tensor, got ndarray of shape \(1, 8, 4\) and float32$"),
     "u=long text": (lambda: scan(u="u" * 999), TypeError, "^u must be a tensor, got str$"),
     "channel-major": (
-        lambda: scan(MAJOR, MAJOR), ValueError, r"A must have shape .* = \(8, 16\), got \(4, 16\); u looks channel-major, see storm_kernels.interop.mamba"
+        lambda: scan(MAJOR, MAJOR), ValueError, r"A must have .* \(8, 16\), got \(4, 16\); u looks channel-major, see .*interop.mamba_ssm"
     ),
     "channel-major, both": (
-        lambda: sk.bidirectional_selective_scan(*[ONE._replace(u=MAJOR, delta=MAJOR)] * 2), ValueError, "forward.u looks channel-major, see .*mamba_ssm"
+        lambda: sk.bidirectional_selective_scan(*[ONE._replace(u=MAJOR, delta=MAJOR)] * 2), ValueError, "; forward.u looks channel-major, see"
     ),
     "channel-major convolution": (
         lambda: sk.causal_conv1d(MAJOR, torch.ones(4, 3)), ValueError, "weight must have shape .*; x looks channel-major, see .*interop.causal_conv1d"

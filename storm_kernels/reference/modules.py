@@ -160,9 +160,7 @@ def _expanded(d_model: int, expand: object) -> int:
     if isinstance(expand, bool) or not isinstance(expand, Real):
         raise TypeError(f"expand must be a number, got {described(expand)}")
     if not 1 <= expand * d_model < math.inf:
-        raise ValueError(
-            f"expand must give one channel or more, expand * d_model >= 1, got {described(expand)} with d_model={d_model}"
-        )
+        raise ValueError(f"expand must give one channel or more, expand * d_model >= 1, got {described(expand)} with d_model={d_model}")
     return int(expand * d_model)
 
 

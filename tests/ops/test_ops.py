@@ -184,7 +184,7 @@ def test_strict_mode_raises_where_a_slow_path_would_run():
 
 
 def test_a_slow_path_warns_once_for_each_reason(monkeypatch):
-    monkeypatch.setattr(sk.dispatch, "_warned", set())
+    monkeypatch.setattr(sk.backends.dispatch, "_warned", set())
     case = CALLS["conv"]
     operands = {name: value.double() for name, value in case.operands().items()}
     with pytest.warns(sk.SlowPathWarning, match="conv runs on the torch backend, because cpu: ") as caught:
