@@ -20,7 +20,7 @@ BACKENDS = [None, "torch"]
 
 @pytest.fixture(autouse=True)
 def every_reason_is_new(monkeypatch):
-    monkeypatch.setattr(sk.dispatch, "_warned", set())
+    monkeypatch.setattr(sk.backends.dispatch, "_warned", set())
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::storm_kernels.SlowPathWarning")
