@@ -18,7 +18,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from storm_kernels.interop import patching as patch
+from storm_kernels import patch
 from storm_kernels.nn.linear import linear
 
 from . import harness, subject

@@ -25,7 +25,7 @@ def positive_int(name: str, value: object) -> int:
     if type(value) is not int:
         value = integer(name, value)
     if not 1 <= value <= _LARGEST:
-        raise ValueError(f"{name} must be between 1 and {_LARGEST}, got {value}")
+        raise ValueError(f"{name} must be between 1 and {_LARGEST}, got {described(value)}")
     return value
 
 
@@ -36,7 +36,26 @@ def integer(name: str, value: object) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
+        raise TypeError(f"{name} must be an integer, got {described(value)}") from None
+
+
+def described(value: object) -> str:
+    """What was given for an argument, for one line of an error: a number or a short text itself, a tensor's or an array's shape, else the type.
+
+    >>> described([1.0] * 1000), described(torch.ones(2, 3)), described(4)
+    ('list', 'Tensor of shape (2, 3) and torch.float32', '4 of type int')
+    """
+    kind = type(value).__name__
+    if value is None or (isinstance(value, str) and len(value) <= 60):
+        return repr(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    shape = getattr(value, "shape", None)
+    # A number of NumPy's has a shape too, but a tensor may lie on a device that it takes a wait to read.
+    number = isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 128)
+    if number or (shape == () and not isinstance(value, torch.Tensor)):
+        return f"{value!r} of type {kind}"
+    return f"{kind} of shape {tuple(shape)} and {value.dtype}" if isinstance(shape, tuple) and hasattr(value, "dtype") else kind
 
 
 def _sides_as_int(record: object) -> None:
@@ -122,6 +141,29 @@ class TokenReduction:
 
     def _kept_groups(self, grid: TokenGrid) -> int:
         return _blocks(_blocks(grid.frames, self.temporal_pool), self.temporal_stride)
+
+
+def placed(length: int, grid: object, reduction: object, cu_seqlens: object = None) -> tuple[TokenGrid | None, TokenReduction | None]:
+    """(grid, reduction) if there is something to reduce, else (None, None); raise unless the grid holds ``length`` tokens."""
+    reduction = reducing(reduction)
+    if grid is not None and not isinstance(grid, TokenGrid):
+        raise TypeError(f"grid must be a TokenGrid, got {described(grid)}")
+    if grid is not None and grid.tokens != length:
+        raise ValueError(f"grid must hold the sequence's {length} tokens, got {grid} with {grid.tokens}")
+    if reduction is None:
+        return None, None
+    if grid is None:
+        raise ValueError(f"grid must be given with a reduction, got None with {reduction}")
+    if cu_seqlens is not None:
+        raise ValueError(f"cu_seqlens and reduction cannot be combined; reduce each sequence afterwards, got {reduction}")
+    return grid, reduction
+
+
+def reducing(reduction: object) -> TokenReduction | None:
+    """``reduction``, or None where it changes nothing; raise unless it is a TokenReduction or None."""
+    if reduction is not None and not isinstance(reduction, TokenReduction):
+        raise TypeError(f"reduction must be a TokenReduction, got {described(reduction)}")
+    return None if reduction is None or reduction.is_identity else reduction
 
 
 def _blocks(side: int, size: int) -> int:

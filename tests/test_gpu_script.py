@@ -6,7 +6,7 @@ import pytest
 
 import storm_kernels as sk
 from benchmarks import environment
-from storm_kernels import dispatch
+from storm_kernels.backends import dispatch
 from tools import gpu, gpu_compare
 
 pytest.importorskip("cuda.bindings", reason="needs cuda-bindings and nvidia-cuda-nvrtc to compile")

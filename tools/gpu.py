@@ -200,7 +200,7 @@ def run_step(step: Step, broken: list[str], longest: float = LONGEST) -> str:
 
 def leave_out(broken: list[str]) -> None:
     """Backends answer from now on that they cannot run the operations of ``broken`` ("cuda:scan")."""
-    from storm_kernels import dispatch
+    from storm_kernels.backends import dispatch
 
     original = dispatch._why_not
 

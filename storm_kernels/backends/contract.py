@@ -64,6 +64,9 @@ class Backend(Protocol):
 
     NAME: str
 
+    def own_device(self) -> str:
+        """The device type whose tensors it is made for, "cpu" or "cuda"."""
+
     def why_not(self, op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: int) -> str | None:
         """None if it can run ``op`` on such tensors here and now; else the reason, one sentence, with how to fix it where there is a way.
 

@@ -21,12 +21,22 @@ import torch
 from torch import Tensor
 
 from .. import context
+from ..tokens import described
 from .contract import Backend
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 OPS = ("scan", "conv", "reduce", "norm")
+# The operation that a public function runs.
+FUNCTIONS = {
+    "selective_scan": "scan",
+    "bidirectional_selective_scan": "scan",
+    "causal_conv1d": "conv",
+    "bidirectional_causal_conv1d": "conv",
+    "reduce_tokens": "reduce",
+    "residual_layer_norm": "norm",
+}
 # By device type and operation, best first. LayerNorm on a CPU is torch's own: memory-bound, vectorised there already.
 ORDER = {
     "cpu": {"scan": ("cpu", "torch"), "conv": ("cpu", "torch"), "reduce": ("cpu", "torch"), "norm": ("torch",)},
@@ -43,7 +53,7 @@ _warned: set[str] = set()
 _lock = threading.Lock()  # of both
 _uncounted = threading.local()
 # Files whose lines are no caller's: this library's, and PyTorch's between the caller and an operator.
-_INSIDE = tuple(f"{Path(module).parent}{os.sep}" for module in (Path(__file__).parent, torch.__file__))
+_INSIDE = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
 
 
 class BackendError(RuntimeError):
@@ -93,8 +103,8 @@ def requested(backend: str | None) -> str:
 
 
 def _known(backend: str) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {described(backend)}")
     return backend
 
 
@@ -105,21 +115,54 @@ def load(name: str) -> Backend:
 
 
 def why_not(
-    op: str, backend: str, *, device: str | torch.device = "cpu", dtypes: Iterable[torch.dtype] = (torch.float32,), d_state: int = 16, d_conv: int = 4
+    op: str,
+    backend: str,
+    *,
+    device: str | torch.device | None = None,
+    dtypes: Iterable[torch.dtype] = (torch.float32,),
+    d_state: int = 16,
+    d_conv: int = 4,
 ) -> str | None:
-    """None if ``backend`` can run ``op`` ("scan", "conv", "reduce", "norm") on such tensors; else why not and how to fix it."""
-    if op not in OPS:
-        raise ValueError(f"op must be one of {', '.join(map(repr, OPS))}, got {op!r}")
-    _known(backend)
-    return _why_not(op, backend, torch.device(device).type, frozenset(dtypes), d_state, d_conv)
+    """None if ``backend`` can run ``op`` on such tensors; else why not and how to fix it.
+
+    Args:
+        op: "scan", "conv", "reduce" or "norm", or the name of the public function, such as "selective_scan".
+        backend: "torch", "cpu", "triton" or "cuda".
+        device: where the tensors lie; None for the device that the backend is made for.
+        dtypes: those of the activations.
+        d_state, d_conv: S of a scan, K of a convolution.
+
+    Raises:
+        TypeError, ValueError: there is no such operation, backend or device.
+
+    >>> why_not("selective_scan", "torch") is None
+    True
+    """
+    op = FUNCTIONS.get(op, op) if isinstance(op, str) else op
+    if not isinstance(op, str) or op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(map(repr, (*OPS, *FUNCTIONS)))}, got {described(op)}")
+    return _why_not(op, _known(backend), None if device is None else _device_type(device), frozenset(dtypes), d_state, d_conv)
 
 
-def _why_not(op: str, backend: str, device: str, dtypes: frozenset, d_state: int, d_conv: int) -> str | None:
+def _device_type(device: object) -> str:
+    try:
+        return torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"device must be a torch.device or name one, such as 'cpu', 'cuda' or 'cuda:1', got {described(device)}") from None
+
+
+def _why_not(op: str, backend: str, device: str | None, dtypes: frozenset, d_state: int, d_conv: int) -> str | None:
     try:
         module = load(backend)
     except ImportError as error:
-        return f"the {backend} backend cannot be imported: {error}"
-    return module.why_not(op, device=device, dtypes=dtypes, d_state=d_state, d_conv=d_conv)
+        return f"the {backend} backend cannot be imported: {error}{_remedy(error)}"
+    return module.why_not(op, device=device or module.own_device(), dtypes=dtypes, d_state=d_state, d_conv=d_conv)
+
+
+def _remedy(error: ImportError) -> str:
+    """What to install where the package that a backend stands on is missing."""
+    return "; pip install 'storm-kernels[triton]'" if (error.name or "").partition(".")[0] == "triton" else ""
 
 
 def choose(op: str, backend: str, *activations: Tensor | None, d_state: int = 0, d_conv: int = 0) -> Backend:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..tokens import described
 from .layout import accumulate
 
 
@@ -96,7 +97,7 @@ def _check(x: Tensor, residual: Tensor | None, x1: Tensor | None, weight1: Tenso
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor or None, got {tensor!r}")
+            raise TypeError(f"{name} must be a tensor or None, got {described(tensor)}")
         if tensor.shape != shape:
             raise ValueError(f"{name} must be {tuple(shape)} for x {tuple(x.shape)}, got shape {tuple(tensor.shape)}")
     if x1 is not None and rowscale is not None:

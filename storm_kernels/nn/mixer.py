@@ -29,8 +29,7 @@ class BiMambaMixer(ReferenceMixer):
 
     def forward(self, x: Tensor, grid: TokenGrid | None = None, reduction: TokenReduction | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """x (batch, L, D) -> (batch, L', D) in x's dtype; with a reduction, ``grid`` says where the tokens sit."""
-        if reduction is not None and reduction.is_identity:
-            grid = reduction = None
+        grid, reduction = self._checked(x, grid, reduction, cu_seqlens)
         if reduction is not None and cu_seqlens is None and not is_plain(self.out_proj):
             return reduce_tokens(BiMambaMixer.forward(self, x, cu_seqlens=cu_seqlens), grid, reduction)
         with stage("in_proj"):

@@ -21,10 +21,10 @@ class TemporalProjector(ReferenceTemporalProjector):
 
     mixer_class = BiMambaMixer
 
-    def mix(self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction, cu_seqlens: Tensor | None) -> Tensor:
+    def mix(self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction | None, cu_seqlens: Tensor | None) -> Tensor:
         """The layers and the reduction; the last layer writes reduced tokens only: ``reduce(X) + Mixer(LayerNorm(X), reduction)``."""
         *others, last = self.layers or (None,)
-        reduces = last is not None and not reduction.is_identity and _reduces(last)
+        reduces = last is not None and reduction is not None and not reduction.is_identity and _reduces(last)
         for layer in others if reduces else self.layers:
             x = layer(x, cu_seqlens=cu_seqlens)
         if not reduces:

@@ -1,4 +1,4 @@
-"""Argument checks of the public functions. Every message names the argument and prints what it got."""
+"""Argument checks of the public functions. A message is one line; it names the argument and prints a type, shape or number, never contents."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import torch
 from torch import Tensor
 
-from ..tokens import TokenGrid, TokenReduction
+from ..reference import Direction
+from ..tokens import TokenGrid, TokenReduction, described
 
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -15,7 +16,7 @@ ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def tensor(name: str, value: object, dims: int | tuple[int, ...], like: Tensor | None = None) -> None:
     """Raise unless ``value`` is a floating-point tensor with ``dims`` axes, on ``like``'s device."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {described(value)}")
     if value.layout != torch.strided or value.is_nested:
         raise TypeError(f"{name} must be a dense tensor, got a {'nested' if value.is_nested else value.layout} one")
     if value.dtype not in ACTIVATIONS:
@@ -27,10 +28,22 @@ def tensor(name: str, value: object, dims: int | tuple[int, ...], like: Tensor |
         raise ValueError(f"{name} must be on {like.device} like the first operand, got {value.device}")
 
 
-def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str, hint: str = "") -> None:
     """Raise unless ``value`` has the shape ``expected``, described by ``meaning``."""
     if tuple(value.shape) != expected:
-        raise ValueError(f"{name} must have shape {meaning} = {expected}, got {tuple(value.shape)}")
+        raise ValueError(f"{name} must have shape {meaning} = {expected}, got {tuple(value.shape)}{hint}")
+
+
+def channel_major(name: str, channels: int, x: Tensor, module: str) -> str:
+    """What to add to an error where x has the ``channels`` of its parameters on its second axis, as other libraries' functions take it."""
+    return f"; {name} looks channel-major, see storm_kernels.interop.{module}" if x.shape[1] == channels else ""
+
+
+def direction(name: str, value: object) -> Direction:
+    """``value`` as a Direction: one, or the operands of one in its order."""
+    if not isinstance(value, (tuple, list)) or not 5 <= len(value) <= len(Direction._fields):
+        raise TypeError(f"{name} must be a Direction, got {described(value)}")
+    return Direction(*value)
 
 
 def scan_operands(prefix: str, u, delta, A, B, C, D, delta_bias, like: Tensor | None = None) -> None:
@@ -41,7 +54,8 @@ def scan_operands(prefix: str, u, delta, A, B, C, D, delta_bias, like: Tensor | 
     shape(f"{prefix}delta", delta, (batch, length, channels), "(batch, L, E)")
     tensor(f"{prefix}A", A, 2, u)
     states = A.shape[1]
-    shape(f"{prefix}A", A, (channels, states), "(E, S)")
+    hint = channel_major(f"{prefix}u", A.shape[0], u, "mamba_ssm") if A.shape[0] != channels else ""
+    shape(f"{prefix}A", A, (channels, states), "(E, S)", hint)
     if channels == 0 or states == 0:
         raise ValueError(f"{prefix}A must have at least one channel and one state, got shape {tuple(A.shape)}")
     for name, value in (("B", B), ("C", C)):
@@ -73,29 +87,12 @@ def gate(z: object, u: Tensor, grid: TokenGrid | None, reduction: TokenReduction
         raise ValueError(f"z must have shape {wanted}, got {tuple(z.shape)}")
 
 
-def placed(length: int, grid: object, reduction: object, cu_seqlens: object = None) -> tuple[TokenGrid | None, TokenReduction | None]:
-    """(grid, reduction) if there is something to reduce, else (None, None); raise unless the grid holds ``length`` tokens."""
-    if reduction is not None and not isinstance(reduction, TokenReduction):
-        raise TypeError(f"reduction must be a TokenReduction, got {reduction!r} of type {type(reduction).__name__}")
-    if grid is not None and not isinstance(grid, TokenGrid):
-        raise TypeError(f"grid must be a TokenGrid, got {grid!r} of type {type(grid).__name__}")
-    if grid is not None and grid.tokens != length:
-        raise ValueError(f"grid must hold the sequence's {length} tokens, got {grid} with {grid.tokens}")
-    if reduction is None or reduction.is_identity:
-        return None, None
-    if grid is None:
-        raise ValueError(f"grid must be given with a reduction, got None with {reduction}")
-    if cu_seqlens is not None:
-        raise ValueError(f"cu_seqlens and reduction cannot be combined; reduce each sequence afterwards, got {reduction}")
-    return grid, reduction
-
-
 def packed(cu_seqlens: object, x: Tensor) -> int:
     """The number of sequences; raise unless ``cu_seqlens`` can bound the sequences of x (1, L, ...). The values are checked by :func:`bounds`."""
     if cu_seqlens is None:
         return x.shape[0]
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1:
-        raise TypeError(f"cu_seqlens must be a one-dimensional int32 or int64 tensor, got {cu_seqlens!r}")
+        raise TypeError(f"cu_seqlens must be a one-dimensional int32 or int64 tensor, got {described(cu_seqlens)}")
     if cu_seqlens.device != x.device:
         raise ValueError(f"cu_seqlens must be on {x.device} like the first operand, got {cu_seqlens.device}")
     if x.shape[0] != 1:
@@ -110,8 +107,10 @@ def bounds(cu_seqlens: Tensor | None, length: int) -> None:
     if cu_seqlens is None or cu_seqlens.device.type != "cpu":
         return
     values = cu_seqlens.tolist()
-    if values[0] != 0 or values[-1] != length or any(a > b for a, b in zip(values, values[1:], strict=False)):
-        raise ValueError(f"cu_seqlens must ascend from 0 to L = {length}, got {values}")
+    falls = next((i for i, (a, b) in enumerate(zip(values, values[1:], strict=False), 1) if a > b), None)
+    if values[0] != 0 or values[-1] != length or falls is not None:
+        got = f"{values[0]} to {values[-1]}" if falls is None else f"{values[falls]} after {values[falls - 1]} at cu_seqlens[{falls}]"
+        raise ValueError(f"cu_seqlens must ascend from 0 to L = {length}, got {got}")
 
 
 def state(name: str, value: object, expected: tuple[int, ...], meaning: str, like: Tensor) -> None:

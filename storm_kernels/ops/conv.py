@@ -9,6 +9,7 @@ from torch import Tensor
 from ..backends import dispatch
 from ..backends import torch as torch_backend
 from ..backends.contract import ConvFilter
+from ..tokens import described
 from . import checks
 from .autograd import refuse_forward_mode, register, vjp
 from .normalise import accumulator, parameter, unit_innermost
@@ -84,12 +85,13 @@ def _check(x, weight, bias, activation, suffix: str) -> None:
     channels, width = x.shape[2], weight.shape[1]
     if channels == 0 or width == 0:
         raise ValueError(f"weight{suffix} must have at least one channel and one tap, got shape {tuple(weight.shape)}")
-    checks.shape(f"weight{suffix}", weight, (channels, width), "(E, K)")
+    hint = checks.channel_major("x", weight.shape[0], x, "causal_conv1d") if weight.shape[0] != channels else ""
+    checks.shape(f"weight{suffix}", weight, (channels, width), "(E, K)", hint)
     if bias is not None:
         checks.tensor(f"bias{suffix}", bias, 1, x)
         checks.shape(f"bias{suffix}", bias, (channels,), "(E,)")
-    if activation not in (None, "silu", "swish"):
-        raise ValueError(f"activation must be None, 'silu' or 'swish', got {activation!r}")
+    if activation is not None and not (isinstance(activation, str) and activation in ("silu", "swish")):
+        raise ValueError(f"activation must be None, 'silu' or 'swish', got {described(activation)}")
 
 
 def _run(x, weight, bias, weight_b, bias_b, initial_state, cu_seqlens, activation, reverse, backend) -> tuple[Tensor, Tensor]:

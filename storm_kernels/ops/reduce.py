@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import dispatch
 from ..backends import torch as torch_backend
-from ..tokens import TokenGrid, TokenReduction
+from ..tokens import TokenGrid, TokenReduction, placed
 from . import checks
 from .autograd import refuse_forward_mode, register, vjp
 from .normalise import unit_innermost
@@ -31,7 +31,7 @@ def reduce_tokens(x: Tensor, grid: TokenGrid, reduction: TokenReduction, *, back
         TypeError, ValueError, BackendError: as :func:`selective_scan`.
     """
     checks.tensor("x", x, 3)
-    grid, reduction = checks.placed(x.shape[1], grid, reduction)
+    grid, reduction = placed(x.shape[1], grid, reduction)
     if reduction is None:
         return x
     where = [grid.frames, grid.height, grid.width]

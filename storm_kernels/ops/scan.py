@@ -11,7 +11,7 @@ from ..backends import dispatch
 from ..backends import torch as torch_backend
 from ..backends.contract import ScanInputs, ScanResult
 from ..reference import Direction
-from ..tokens import TokenGrid, TokenReduction
+from ..tokens import TokenGrid, TokenReduction, placed
 from . import checks
 from .autograd import refuse_forward_mode, register, transformed, vjp
 from .normalise import accumulator, parameter, unit_innermost
@@ -70,7 +70,7 @@ def selective_scan(
         MemoryError: the result would not fit the device.
     """
     checks.scan_operands("", u, delta, A, B, C, D, delta_bias)
-    grid, reduction = checks.placed(u.shape[1], grid, reduction, cu_seqlens)
+    grid, reduction = placed(u.shape[1], grid, reduction, cu_seqlens)
     checks.gate(z, u, grid, reduction)
     sequences = checks.packed(cu_seqlens, u)
     checks.state("initial_state", initial_state, (sequences, *A.shape), "(sequences, E, S)", u)
@@ -95,12 +95,12 @@ def bidirectional_selective_scan(
     ``forward`` and ``backward`` are :class:`Direction` tuples in the sequence's own order; the second is scanned from the end, without a flip.
     The other arguments, the result (batch, L', E) and the errors are those of :func:`selective_scan`.
     """
-    forward, backward = Direction(*forward), Direction(*backward)
+    forward, backward = checks.direction("forward", forward), checks.direction("backward", backward)
     checks.scan_operands("forward.", *forward)
     checks.scan_operands("backward.", *backward, like=forward.u)
     checks.shape("backward.u", backward.u, tuple(forward.u.shape), "forward.u's")
     checks.shape("backward.A", backward.A, tuple(forward.A.shape), "forward.A's")
-    grid, reduction = checks.placed(forward.u.shape[1], grid, reduction, cu_seqlens)
+    grid, reduction = placed(forward.u.shape[1], grid, reduction, cu_seqlens)
     checks.gate(z, forward.u, grid, reduction)
     checks.packed(cu_seqlens, forward.u)
     return _run(forward, backward, z, None, cu_seqlens, delta_softplus, False, grid, reduction, backend)[0]

@@ -108,9 +108,9 @@ def bidirectional_causal_conv1d(
     return forward, backward
 
 
-def reduce_tokens(x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:
+def reduce_tokens(x: Tensor, grid: TokenGrid | None, reduction: TokenReduction | None) -> Tensor:
     """Plain twin of :func:`storm_kernels.reduce_tokens`: (batch, T*H*W, C) -> (batch, T'*H'*W', C), STORM eqs. 6-8."""
-    if reduction.is_identity:
+    if reduction is None or reduction.is_identity:
         return x
     batch, _, channels = x.shape
     video = x.to(_accumulate(x)).reshape(batch, grid.frames, grid.height, grid.width, channels).movedim(-1, 1)

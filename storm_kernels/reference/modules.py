@@ -5,8 +5,10 @@ The mixer is Vim's bimamba v2 (arXiv 2401.09417), the projector STORM's (arXiv 2
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from ..plain import call_convolution, call_dt_proj, is_plain, is_plain_convolution
 from ..profiling import stage
-from ..tokens import TokenGrid, TokenReduction, integer
+from ..tokens import TokenGrid, TokenReduction, described, integer, placed, positive_int, reducing
 from .functions import Direction, bidirectional_selective_scan, causal_conv1d, reduce_tokens, selective_scan
 
 
@@ -33,6 +35,9 @@ class ReferenceMixer(nn.Module):
         bias, conv_bias: whether in_proj and out_proj, and the convolutions, have a bias.
         if_divide_out: halve the sum of the two directions, Vim's option.
         dt_min, dt_max, dt_init_floor: the range in which softplus(dt_proj.bias) starts, log-uniform (arXiv 2312.00752, 3.6).
+
+    Raises:
+        TypeError, ValueError: a size that is no positive integer, an ``expand`` that leaves no channel, an empty range of dt; named.
     """
 
     def __init__(
@@ -54,9 +59,12 @@ class ReferenceMixer(nn.Module):
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+        d_model, d_state, d_conv = (positive_int(n, size) for n, size in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv)))
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
-        self.d_inner = int(expand * d_model)
-        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        self.d_inner = _expanded(d_model, expand)
+        self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) and dt_rank == "auto" else _rank(dt_rank)
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(f"dt_min and dt_max must be positive and in this order, got {described(dt_min)} and {described(dt_max)}")
         self.bidirectional, self.if_divide_out = bidirectional, if_divide_out
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
         self.suffixes = ("", "_b") if bidirectional else ("",)
@@ -76,6 +84,7 @@ class ReferenceMixer(nn.Module):
 
     def forward(self, x: Tensor, grid: TokenGrid | None = None, reduction: TokenReduction | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """x (batch, L, D) -> (batch, L', D) in x's dtype; with a reduction, ``grid`` says where the tokens sit."""
+        grid, reduction = self._checked(x, grid, reduction, cu_seqlens)
         with stage("in_proj"):
             x, z = self._project(x, self.in_proj).chunk(2, dim=-1)
         directions = []
@@ -88,6 +97,11 @@ class ReferenceMixer(nn.Module):
         with stage("out_proj"):
             out = self._project(y, self.out_proj)
         return out if reduction is None else reduce_tokens(out, grid, reduction)
+
+    def _checked(self, x: object, grid: object, reduction: object, cu_seqlens: object) -> tuple[TokenGrid | None, TokenReduction | None]:
+        """(grid, reduction) where there is something to reduce, else (None, None); raise, by name, unless the arguments of forward fit."""
+        check_input("x", x, ("batch", "L"), self.in_proj)
+        return placed(x.shape[1], grid, reduction, cu_seqlens)
 
     @staticmethod
     def _convolve(x: Tensor, conv: nn.Module, reverse: bool, cu_seqlens: Tensor | None) -> Tensor:
@@ -141,6 +155,39 @@ class ReferenceMixer(nn.Module):
         return self
 
 
+def _expanded(d_model: int, expand: object) -> int:
+    """E, the channels of a mixer; raise, by name, where there would be none."""
+    if isinstance(expand, bool) or not isinstance(expand, Real):
+        raise TypeError(f"expand must be a number, got {described(expand)}")
+    if not 1 <= expand * d_model < math.inf:
+        raise ValueError(f"expand must give one channel or more, expand * d_model >= 1, got {described(expand)} with d_model={d_model}")
+    return int(expand * d_model)
+
+
+def _rank(dt_rank: object) -> int:
+    if isinstance(dt_rank, str):
+        raise ValueError(f"dt_rank must be 'auto' or a positive integer, got {described(dt_rank)}")
+    return positive_int("dt_rank", dt_rank)
+
+
+def check_input(name: str, value: object, axes: tuple[str, ...], projection: nn.Module, parts: int = 1) -> None:
+    """Raise, by name, unless ``value`` is a floating-point tensor with ``axes`` and a last one that ``parts`` times fills ``projection``.
+
+    That width is read off the weight where the projection is plain (:func:`is_plain`); what another module takes is its own affair.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {described(value)}")
+    width = projection.weight.shape[1] // parts if is_plain(projection) else None
+    if value.dim() != len(axes) + 1 or (width is not None and value.shape[-1] != width):
+        # The channels of an image encoder that is a convolutional network come before height and width.
+        first = width is not None and value.dim() == len(axes) + 1 and width in value.shape[1:-1]
+        hint = f"; the {width} channels belong on the last axis, see Tensor.movedim" if first else ""
+        wanted = ", ".join((*axes, "width" if width is None else str(width)))
+        raise ValueError(f"{name} must have {len(axes) + 1} axes ({wanted}), got shape {tuple(value.shape)}{hint}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be of a floating-point dtype, got {value.dtype}")
+
+
 def decay(A_log: Tensor) -> Tensor:
     """A = -exp(A_log), in float32 or better."""
     return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
@@ -179,6 +226,9 @@ class ReferenceTemporalProjector(nn.Module):
         layers: M, the number of mixers.
         bidirectional: False for the streaming, forward-only form.
         mixer_options: further arguments of the mixer (d_state, d_conv, expand, dt_rank, ...).
+
+    Raises:
+        TypeError, ValueError: a width that is no positive integer, negative ``layers``, an option that there is not, or as the mixer; named.
     """
 
     mixer_class: type[ReferenceMixer] = ReferenceMixer
@@ -194,28 +244,47 @@ class ReferenceTemporalProjector(nn.Module):
         **mixer_options,
     ):
         super().__init__()
+        vision_width, d_model, layers = positive_int("vision_width", vision_width), positive_int("d_model", d_model), integer("layers", layers)
+        if layers < 0:
+            raise ValueError(f"layers must be at least 0, got {described(layers)}")
+        self._know(mixer_options)
         factory = {"device": device, "dtype": dtype}
         self.proj = nn.Linear(4 * vision_width, d_model, **factory)
         mixers = (self.mixer_class(d_model, bidirectional=bidirectional, **mixer_options, **factory) for _ in range(layers))
         self.layers = nn.ModuleList(MixerLayer(mixer, **factory) for mixer in mixers)
 
-    def forward(self, features: Tensor, reduction: TokenReduction = TokenReduction(), lengths: Sequence[int] | Tensor | None = None) -> Tensor:
-        """features (batch, T, h, w, vision_width) -> (batch, tokens, D).
+    @classmethod
+    def _know(cls, mixer_options: dict[str, object]) -> None:
+        """Raise unless the mixer has these options."""
+        own = inspect.signature(ReferenceTemporalProjector.__init__).parameters
+        of_mixer = inspect.signature(cls.mixer_class.__init__).parameters
+        known = [n for n, p in (own | of_mixer).items() if n != "self" and p.kind is not p.VAR_KEYWORD]
+        unknown = next((option for option in mixer_options if option not in known), None)
+        if unknown is not None and all(p.kind is not p.VAR_KEYWORD for p in of_mixer.values()):
+            raise TypeError(f"{cls.__name__} has no option {described(unknown)}; its options are {', '.join(known)}")
+
+    def forward(self, features: Tensor, reduction: TokenReduction | None = None, lengths: Sequence[int] | Tensor | None = None) -> Tensor:
+        """features (batch, T, h, w, vision_width) -> (batch, tokens, D), averaged and sampled as ``reduction`` says, by default not at all.
 
         ``lengths`` (batch,), a list, an array or a tensor, gives each video's number of frames where the batch is padded at the end; each video
         then comes out as if it ran alone, followed by zeros.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, shape or dtype, named.
         """
+        reduction = reducing(reduction)
         tokens, grid = self.embed(features)
         return run_padded(self.mix, tokens, grid, reduction, lengths)
 
     def embed(self, features: Tensor) -> tuple[Tensor, TokenGrid]:
         """Downsample and project: (batch, T, h, w, vision_width) -> (batch, T*H*W, D) and its grid (STORM eq. 3)."""
+        check_input("features", features, ("batch", "frames", "height", "width"), self.proj, parts=4)
         with stage("downsample"):
             blocks = downsample(features)
             grid = TokenGrid(*blocks.shape[1:4])
             return self.mixer_class._project(blocks, self.proj).flatten(1, 3), grid
 
-    def mix(self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction, cu_seqlens: Tensor | None) -> Tensor:
+    def mix(self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction | None, cu_seqlens: Tensor | None) -> Tensor:
         """The layers and the reduction: (batch, L, D) -> (batch, L', D); packed videos (``cu_seqlens``) are not reduced."""
         for layer in self.layers:
             x = layer(x, cu_seqlens=cu_seqlens)
@@ -230,19 +299,20 @@ def downsample(features: Tensor) -> Tensor:
     return padded.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4).flatten(4, 6)
 
 
-def run_padded(mix, x: Tensor, grid: TokenGrid, reduction: TokenReduction, lengths: Sequence[int] | Tensor | None) -> Tensor:
+def run_padded(mix, x: Tensor, grid: TokenGrid, reduction: TokenReduction | None, lengths: Sequence[int] | Tensor | None) -> Tensor:
     """Run ``mix`` over whole videos x (batch, T*N, D), or, with ``lengths`` in frames, over the valid tokens packed one after the other."""
     if lengths is None:
         return mix(x, grid, reduction, None)
     lengths = _frame_counts(lengths)
     if len(lengths) != x.shape[0]:
-        raise ValueError(f"lengths must name one number of frames for each of the {x.shape[0]} videos, got {len(lengths)}: {lengths}")
-    if any(not 1 <= n <= grid.frames for n in lengths):
-        raise ValueError(f"lengths must be between 1 and {grid.frames}, the frames of the batch, got {lengths}")
+        raise ValueError(f"lengths must name one number of frames for each of the {x.shape[0]} videos, got {len(lengths)}")
+    for i, frames in enumerate(lengths):
+        if not 1 <= frames <= grid.frames:
+            raise ValueError(f"lengths must be between 1 and {grid.frames}, the frames of the batch, got {described(frames)} for lengths[{i}]")
     tokens = [n * grid.tokens_per_frame for n in lengths]
     packed = torch.cat([video[:n] for video, n in zip(x, tokens, strict=True)])
     bounds = torch.tensor([0, *tokens], dtype=torch.int64, device=x.device).cumsum(0)
-    mixed = mix(packed[None], None, TokenReduction(), bounds)[0].split(tokens)
+    mixed = mix(packed[None], None, None, bounds)[0].split(tokens)
     grids = (TokenGrid(n, grid.height, grid.width) for n in lengths)
     reduced = [reduce_tokens(video[None], own, reduction)[0] for video, own in zip(mixed, grids, strict=True)]
     return nn.utils.rnn.pad_sequence(reduced, batch_first=True)
@@ -252,5 +322,5 @@ def _frame_counts(lengths: object) -> list[int]:
     """``lengths`` as a list of int. A tensor is read in one go: on a GPU each number by itself would wait for the device."""
     values = lengths.tolist() if hasattr(lengths, "tolist") else lengths
     if not isinstance(values, Iterable):
-        raise TypeError(f"lengths must be a sequence of integers, one a video, got {lengths!r}")
+        raise TypeError(f"lengths must be a sequence of integers, one a video, got {described(lengths)}")
     return [integer(f"lengths[{i}]", n) for i, n in enumerate(values)]

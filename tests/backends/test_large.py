@@ -16,7 +16,7 @@ from ..support.cuda_on_cpu import OnCpu
 from ..support.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
 
 FAR = 2**32 + 64  # elements from the first token to the last
-INTERPRETED = not sk.why_not("scan", "triton")
+INTERPRETED = not sk.why_not("scan", "triton", device="cpu")
 BACKENDS = [name for name in ("cpu",) if not INTERPRETED and not sk.why_not("scan", name)]
 HALF = {"batch": 1, "dtype": "bfloat16", "dtype_delta": "bfloat16", "dtype_state": "bfloat16"}
 # Rows far enough apart for one step to pass 2^31, and so many that the offset of a kernel's next tile does.

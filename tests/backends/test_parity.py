@@ -25,7 +25,7 @@ def backends() -> list:
     found = []
     for name in names:
         for op in CASES:
-            reason = sk.why_not(op, name)
+            reason = sk.why_not(op, name, device="cpu")
             marks = [pytest.mark.skip(reason=f"{name} cannot run {op} here: {reason}")] if reason else []
             found.append(pytest.param(name, op, marks=marks, id=f"{name}-{op}"))
     return found

@@ -9,7 +9,7 @@ from storm_kernels import why_not
 from ..support.parity import check
 from ..support.parity_cases import ConvCase, NormCase, ReduceCase, simplest
 
-REASON = why_not("conv", "triton")
+REASON = why_not("conv", "triton", device="cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the interpreter was not asked for: {REASON}")
 
 

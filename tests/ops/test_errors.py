@@ -78,7 +78,7 @@ X = torch.ones(2, 30, 4)
     ("call", "error", "message"),
     [
         (lambda: sk.reduce_tokens(X, None, REDUCTION), ValueError, "grid must be given with a reduction, got None"),
-        (lambda: sk.reduce_tokens(X, (5, 2, 3), REDUCTION), TypeError, r"grid must be a TokenGrid, got \(5, 2, 3\)"),
+        (lambda: sk.reduce_tokens(X, (5, 2, 3), REDUCTION), TypeError, r"grid must be a TokenGrid, got tuple$"),
         (lambda: sk.reduce_tokens(X, GRID, 4), TypeError, "reduction must be a TokenReduction, got 4"),
         (lambda: sk.reduce_tokens(X[:, 1:], GRID, REDUCTION), ValueError, "grid must hold the sequence's 29 tokens, got .* with 30"),
         (lambda: sk.causal_conv1d(X, torch.ones(4, 4), activation="gelu"), ValueError, "activation must be .* got 'gelu'"),
@@ -87,11 +87,11 @@ X = torch.ones(2, 30, 4)
         (lambda: sk.why_not("attention", "cpu"), ValueError, "op must be one of .* got 'attention'"),
         (lambda: sk.use_backend("").__enter__(), ValueError, "backend must be one of .* got ''"),
         (lambda: sk.causal_conv1d(X, torch.ones(4, 4), cu_seqlens=torch.tensor([0, 30])), ValueError, r"batch must be 1, got shape \(2, 30, 4\)"),
-        (lambda: sk.causal_conv1d(X[:1], torch.ones(4, 4), cu_seqlens=[0, 30]), TypeError, r"cu_seqlens must be .* got \[0, 30\]"),
+        (lambda: sk.causal_conv1d(X[:1], torch.ones(4, 4), cu_seqlens=[0, 30]), TypeError, r"cu_seqlens must be .* got list$"),
         (lambda: sk.causal_conv1d(X[:1], torch.ones(4, 4), cu_seqlens=torch.tensor([0])), ValueError, "at least two entries, got 1"),
-        (lambda: sk.causal_conv1d(X[:1], torch.ones(4, 4), cu_seqlens=torch.tensor([0, 9, 5, 30])), ValueError, r"ascend .* got \[0, 9, 5, 30\]"),
-        (lambda: sk.causal_conv1d(X[:1], torch.ones(4, 4), cu_seqlens=torch.tensor([0, 31])), ValueError, r"ascend from 0 to L = 30, got \[0, 31\]"),
-        (lambda: sk.causal_conv1d(X[:1], torch.ones(4, 4), cu_seqlens=torch.tensor([-1, 30])), ValueError, r"ascend .* got \[-1, 30\]"),
+        (lambda: sk.causal_conv1d(X[:1], torch.ones(4, 4), cu_seqlens=torch.tensor([0, 9, 5, 30])), ValueError, "ascend .* got 5 after 9 at"),
+        (lambda: sk.causal_conv1d(X[:1], torch.ones(4, 4), cu_seqlens=torch.tensor([0, 31])), ValueError, r"ascend from 0 to L = 30, got 0 to 31"),
+        (lambda: sk.causal_conv1d(X[:1], torch.ones(4, 4), cu_seqlens=torch.tensor([-1, 30])), ValueError, r"ascend .* got -1 to 30"),
     ],
 )  # fmt: skip
 def test_a_bad_option_is_refused_by_name(call, error, message):

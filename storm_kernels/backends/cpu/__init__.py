@@ -18,6 +18,7 @@ __all__ = [
     "conv",
     "conv_backward",
     "exp2_fma_rate",
+    "own_device",
     "reduce",
     "reduce_backward",
     "scan",
@@ -28,10 +29,17 @@ __all__ = [
 NAME = "cpu"
 
 
+def own_device() -> str:
+    """See `contract.Backend`."""
+    return "cpu"
+
+
 def why_not(op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: int) -> str | None:
     """See `contract.Backend.why_not`. Any d_state and d_conv will do."""
     if device != "cpu":
         return f"the cpu backend runs on CPU tensors, not on {device!r}"
+    if op not in ("scan", "conv", "reduce", "norm"):
+        return f"the cpu backend has no {op}; the torch backend may have it"
     if op == "norm":
         return "a LayerNorm on a CPU is bound by memory and vectorised in PyTorch: the cpu backend leaves it to torch"
     refused = sorted(str(dtype) for dtype in dtypes - set(DTYPES))

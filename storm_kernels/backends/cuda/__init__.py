@@ -14,7 +14,24 @@ from .tokens import FORMATS, reduce, reduce_backward
 
 NAME = "cuda"
 
-__all__ = ["NAME", "checkpoint_shapes", "conv", "conv_backward", "reduce", "reduce_backward", "scan", "scan_backward", "warmup", "why_not"]
+__all__ = [
+    "NAME",
+    "checkpoint_shapes",
+    "conv",
+    "conv_backward",
+    "own_device",
+    "reduce",
+    "reduce_backward",
+    "scan",
+    "scan_backward",
+    "warmup",
+    "why_not",
+]
+
+
+def own_device() -> str:
+    """`Backend.own_device`."""
+    return current().device_type
 
 
 def why_not(op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: int) -> str | None:

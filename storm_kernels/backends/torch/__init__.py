@@ -15,6 +15,11 @@ from ..contract import ConvFilter, ScanGrads, ScanInputs, ScanResult
 NAME = "torch"
 
 
+def own_device() -> str:
+    """The one that every machine has."""
+    return "cpu"
+
+
 def why_not(op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: int) -> str | None:
     """It runs everywhere."""
     return None

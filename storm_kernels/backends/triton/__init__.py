@@ -26,6 +26,7 @@ __all__ = [
     "conv_backward",
     "norm",
     "norm_backward",
+    "own_device",
     "reduce",
     "reduce_backward",
     "scan",
@@ -39,8 +40,15 @@ INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
+def own_device() -> str:
+    """`contract.Backend.own_device`."""
+    return "cpu" if INTERPRETED else "cuda"
+
+
 def why_not(op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: int) -> str | None:
     """`contract.Backend.why_not`."""
+    if op not in ("scan", "conv", "reduce", "norm"):
+        return f"it has no {op}; use backend='torch'"
     refused = dtypes - DTYPES
     if refused:
         return f"it computes in float32, not {', '.join(sorted(map(str, refused)))}; use backend='torch'"

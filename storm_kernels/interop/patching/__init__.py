@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ...plain import unfused
+from ...tokens import described
 from ..transformers import not_fused
 from .classes import Recipe, install, restore
 from .classes import rebuild as _rebuild  # noqa: F401  pickles of earlier versions name it here
@@ -134,7 +135,7 @@ def _note(module: nn.Module, recipe: Recipe, checked: str = "") -> str:
 
 def _check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r} of type {type(model).__name__}")
+        raise TypeError(f"model must be a torch.nn.Module, got {described(model)}")
 
 
 def _nothing(model: nn.Module, report: PatchReport) -> str:
