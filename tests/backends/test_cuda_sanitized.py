@@ -89,5 +89,7 @@ def sanitized(code: str, *arguments: str) -> None:
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in ("libasan.so", "libubsan.so")
     ]
     environment = os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=Path(__file__).parent.parent.parent, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=Path(__file__).parent.parent.parent, env=environment, capture_output=True, text=True
+    )
     assert done.stdout.endswith("clean\n") and "Sanitizer" not in done.stderr, done.stderr[-4000:]
