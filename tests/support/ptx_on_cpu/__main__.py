@@ -1,8 +1,9 @@
 """Debug a kernel without a GPU: run one small case of an operation in the PTX interpreter, and follow one thread through it.
 
-``python -m tests.support.ptx_on_cpu scan states=32 length=5`` runs the case (fields of tests/support/parity_cases.py; the rest as small as can
-be) and says whether its results keep the bound, or what was refused, where. ``--trace 0:64`` prints what thread 64 of block 0 executes: source lines, instructions and
-what they write; ``--kernel`` and ``--lines 600-640`` cut that down. ``--backend triton``, ``--arch sm_80``, ``--backward``, ``--noise 1``.
+``python -m tests.support.ptx_on_cpu scan states=32 length=5`` runs the case (fields of tests/support/parity_cases.py; the rest as small as can be)
+and says whether its results keep the bound, or what was refused, where. ``--trace 0:64`` prints what thread 64 of block 0 executes: source lines,
+instructions and what they write; ``--kernel`` and ``--lines 600-640`` cut that down. ``--backend triton``, ``--arch sm_80``, ``--backward``,
+``--noise 1``.
 """
 
 from __future__ import annotations
