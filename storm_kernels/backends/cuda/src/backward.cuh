@@ -177,7 +177,11 @@ struct Offsets {
         const uint32 warp = threadIdx.x / 32, lane = at.lane;
         pair = pinned((uint32)at.channel * 8);
         states = pinned((uint32)at.state * 4);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+        own = sizeof(U_T) < 4 ? threadIdx.x * 16 : pinned(threadIdx.x * 16);  // NVRTC 13.0, of torch 2.12 to 2.14, spills 16 bytes any other way
+#else
         own = pinned(threadIdx.x * 16);
+#endif
         part = pinned(warp * (uint32)sizeof(WarpSums) + (lane % CHANNEL_LANES * ROW + lane / CHANNEL_LANES * RUN) * 4);
         element = pinned((lane / CHANNEL_LANES * THREADS + warp * 32 + lane % CHANNEL_LANES) * 16);
         output = pinned(warp * (uint32)sizeof(WarpSums) + (lane / LIVE * PARTS * ROW + lane % LIVE * RUN) * 4);
