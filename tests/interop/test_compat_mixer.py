@@ -258,7 +258,9 @@ def test_models_pickled_by_the_original_move_and_cast(bimamba_type):
 
 
 def test_transformers_finds_what_is_installed():
-    pytest.importorskip("transformers", reason="transformers is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 16):
+        pytest.skip("transformers before 5.16 loops over tokens on a CPU, whatever is installed")
     out = in_a_new_process("""
         from storm_kernels import stats
         from storm_kernels.interop import install
