@@ -7,7 +7,7 @@ from storm_kernels.backends.cuda import source
 
 from ..support.ptx_on_cpu import compile_both
 from ..support.ptx_on_cpu.guards import of_cubin, of_ptx, unconditional, unguarded
-from ..test_cuda_code import FORMATS, TARGETS, forward_of, variants
+from .test_cuda_code import FORMATS, TARGETS, forward_of, variants
 
 pytest.importorskip("cuda.bindings", reason="needs cuda-bindings and nvidia-cuda-nvrtc to compile")
 

@@ -9,9 +9,9 @@ import pytest
 
 from storm_kernels.backends.cuda import launcher, source
 
-from ..parity import Operations
-from ..parity_cases import ConvCase, ScanCase, simplest
 from ..support.cuda_on_cpu import OnCpu
+from ..support.parity import Operations
+from ..support.parity_cases import ConvCase, ScanCase, simplest
 
 BEYOND = {
     "shared memory": ("threadIdx.x % WORKERS / QUADS", "threadIdx.x / QUADS", simplest(ScanCase, states=32)),

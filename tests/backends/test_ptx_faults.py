@@ -12,8 +12,8 @@ import pytest
 
 from storm_kernels.backends.cuda import launcher, source, tickets
 
-from ..parity import Operations, check, evaluate
-from ..parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from ..support.parity import Operations, check, evaluate
+from ..support.parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
 from ..support.ptx_on_cpu import OnPtx, Options, Refused
 
 pytest.importorskip("cuda.bindings", reason="needs cuda-bindings and nvidia-cuda-nvrtc to compile")

@@ -18,8 +18,8 @@ import torch
 
 from storm_kernels.backends.cuda import launcher, source
 
-from ...parity import check
-from ...parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from ..parity import check
+from ..parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
 from . import Machine, OnPtx, Options, Refused
 from .machine import ALWAYS
 from .parser import Instruction
