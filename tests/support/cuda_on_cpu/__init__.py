@@ -17,7 +17,7 @@ from storm_kernels.backends.cuda.launcher import FLAGS, THREADS
 from .guarded import Guarded
 
 _HERE = Path(__file__).parent
-_BUILD = _HERE.parent.parent / "build" / "cuda_on_cpu"
+_BUILD = _HERE.parents[2] / "build" / "cuda_on_cpu"
 _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(const __grid_constant__ (\w+) \w+\)')
 _ENTRY = """
 extern "C" int run_{kernel}(const void* args, unsigned blocks, size_t shared, unsigned at_once) {{

@@ -20,7 +20,7 @@ from .memory import Global
 from .parser import Kernel, parse
 from .shared import Shared
 
-_BUILD = Path(__file__).parent.parent.parent / "build" / "ptx_on_cpu"
+_BUILD = Path(__file__).parents[3] / "build" / "ptx_on_cpu"
 _STRUCT = re.compile(r"^struct (\w+) \{\n(.*?)^\};", re.MULTILINE | re.DOTALL)
 _FIELD = re.compile(r"^    (const )?(\w+)(\*?) (\w+)(?:\[(\d+)\])?;", re.MULTILINE)
 
