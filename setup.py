@@ -1,12 +1,16 @@
-"""Builds the C++ library of the "cpu" backend on installation. Without a compiler the installation still succeeds, without that backend."""
+"""What is installed, and under which names: storm_kernels, and the folders model/ and benchmarks/ as storm_model and storm_benchmarks.
+
+Builds the C++ library of the "cpu" backend on installation. Without a compiler the installation still succeeds, without that backend.
+"""
 
 import importlib.util
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
+FOLDERS = {"storm_model": "model", "storm_benchmarks": "benchmarks"}
 CPU = Path(__file__).resolve().parent / "storm_kernels" / "backends" / "cpu"
 
 
@@ -32,7 +36,13 @@ class BuildLibrary(build_ext):
             print(f"storm_kernels: the cpu backend is left out: {error}", file=sys.stderr)
 
 
+packages = find_packages(include=["storm_kernels", "storm_kernels.*"])
+for name, folder in FOLDERS.items():
+    packages += [name, *(f"{name}.{inner}" for inner in find_packages(folder))]
+
 setup(
+    packages=packages,
+    package_dir=FOLDERS,
     ext_modules=[Extension("storm_kernels.backends.cpu.libstorm_cpu", sources=[], optional=True)],
     package_data={
         "storm_kernels": ["py.typed"],

@@ -1,6 +1,6 @@
 """The causal depthwise convolution with SiLU, both directions from one read of x, against copying the same bytes.
 
-python -m benchmarks.conv --lengths 2048,16384 --channels 1536 --out benchmarks/results/conv.json
+python -m storm_benchmarks.conv --lengths 2048,16384 --channels 1536 --out benchmarks/results/conv.json
 """
 
 from __future__ import annotations

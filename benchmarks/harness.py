@@ -1,6 +1,6 @@
 """Check, time, rate, record: what every benchmark here shares.
 
-Format of a results file (``benchmarks/results/*.json``, ``results.json`` of `benchmarks.e2e`): a JSON list with one object a line, one object a
+Format of a results file (``benchmarks/results/*.json``, ``results.json`` of `storm_benchmarks.e2e`): a JSON list with one object a line, one object a
 measurement. Each row is complete in itself, so files can be joined, cut and filtered. Columns of every row:
 
     op, backend, mode   what ran: "scan", "cpu" (or a peer's name, or "torch": the plain reference), "forward" | "backward" | "both"
@@ -12,7 +12,7 @@ measurement. Each row is complete in itself, so files can be joined, cut and fil
 
 Columns of some rows: `work`, `unit` and `rate` (work a second: "items", "bytes", "FLOP"), `limit` (the name of the loop or limit it is held
 against), `limit_ms` (that loop's p50 in the same run), `of_limit` (limit_ms / p50_ms), `error` and `error_plain` (rms error against float64 of what
-was timed, and of the plain reference in the same precision). `benchmarks.e2e` adds its own, listed there.
+was timed, and of the plain reference in the same precision). `storm_benchmarks.e2e` adds its own, listed there.
 One process writes a file; files are replaced atomically, so a kill leaves the old or the new one.
 """
 

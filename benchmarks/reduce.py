@@ -1,6 +1,6 @@
 """Token reduction (temporal and spatial pooling, sampling) in one pass, against one read of the frames that survive.
 
-python -m benchmarks.reduce --frames 32,128 --side 16 --channels 768 --out benchmarks/results/reduce.json
+python -m storm_benchmarks.reduce --frames 32,128 --side 16 --channels 768 --out benchmarks/results/reduce.json
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def test_commands_exist(path):
     for module, arguments in re.findall(r"python -m ([\w.]+)([^`\n]*)", text):
         found = importlib.util.find_spec(module)
         assert found, f"python -m {module}"
-        if module.startswith("benchmarks."):
+        if module.startswith("storm_benchmarks."):
             main = importlib.import_module(f"{module}.__main__" if found.submodule_search_locations else module).main
             options = {name.replace("-", "_") for name in re.findall(r"--([\w-]+)", arguments)} - {"help"}
             assert options <= inspect.signature(main).parameters.keys(), f"python -m {module}{arguments}"

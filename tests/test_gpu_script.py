@@ -3,9 +3,9 @@
 import os
 
 import pytest
+from storm_benchmarks import environment
 
 import storm_kernels as sk
-from benchmarks import environment
 from storm_kernels.backends import dispatch
 from tools import gpu, gpu_compare
 

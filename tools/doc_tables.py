@@ -13,9 +13,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from storm_benchmarks.e2e import summary
+from storm_benchmarks.harness import Row, load_rows
 
-from benchmarks.e2e import summary
-from benchmarks.harness import Row, load_rows
 from storm_kernels.backends import dispatch
 from storm_kernels.backends.cuda import launcher
 

@@ -29,7 +29,7 @@ LONGEST = 9 * 60  # seconds of a step
 EACH = {"cuda": 18, "ptx": 300}  # seconds of a family in the first step
 AT_ONCE = 4  # families: 17 of 18 seconds end within 90 even if each one hangs
 SCAN = ["--device", "cuda", "--channels", "7168", "--dtypes", "bfloat16", "--modes", "forward,backward", "--out", f"{RESULTS}/scan.json"]
-E2E = ["benchmarks.e2e", "--preset", "storm-7b", "--device", "cuda"]
+E2E = ["storm_benchmarks.e2e", "--preset", "storm-7b", "--device", "cuda"]
 GPU_TESTS = ["pytest", "tests/backends/test_parity.py", "-m", "gpu"]
 SANITIZER = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
 
@@ -46,10 +46,10 @@ STEPS = {
     "test": Step([GPU_TESTS]),
     "sanitize": Step([[*GPU_TESTS, "-k", "cuda"]], ([*SANITIZER, "memcheck"], [*SANITIZER, "racecheck"]), "0.02"),
     # With every peer, those that loop over tokens too; then 256 frames, where only mamba-ssm can follow.
-    "scan": Step([["benchmarks.scan", *SCAN, "--lengths", "2048"]]),
-    "scan-long": Step([["benchmarks.scan", *SCAN, "--lengths", "65536"]]),
-    "kernels": Step([[f"benchmarks.{op}", "--device", "cuda", "--out", f"{RESULTS}/{op}.json"] for op in ("conv", "reduce")]),
-    "projector": Step([["benchmarks.projector", "--device", "cuda", "--out", f"{RESULTS}/projector.json"]]),
+    "scan": Step([["storm_benchmarks.scan", *SCAN, "--lengths", "2048"]]),
+    "scan-long": Step([["storm_benchmarks.scan", *SCAN, "--lengths", "65536"]]),
+    "kernels": Step([[f"storm_benchmarks.{op}", "--device", "cuda", "--out", f"{RESULTS}/{op}.json"] for op in ("conv", "reduce")]),
+    "projector": Step([["storm_benchmarks.projector", "--device", "cuda", "--out", f"{RESULTS}/projector.json"]]),
     # The reference projector of storm-7b takes one token after the other: at 50 to 100 us of launches for each, 128 frames (32,768 tokens, 2
     # directions, 4 layers) are 13 to 26 s a pass. Four passes fit nine minutes beside the rest; seven variants three times, or 256 frames, might not.
     "e2e-128": Step([
@@ -151,7 +151,7 @@ def smoke(device: str, names: list[str] | None = None) -> dict[str, str]:
 
 def identity(device: str) -> str:
     """Device and commit, as rows carry them."""
-    from benchmarks import environment
+    from storm_benchmarks import environment
 
     return f"{environment.device_name('cuda') if device == 'cuda' else device}, commit {environment.commit()}"
 

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import environment
-from benchmarks.harness import Row, load_rows
+from storm_benchmarks import environment
+from storm_benchmarks.harness import Row, load_rows
 
 
 class Gpu(NamedTuple):

@@ -1,7 +1,7 @@
 """The main job: a real video through the complete model, the eight variants of docs/spec.md's table timed by stage.
 
-    python -m benchmarks.e2e                                    # storm-mini, 32 and 128 frames of a real clip
-    python -m benchmarks.e2e --preset storm-7b --device cuda --frames 128,256 --variants vila,storm-tp-ts --out out/7b
+    python -m storm_benchmarks.e2e                                    # storm-mini, 32 and 128 frames of a real clip
+    python -m storm_benchmarks.e2e --preset storm-7b --device cuda --frames 128,256 --variants vila,storm-tp-ts --out out/7b
 
 Prints a table; writes results.json after every finished measurement, then report.html and PNG charts. Rows: harness.py and pipeline.py.
 """
@@ -19,10 +19,9 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-
-from model import config as models
-from model.parts import FLOATS
-from model.video import StormVideoError, bikes_clip, probe
+from storm_model import config as models
+from storm_model.parts import FLOATS
+from storm_model.video import StormVideoError, bikes_clip, probe
 
 from .. import environment
 from ..harness import CheckFailed, Rows
@@ -228,7 +227,7 @@ def cli(arguments: list[str] | None = None) -> int:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     try:
-        return typer.main.get_command(app).main(arguments, prog_name="python -m benchmarks.e2e", standalone_mode=False) or 0
+        return typer.main.get_command(app).main(arguments, prog_name="python -m storm_benchmarks.e2e", standalone_mode=False) or 0
     except _UsageError as error:
         message, status = error.format_message(), 2
     except (BadRequest, StormVideoError) as error:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 
+from storm_model.storm import VideoModel
 from torch import Tensor
 
-from model.storm import VideoModel
 from storm_kernels.reference import reduce_tokens
 from storm_kernels.tokens import TokenGrid, TokenReduction
 

@@ -1,4 +1,4 @@
-"""The measurements behind `benchmarks.e2e`: a video through the complete model, timed by stage.
+"""The measurements behind `storm_benchmarks.e2e`: a video through the complete model, timed by stage.
 
 What runs: decoding once; preprocessing and vision once to warm up and ``repeat`` times more for each number of frames (every variant gets the same
 image tokens, so their time is shared); then, for each variant, projector and prefill once to warm up and ``repeat`` times more, the reference and
@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from storm_model.arithmetic import arithmetic
+from storm_model.config import ModelConfig, Variant
+from storm_model.storm import VideoModel
+from storm_model.video import SampledVideo, sample_frames
+from storm_model.vision import preprocess
 from torch import Tensor
 
 import storm_kernels
-from model.arithmetic import arithmetic
-from model.config import ModelConfig, Variant
-from model.storm import VideoModel
-from model.video import SampledVideo, sample_frames
-from model.vision import preprocess
 from storm_kernels.profiling import recording
 
 from .. import harness

@@ -1,6 +1,6 @@
-"""PNG charts of `benchmarks.e2e`, drawn from its rows; wide enough for a page, with letters large enough for a phone.
+"""PNG charts of `storm_benchmarks.e2e`, drawn from its rows; wide enough for a page, with letters large enough for a phone.
 
-python -m benchmarks.e2e.plot FOLDER        # again, from FOLDER/results.json
+python -m storm_benchmarks.e2e.plot FOLDER        # again, from FOLDER/results.json
 """
 
 from __future__ import annotations
@@ -114,6 +114,6 @@ def write(folder: Path, results: list[Outcome]) -> dict[str, bytes]:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m benchmarks.e2e.plot FOLDER")
+        sys.exit("usage: python -m storm_benchmarks.e2e.plot FOLDER")
     out = Path(sys.argv[1])
     print("\n".join(str(out / name) for name in write(out, summary.outcomes(load_rows(out / "results.json")))))

@@ -1,6 +1,6 @@
-"""One self-contained `report.html` from the rows of `benchmarks.e2e`: no script, no other file, readable on a phone.
+"""One self-contained `report.html` from the rows of `storm_benchmarks.e2e`: no script, no other file, readable on a phone.
 
-    python -m benchmarks.e2e.report FOLDER      # again, from FOLDER/results.json
+    python -m storm_benchmarks.e2e.report FOLDER      # again, from FOLDER/results.json
 
 Everything that comes from a row is escaped by the template engine (autoescape), file names among it.
 """
@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 
 import jinja2
-
-from model.config import VARIANTS
+from storm_model.config import VARIANTS
 
 from ..harness import Row, load_rows, write_atomically
 from . import paper, plot, summary
@@ -224,7 +223,7 @@ def _environment(rows: list[Row]) -> list[tuple[str, str]]:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m benchmarks.e2e.report FOLDER")
+        sys.exit("usage: python -m storm_benchmarks.e2e.report FOLDER")
     out = Path(sys.argv[1])
     measured = load_rows(out / "results.json")
     print(write(out, measured, plot.write(out, summary.outcomes(measured))))

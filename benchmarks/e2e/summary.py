@@ -1,4 +1,4 @@
-"""What the rows of `benchmarks.e2e` say: one `Outcome` for each variant, projector and number of frames, and the two gains between them.
+"""What the rows of `storm_benchmarks.e2e` say: one `Outcome` for each variant, projector and number of frames, and the two gains between them.
 
 Shared by the console table, the charts and the report, so that all three give the same figures.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.config import VARIANTS
+from storm_model.config import VARIANTS
 
 from ..harness import Row
 

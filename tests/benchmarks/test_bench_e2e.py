@@ -7,12 +7,12 @@ import os
 import av
 import numpy as np
 import pytest
+from storm_benchmarks.e2e import __main__ as e2e
+from storm_benchmarks.e2e import pipeline, summary
+from storm_benchmarks.harness import load_rows
+from storm_model import config as models
 
 import storm_kernels
-from benchmarks.e2e import __main__ as e2e
-from benchmarks.e2e import pipeline, summary
-from benchmarks.harness import load_rows
-from model import config as models
 from storm_kernels.tokens import TokenGrid
 
 TINY = models.ModelConfig(

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from storm_benchmarks import environment, harness
+from storm_benchmarks.e2e.stages import StageClock
+from storm_benchmarks.harness import CheckFailed, MemoryMeter, Rows, load_rows, percentiles, time_rounds, verify, write_atomically
 
-from benchmarks import environment, harness
-from benchmarks.e2e.stages import StageClock
-from benchmarks.harness import CheckFailed, MemoryMeter, Rows, load_rows, percentiles, time_rounds, verify, write_atomically
 from storm_kernels.profiling import recording, stage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -80,7 +80,7 @@ def test_a_kill_at_any_moment_leaves_whole_rows(tmp_path):
     code = (
         "import sys, types; from pathlib import Path\n"
         "sys.modules['torch'] = types.SimpleNamespace(Tensor=object, dtype=object)\n"  # a quick start; writing needs no torch
-        "from benchmarks.harness import Rows\n"
+        "from storm_benchmarks.harness import Rows\n"
         f"rows = Rows(Path({str(path)!r})); print('ready', flush=True)\n"
         "while True: rows.append({'p50_ms': len(rows.rows), 'filler': 'x' * 20000})\n"
     )

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from storm_benchmarks import conv, harness, peers, prefill, projector, reduce, scan, subject
+from storm_benchmarks.harness import CheckFailed, load_rows
 
 import storm_kernels
 import storm_kernels.interop.mamba_ssm
-from benchmarks import conv, harness, peers, prefill, projector, reduce, scan, subject
-from benchmarks.harness import CheckFailed, load_rows
 from storm_kernels import TokenGrid, TokenReduction, reference
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -162,7 +162,7 @@ def test_bad_input_is_one_line_that_names_it(arguments, said, monkeypatch, capsy
 
 
 def test_pytest_collects_one_benchmark_of_each_subject(request):
-    hook = importlib.import_module("benchmarks.conftest").pytest_collect_file
+    hook = importlib.import_module("storm_benchmarks.conftest").pytest_collect_file
     for name in MEASUREMENTS:
         (function,) = hook(ROOT / "benchmarks" / f"{name}.py", request.session).collect()
         assert function.name == f"test_{name}"

@@ -5,9 +5,8 @@ import struct
 
 import pytest
 import torch
-
-from benchmarks import harness
-from benchmarks.e2e import plot, report, summary
+from storm_benchmarks import harness
+from storm_benchmarks.e2e import plot, report, summary
 
 CLIP = '<script>alert("x")</script>.mp4'
 

@@ -11,11 +11,11 @@ pytest.importorskip("transformers", reason="the extra `model` is not installed")
 pytest.importorskip("safetensors", reason="the extra `model` is not installed")
 
 from safetensors.torch import load_file, save_file
+from storm_model.checkpoint import CheckpointError, from_pretrained_parts, load, save
+from storm_model.config import LanguageConfig, ModelConfig, Variant, VisionConfig, variant
+from storm_model.storm import VideoModel
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, SiglipConfig, SiglipModel
 
-from model.checkpoint import CheckpointError, from_pretrained_parts, load, save
-from model.config import LanguageConfig, ModelConfig, Variant, VisionConfig, variant
-from model.storm import VideoModel
 from storm_kernels import TokenReduction
 
 VISION = VisionConfig(image_size=56, patch_size=14, width=32, layers=3, heads=2, mlp_width=64)
@@ -78,7 +78,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("model.checkpoint.save_file", full)
+    monkeypatch.setattr("storm_model.checkpoint.save_file", full)
     with pytest.raises(OSError, match="No space"):
         save(VideoModel(TINY, variant("vila")), tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []

@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers", reason="the extra `model` is not installed")
 
+from storm_model.config import VARIANTS, LanguageConfig, ModelConfig, Variant, VisionConfig, preset, variant
+from storm_model.projector import BaselineProjector
+from storm_model.storm import VideoModel
+from storm_model.vision import FRAME_BATCH, build_vision, preprocess
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from model.config import VARIANTS, LanguageConfig, ModelConfig, Variant, VisionConfig, preset, variant
-from model.projector import BaselineProjector
-from model.storm import VideoModel
-from model.vision import FRAME_BATCH, build_vision, preprocess
 from storm_kernels import TokenReduction
 from storm_kernels.profiling import recording
 

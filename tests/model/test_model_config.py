@@ -9,11 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("transformers", reason="the extra `model` is not installed")
 
-from model.arithmetic import SCAN_PER_STATE, arithmetic
-from model.config import PRESETS, VARIANTS, Variant, preset, variant
-from model.language import build_language
-from model.storm import VideoModel
-from model.vision import build_vision
+from storm_model.arithmetic import SCAN_PER_STATE, arithmetic
+from storm_model.config import PRESETS, VARIANTS, Variant, preset, variant
+from storm_model.language import build_language
+from storm_model.storm import VideoModel
+from storm_model.vision import build_vision
+
 from storm_kernels import TokenReduction
 
 from .test_model import PROMPT, TINY, pixels

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from storm_model.config import preset, variant
+from storm_model.storm import VideoModel
+from storm_model.video import sample_frames
+from storm_model.vision import preprocess
 
 import storm_kernels as sk
-from model.config import preset, variant
-from model.storm import VideoModel
-from model.video import sample_frames
-from model.vision import preprocess
 
 from .test_model import PROMPT, TINY, pixels
 from .test_video import the_bikes_clip  # noqa: F401 (a fixture)

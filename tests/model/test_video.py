@@ -12,9 +12,8 @@ import torch
 pytest.importorskip("av", reason="the extra `model` is not installed")
 
 import av
-
-from model.containers import checked_container
-from model.video import StormVideoError, _shown, bikes_clip, probe, sample_frames
+from storm_model.containers import checked_container
+from storm_model.video import StormVideoError, _shown, bikes_clip, probe, sample_frames
 
 FRAMES = 36
 MOVFLAGS = {"fragmented": "frag_keyframe+empty_moov", "first fragment in moov": "frag_keyframe", "dash": "dash+frag_keyframe+global_sidx"}
@@ -154,7 +153,7 @@ def test_the_decoded_clip_is_never_held_whole(tmp_path):
     """100 frames of 1280x720 are 276 MB as RGB and 138 MB as YUV; sampled at 32x32, memory grows by far less."""
     path = write(tmp_path / "large.mp4", frames=100, codec="mpeg4", sizes=((1280, 720),))
     code = (
-        "import resource, sys; from model.video import sample_frames; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "import resource, sys; from storm_model.video import sample_frames; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); sample_frames(sys.argv[1], 100, size=32); print((peak() - before) // 1024)"
     )
     grown = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
@@ -200,9 +199,9 @@ def test_bikes_clip_not_installed(monkeypatch):
 def test_same_seed_and_clip_give_the_same_tokens_twice(bikes):
     """File to tokens, everything made anew each time."""
     pytest.importorskip("transformers", reason="the extra `model` is not installed")
-    from model.config import preset, variant
-    from model.storm import VideoModel
-    from model.vision import preprocess
+    from storm_model.config import preset, variant
+    from storm_model.storm import VideoModel
+    from storm_model.vision import preprocess
 
     mini = preset("storm-mini")
     short = dataclasses.replace(mini, language=dataclasses.replace(mini.language, layers=1), vision=dataclasses.replace(mini.vision, layers=2))

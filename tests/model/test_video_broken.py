@@ -10,9 +10,8 @@ import pytest
 pytest.importorskip("av", reason="the extra `model` is not installed")
 
 import av
-
-from model.containers import Chunk
-from model.video import StormVideoError, probe, sample_frames
+from storm_model.containers import Chunk
+from storm_model.video import StormVideoError, probe, sample_frames
 
 from .test_video import CLIPS, FRAMES, MOVFLAGS, made_clips, picture, write  # noqa: F401 (a fixture)
 
@@ -173,9 +172,9 @@ def jpeg_sizes(content, width, height):
 
 def test_huge_dimensions(tmp_path, monkeypatch):
     path = write(tmp_path / "huge.avi", frames=3, codec="mjpeg", pix_fmt="yuvj420p")
-    monkeypatch.setattr("model.video.MAX_PIXELS", 64 * 48)
+    monkeypatch.setattr("storm_model.video.MAX_PIXELS", 64 * 48)
     assert sample_frames(path, 3, size=16).info.frames == 3
-    monkeypatch.setattr("model.video.MAX_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr("storm_model.video.MAX_PIXELS", 64 * 48 - 1)
     with pytest.raises(StormVideoError, match=r"huge.avi"):
         sample_frames(path, 3, size=16)
     monkeypatch.undo()
