@@ -22,24 +22,20 @@ defaults: dict[str, Any] = {"backend": "", "strict": os.environ.get("STORM_KERNE
 # Settings entered inside a function while it is compiled: the compiler follows a dictionary's items, and undoes them with the `with`.
 _traced: dict[str, Any] = dict.fromkeys(_VARIABLES)
 _this = sys.modules[__name__]
+# Whether this thread is one of autograd's own (a GPU's; activation checkpointing runs forward passes there), and so has the context of its caller.
+# PyTorch keeps that for its compiled code, under a private name: without it there is none.
+_has_caller = getattr(torch._C, "_is_key_in_tls", lambda key: False)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _VARIABLES:
+    variable = _VARIABLES.get(name)
+    if variable is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = _VARIABLES[name].get()
-    if found is None:
-        found = _of_backwards_caller(_VARIABLES[name])
+    found = variable.get()
+    if found is None and _has_caller("context"):
+        caller = torch._C._get_obj_in_tls("context")
+        found = None if caller is None else caller.get(variable)
     return defaults[name] if found is None else found
-
-
-def _of_backwards_caller(variable: ContextVar) -> Any:
-    """In a thread of autograd's own (a GPU's; activation checkpointing runs forward passes there): the value where the backward pass was asked for.
-
-    PyTorch keeps the caller's context for its compiled code, under a private name: without it there is no value.
-    """
-    held = torch._C._get_obj_in_tls("context") if hasattr(torch._C, "_is_key_in_tls") and torch._C._is_key_in_tls("context") else None
-    return None if held is None else held.get(variable)
 
 
 def current(name: str) -> Any:

@@ -48,7 +48,7 @@ def runs_its_forward_only(module: nn.Module) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` runs a hook: one of its own, or one on all modules."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or _module._has_any_global_hook()
+    return bool(own or _module._has_any_global_hook())
 
 
 def is_plain_convolution(conv: nn.Module) -> bool:

@@ -12,12 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from . import context
 
 Recorder = Callable[[str], AbstractContextManager]
+_UNRECORDED = nullcontext()
 
 
 def stage(name: str) -> AbstractContextManager:
     """Context manager around the work called ``name``; handed to the recorder, if there is one."""
     recorder = context.current("recorder")
-    return nullcontext() if recorder is None else recorder(name)
+    return _UNRECORDED if recorder is None else recorder(name)
 
 
 def recording(recorder: Recorder) -> AbstractContextManager[None]:

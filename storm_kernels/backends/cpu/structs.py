@@ -99,7 +99,7 @@ class CReduce(ctypes.Structure):
 
 def held(t: Tensor) -> int:
     """Elements from the tensor's first one to the end of its memory: the shape alone says nothing, a storage may have been freed (as FSDP does)."""
-    return t.untyped_storage().nbytes() // t.element_size() - t.storage_offset()
+    return t.untyped_storage().nbytes() // t.itemsize - t.storage_offset()
 
 
 def floats(t: Tensor | None) -> CFloats:
@@ -115,8 +115,8 @@ def rows(t: Tensor | None) -> CTensor:
     """(batch, rows, channels) or (batch, rows, groups, states); a null tensor for None."""
     if t is None:
         return CTensor()
-    group_stride = t.stride(2) if t.dim() == 4 else 0
-    return CTensor(t.data_ptr(), held(t), t.stride(0), t.stride(1), group_stride, DTYPES[t.dtype])
+    strides = t.stride()
+    return CTensor(t.data_ptr(), held(t), strides[0], strides[1], strides[2] if len(strides) == 4 else 0, DTYPES[t.dtype])
 
 
 def empty_like(t: Tensor | None) -> Tensor | None:
