@@ -129,8 +129,6 @@ def source(launch: Launch) -> ASTSource:
 
 def report(launch: Launch, target: str) -> Report:
     """Compile and read. On AMD registers and the memory of a lane, where spills go, come from the assembly's metadata."""
-    if target == "sm_80":
-        launch = launch._replace(options=launch.options | launch.before_sm_90)
     wanted = {"num_warps", "num_stages", "enable_fp_fusion"} | ({"maxnreg"} if target != "gfx942" else set())
     compiled = compile(source(launch), target=TARGETS[target], options={k: v for k, v in launch.options.items() if k in wanted})
     name, budget = name_of(launch), _budget(launch)

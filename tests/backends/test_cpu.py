@@ -14,6 +14,7 @@ from storm_kernels.backends import cpu
 from storm_kernels.backends.contract import ConvFilter, ScanInputs
 from storm_kernels.backends.cpu import build, loader
 
+from ..support.extremes import check_enormous_decays
 from ..support.parity import check
 from ..support.parity_cases import ConvCase, ReduceCase, ScanCase
 
@@ -134,7 +135,7 @@ def check_variant() -> None:
     for direction, width in (("both", 4), ("reverse", 7)):
         check(ConvCase(5, 2, 67, 21, width, direction, "float32", "sliced", True, True, direction != "both", False), "cpu")
     check(ReduceCase(6, 2, (5, 3, 3), 21, "float16", "transposed", (2, 2, 2)), "cpu")
-    check_enormous_decays()
+    check_enormous_decays("cpu")
 
 
 @pytest.mark.parametrize("isa", supported())
@@ -268,25 +269,7 @@ def test_a_decay_that_is_no_number_among_tame_ones():
 
 @built
 def test_decays_at_the_end_of_float32():
-    check_enormous_decays()
-
-
-def check_enormous_decays() -> None:
-    """log2(e) A is beyond float32 where |A| is above 2.36e38; results and gradients are the reference's, where delta is zero too."""
-    for extreme in (-3e38, 3e38, -2.3e38, float("-inf"), float("nan")):
-        draw = torch.Generator().manual_seed(0)
-        u, B, C, G = (torch.randn(1, 70, 3, generator=draw) for _ in range(4))
-        delta, A = torch.rand(1, 70, 3, generator=draw), -torch.rand(3, 3, generator=draw)
-        A[0, 0], delta[:, ::2, 0] = extreme, 0.0
-        if extreme > 0:
-            delta[..., 0] = 0.0
-        leaves = [t.requires_grad_() for t in (u, delta, A, B, C)]
-        found = []
-        for name in ("cpu", "torch"):
-            out = sk.selective_scan(*leaves, backend=name)
-            found.append((out, *torch.autograd.grad(out, leaves, G)))
-        for got, expected in zip(*found, strict=True):
-            torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5, equal_nan=True)
+    check_enormous_decays("cpu")
 
 
 MEMORY = """

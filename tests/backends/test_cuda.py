@@ -16,6 +16,7 @@ from storm_kernels.backends.cuda.tokens import sum_terms
 from storm_kernels.tokens import TokenGrid, TokenReduction
 
 from ..support.cuda_on_cpu import OnCpu
+from ..support.extremes import FINITE, check_enormous_decays
 from ..support.parity import check
 from ..support.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
 from ..support.parity_random import CASES, fuzz_cases
@@ -54,6 +55,11 @@ def test_random_cases_keep_the_bound(op, on_cpu):
         check(case, "cuda")
 
     run()
+
+
+def test_decays_at_the_end_of_float32(on_cpu):
+    """Of an infinite A the tokens that fill the last tile make NaN, in the gradients of the sequence's last ones too."""
+    check_enormous_decays("cuda", FINITE)
 
 
 @pytest.mark.parametrize("changes", SCANS, ids=lambda changes: f"states{changes['states']}-{changes['dtype']}")

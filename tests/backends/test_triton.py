@@ -5,7 +5,6 @@ Random cases are in test_parity.py. Compiled and interpreted kernels need separa
 
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ import storm_kernels as sk
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from storm_kernels.backends import triton as backend  # noqa: E402
-from storm_kernels.backends.triton import configs  # noqa: E402
 from storm_kernels.backends.triton.launch import recorded  # noqa: E402
 from storm_kernels.backends.triton.scan import reduce_mode  # noqa: E402
 from storm_kernels.backends.triton.scan_layout import INTERVAL  # noqa: E402
@@ -100,16 +98,6 @@ def test_sums_read_ahead(frames, reverse):
     case = simplest(ScanCase, batch=1, grid=(frames, 2, 4), reduction=(3, 1, 1), direction="reverse" if reverse else "both", z="all", D=True)
     assert reduce_mode(case.token_grid, case.token_reduction) == "apart"
     check(case, "triton")
-
-
-@interpreted
-def test_the_backward_of_older_gpus(monkeypatch):
-    config = configs.SCAN_BACKWARD
-    older = replace(config, constants=config.constants | config.before_sm_90)
-    monkeypatch.setattr(sys.modules["storm_kernels.backends.triton.scan_backward"], "SCAN_BACKWARD", older)
-    for length in (5, 70):
-        check(simplest(ScanCase, length=length, direction="both", batch=1, z="all", D=True, initial=True), "triton")
-    check(simplest(ScanCase, grid=(5, 2, 2), reduction=(2, 1, 2), direction="both", z="kept", batch=1), "triton")
 
 
 @interpreted

@@ -1,4 +1,4 @@
-"""Triton's convolution, reduction and norm in the interpreter, where few random cases come: sequences that meet, more rows than programs."""
+"""Triton's kernels in the interpreter, where few random cases come: enormous decays, sequences that meet, more rows than programs."""
 
 import importlib
 
@@ -6,11 +6,16 @@ import pytest
 
 from storm_kernels import why_not
 
+from ..support.extremes import check_enormous_decays
 from ..support.parity import check
 from ..support.parity_cases import ConvCase, NormCase, ReduceCase, simplest
 
 REASON = why_not("conv", "triton", device="cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the interpreter was not asked for: {REASON}")
+
+
+def test_decays_at_the_end_of_float32():
+    check_enormous_decays("triton")
 
 
 @pytest.mark.parametrize("packed", [False, True])

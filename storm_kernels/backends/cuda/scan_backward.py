@@ -63,7 +63,7 @@ def shared_bytes(shape: Geometry, plan: Plan | None = None) -> int:
         plan.BATCH * THREADS * 16,
         *(THREADS // 32 * (32 // shape.STATE_LANES * row * 4, shape.GROUP * 2 * shape.states * 4)),
         plan.BATCH * shape.block_channels * 4,
-        *(2 * (shape.block_channels * 4,)),
+        2 * shape.block_channels * 4,
         THREADS * 16,
         4 * THREADS * 8,
         2 * 8,

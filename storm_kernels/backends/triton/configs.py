@@ -7,8 +7,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -21,7 +20,6 @@ class Config:
     num_warps: int = 1
     num_stages: int = 1
     max_registers: int | None = None  # NVIDIA only
-    before_sm_90: Mapping[str, int] = field(default_factory=dict)  # constants of older NVIDIA GPUs in place of the same above
     budget: float | None = None  # slots per item
 
     def options(self) -> dict[str, int | bool]:
@@ -38,9 +36,8 @@ class Config:
 # gated, adding to its row's sum, 10.4 / 10.4 / 8.9. 255 registers: left to itself ptxas stops at 168 and spills.
 SCAN_FORWARD = Config({"BLOCK_E": 32, "GROUP": 4}, max_registers=255, budget=11.0)
 # Backward keeps a group's states and decays in registers: 2 tokens take 32 slots, and 8 for the recomputation; 4 tokens spill.
-# Whether to read a group's first state again or to keep it decides over 8 bytes of spills, the one way on sm_80 and the other on sm_90.
 # Sums of 32 tokens (16 groups) are short enough to be as exact as torch's pairwise ones and make the traffic of adding them up negligible.
-SCAN_BACKWARD = Config({"BLOCK_E": 32, "GROUP": 2, "FLUSH": 16, "REREAD": False}, max_registers=255, before_sm_90={"REREAD": True}, budget=42.0)
+SCAN_BACKWARD = Config({"BLOCK_E": 32, "GROUP": 2, "FLUSH": 16}, max_registers=255, budget=42.0)
 # The adjoint of pooling and the sum of partials move memory and compute nothing: 8 elements a lane are one 16-byte access in bfloat16.
 ROWS = Config({"BLOCK_R": 16, "BLOCK_C": 64}, num_warps=4)
 # Pooling needs an address for each row: 4 elements a lane take 40 registers, where 8 spill on Triton 3.7 and 3.8. The limit is for ptxas, which may

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -17,7 +17,6 @@ class Launch(NamedTuple):
     kernel: object
     args: tuple
     options: dict
-    before_sm_90: Mapping[str, int]  # options of older NVIDIA GPUs in place of the same
     programs: int
 
 
@@ -28,10 +27,8 @@ def launch(kernel, programs: int, config: Config, device: torch.device, *args, *
     """Start ``programs`` programs of ``kernel``, all on the grid's x axis: y and z stop at 65,535."""
     options = {**constants, **config.options()}
     if _recording is not None:
-        _recording.append(Launch(kernel, args, options, config.before_sm_90, programs))
+        _recording.append(Launch(kernel, args, options, programs))
     elif programs > 0:
-        if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (9, 0):
-            options |= config.before_sm_90
         with torch.cuda.device(device if device.type == "cuda" else -1):
             kernel[(programs,)](*args, **options)
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .math import cast, sigmoid, softplus
-from .scan_steps import load_drive, states_place
+from .scan_steps import load_drive, rate_of, states_place
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def replay_token(h, t, inputs, outputs, lanes, spot, STATES: tl.constexpr, SOFTP
     v = raw.to(tl.float32) + delta_bias
     u_t = u_t.to(tl.float32)
     delta_t = softplus(v) if SOFTPLUS else v
-    a = tl.exp2(delta_t[None, :] * A)
+    a = tl.exp2(rate_of(delta_t)[None, :] * A)
     h = a * h + (delta_t * u_t)[None, :] * b[:, None]
 
     dy = load_gradient(source, t, lanes, mask, REDUCE)
@@ -99,7 +99,7 @@ def adjoint_token(g, sums, before, token, t, inputs, outputs, spot, STATES: tl.c
         tl.store(dbc + t * bc_stride + states, tl.sum(g * (delta_t * u_t)[None, :], 1))
     g *= a
     w = g * before
-    dv = u_t * q + tl.sum(w * A, 0) * 0.6931471805599453
+    dv = u_t * q + tl.sum(w * A, 0)
     if SOFTPLUS:
         dv *= sigmoid(v)
     if du is not None:
@@ -112,10 +112,9 @@ def adjoint_token(g, sums, before, token, t, inputs, outputs, spot, STATES: tl.c
 @triton.jit
 def adjoint_group(
     g, sums, tile, t, inputs, outputs, lanes, spot, STATES: tl.constexpr, STEP: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr,
-    REDUCE: tl.constexpr, GROUP: tl.constexpr, REREAD: tl.constexpr,
+    REDUCE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint of GROUP steps from token t on, whose first state lies at ``tile``: forward to keep what each needs, then back. With REREAD
-    the first state is read again rather than kept."""
+    """The adjoint of GROUP steps from token t on, whose first state lies at ``tile``: forward to keep what each needs, then back."""
     h = tl.load(tile)
     before = ()
     tokens = ()
@@ -124,6 +123,5 @@ def adjoint_group(
         h, token = replay_token(h, t + r * STEP, inputs, outputs, lanes, spot, STATES, SOFTPLUS, GATE, REDUCE)
         tokens = tokens + (token,)
     for r in tl.static_range(GROUP - 1, -1, -1):
-        h = tl.load(tile) if REREAD and r == 0 else before[r]
-        g, sums = adjoint_token(g, sums, h, tokens[r], t + r * STEP, inputs, outputs, spot, STATES, SOFTPLUS)
+        g, sums = adjoint_token(g, sums, before[r], tokens[r], t + r * STEP, inputs, outputs, spot, STATES, SOFTPLUS)
     return g, sums

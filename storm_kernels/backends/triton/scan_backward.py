@@ -62,7 +62,6 @@ def backward_direction(
     BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,
     FLUSH: tl.constexpr,
-    REREAD: tl.constexpr,
 ):
     tl.static_assert(GROUP == 2, "the last step of an odd count is a group of its own")
     operands, checkpoints, outputs = direction
@@ -104,12 +103,12 @@ def backward_direction(
         if whole * GROUP < steps:
             tile = load_states(scratch + whole * (STATES * BLOCK_E), STATES, BLOCK_E)
             t = origin + whole * (GROUP * step)
-            g, sums = adjoint_group(g, sums, tile, t, inputs, per_token, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, 1, REREAD)
+            g, sums = adjoint_group(g, sums, tile, t, inputs, per_token, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, 1)
         for part in range(tl.maximum(tl.cdiv(whole, FLUSH), 1) - 1, -1, -1):
             for k in range(tl.minimum((part + 1) * FLUSH, whole) - 1, part * FLUSH - 1, -1):
                 tile = load_states(scratch + k * (STATES * BLOCK_E), STATES, BLOCK_E)
                 t = origin + k * (GROUP * step)
-                g, sums = adjoint_group(g, sums, tile, t, inputs, per_token, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, GROUP, REREAD)
+                g, sums = adjoint_group(g, sums, tile, t, inputs, per_token, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, GROUP)
             add_sums(totals, sums, sequence32, channels, channel, mask, STATES)
             sums = nothing
         tl.debug_barrier()  # nor may the next interval's states overtake the reads of this one's
@@ -134,17 +133,16 @@ def backward_kernel(
     BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,
     FLUSH: tl.constexpr,  # groups between two additions of dA, dD and d(delta_bias) to memory
-    REREAD: tl.constexpr,  # of `adjoint_group`
 ):
     """Program order as in `scan.scan_kernel`."""
     pid = tl.program_id(0)
     share = tl.num_programs(0) // len(directions)
     if len(directions) == 1 or pid < share:
         backward_direction(directions[0], shared, pid, length, channels, groups,
-                           STATES, REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, GROUP, FLUSH, REREAD)  # fmt: skip
+                           STATES, REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, GROUP, FLUSH)  # fmt: skip
     else:
         backward_direction(directions[-1], shared, pid - share, length, channels, groups,
-                           STATES, not REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, GROUP, FLUSH, REREAD)  # fmt: skip
+                           STATES, not REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, GROUP, FLUSH)  # fmt: skip
 
 
 def scan_backward(

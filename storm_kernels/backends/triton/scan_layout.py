@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..contract import ScanInputs
 
-LOG2E = 1.4426950408889634
 # Tokens between two checkpoints (docs/kernels.md, Backward scan).
 INTERVAL = 256
 
@@ -55,11 +54,11 @@ def checkpoint_shapes(batch: int, length: int, channels: int, states: int, *, di
     return ((rows, triton.next_power_of_2(states), channels),) * directions
 
 
-def states_first(states: Tensor, scale: float = 1.0) -> Tensor:
+def states_first(states: Tensor) -> Tensor:
     """(..., E, S) -> contiguous (..., Sp, E), zero beyond S."""
     *lead, channels, count = states.shape
     out = states.new_zeros(*lead, triton.next_power_of_2(count), channels, dtype=torch.float32)
-    out[..., :count, :] = states.transpose(-1, -2) * scale
+    out[..., :count, :] = states.transpose(-1, -2)
     return out
 
 
@@ -78,7 +77,7 @@ def pack_bc(B: Tensor, C: Tensor) -> Tensor:
 
 def direction_operands(one: ScanInputs) -> tuple:
     """What both kernels read of one direction."""
-    bc, A = pack_bc(one.B, one.C), states_first(one.A, LOG2E)
+    bc, A = pack_bc(one.B, one.C), states_first(one.A)
     return one.u, one.delta, bc, A, one.D, one.delta_bias, one.u.stride()[:2], one.delta.stride()[:2]
 
 

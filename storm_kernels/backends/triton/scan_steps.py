@@ -41,7 +41,7 @@ def open_streams(operands, gate, batch, group, length, groups, STATES: tl.conste
 
 @triton.jit
 def load_parameters(operands, channels, lanes, STATES: tl.constexpr, BLOCK_E: tl.constexpr):
-    """-> log2(e) A (STATES, BLOCK_E); D and delta_bias (BLOCK_E,), zero where there is none."""
+    """-> A (STATES, BLOCK_E); D and delta_bias (BLOCK_E,), zero where there is none."""
     _, _, _, A, D, delta_bias, _, _ = operands
     zero = tl.zeros([BLOCK_E], tl.float32)
     return (
@@ -71,13 +71,19 @@ def load_gate(streams, t, lanes, GATE: tl.constexpr):
 
 
 @triton.jit
+def rate_of(delta):
+    """log2(e) delta, for 2^(rate A) is exp(delta A). It is not A that takes log2(e): log2(e) A is infinite where |A| is above 2.36e38."""
+    return delta * 1.4426950408889634
+
+
+@triton.jit
 def advance(h, A, u, delta, b, delta_bias, SOFTPLUS: tl.constexpr):
-    """One step of the recurrence; A holds log2(e) A. -> state (Sp, BLOCK_E), u in float32, delta after bias and softplus."""
+    """One step of the recurrence. -> state (Sp, BLOCK_E), u in float32, delta after bias and softplus."""
     u = u.to(tl.float32)
     delta = delta.to(tl.float32) + delta_bias
     if SOFTPLUS:
         delta = softplus(delta)
-    return tl.exp2(delta[None, :] * A) * h + (delta * u)[None, :] * b[:, None], u, delta
+    return tl.exp2(rate_of(delta)[None, :] * A) * h + (delta * u)[None, :] * b[:, None], u, delta
 
 
 @triton.jit

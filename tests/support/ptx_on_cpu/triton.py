@@ -36,8 +36,6 @@ class TritonOnPtx:
     def append(self, launch: Launch) -> None:
         if launch.programs == 0:
             return
-        if self.target == "sm_80":
-            launch = launch._replace(options=launch.options | launch.before_sm_90)
         self.launched.add(launch.kernel.__name__)
         source = kernel_mix.source(launch)
         kernel, shared = self._compiled(launch, source)

@@ -61,14 +61,13 @@ struct WarpSums {
 
 struct Shared {
     __align__(16) float saved[GROUPS][RUNS][THREADS][RUN];     // states before each group: a thread reads back what it wrote
-    __align__(16) float4 step[CHUNK][BLOCK_CHANNELS / PAIR];   // a pair's delta, and its delta * u
+    __align__(16) float4 step[CHUNK][BLOCK_CHANNELS / PAIR];   // a pair's log2(e) delta, and its delta u
     __align__(16) float B[TILE][STATES];
     __align__(16) float C[TILE][STATES];
-    __align__(16) float channel[BATCH][THREADS][2 * PAIR];      // each lane's part of g . B and (g a h_{l-1}) . A log2(e)
+    __align__(16) float channel[BATCH][THREADS][2 * PAIR];      // each lane's part of g . B and (g a h_{l-1}) . A
     __align__(16) WarpSums warp[WARPS];
     __align__(16) float gy[BATCH][BLOCK_CHANNELS];             // dL/dy
-    __align__(16) float bias[BLOCK_CHANNELS];
-    __align__(16) float skip[BLOCK_CHANNELS];                  // D
+    __align__(16) float terms[BLOCK_CHANNELS / PAIR][2][PAIR];  // a pair's bias, and its D
     __align__(16) float row_sums[THREADS][2 * PAIR];           // a chunk's share of each lane's gradients of D and the bias
     Sum dD[PAIR][THREADS];                                     // each lane's own, like the bias's
     Sum dbias[PAIR][THREADS];

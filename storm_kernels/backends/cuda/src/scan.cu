@@ -54,8 +54,6 @@ struct Scan {
           out(a.out, a.p, s, quad), open((float*)(&shared + 1), a.p, s, quad), reduced{a.partial[which], (int)a.cells},
           y_rows(SAVE_Y ? a.y[which] + s.batch * a.kept_rows * a.p.channels : nullptr), position(0), rest(0), half(0), left(0), dropped(false) {
         load_states(A, d.A + s.channel * D_STATE, place, s.channels);
-#pragma unroll
-        for (int i = 0; i < ITEMS; i++) A[i] *= LOG2E;
     }
     __device__ __forceinline__ Stage& stage() { return *past(&shared.stage[0], half); }
 

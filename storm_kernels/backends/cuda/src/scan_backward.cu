@@ -18,13 +18,13 @@ __device__ __forceinline__ void advance(const Shared& shared, float (&decay)[ITE
     load_run(B, beyond(shared.B[TILE == CHUNK ? t : t % GROUP], at.states));
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-        const float delta = i < LANE_STATES ? step.x : step.y, input = i < LANE_STATES ? step.z : step.w;
-        decay[i] = exp2_fast(delta * A[i]);
+        const float rate = i < LANE_STATES ? step.x : step.y, input = i < LANE_STATES ? step.z : step.w;
+        decay[i] = exp2_fast(rate * A[i]);
         after[i] = fmaf(decay[i], before[i], input * B[i % LANE_STATES]);
     }
 }
 
-// One token of the adjoint: from g a of the token after it to its own; leaves its parts of the sums in shared memory and adds to dA.
+// One token of the adjoint: from g a of the token after it to its own; leaves its parts of the sums in shared memory and adds to log2(e) dA.
 __device__ __forceinline__ void retreat(Shared& shared, float (&g)[ITEMS], float (&dA)[ITEMS], const float (&A)[ITEMS], const float (&decay)[ITEMS],
                                         const float (&h)[ITEMS], const float (&before)[ITEMS], int t, int slot, const Offsets& at) {
     const float4 step = *(const float4*)beyond(shared.step[t], at.pair);
@@ -34,7 +34,7 @@ __device__ __forceinline__ void retreat(Shared& shared, float (&g)[ITEMS], float
     load_run(C, beyond(shared.C[TILE == CHUNK ? t : t % GROUP], at.states));
 #pragma unroll
     for (int c = 0; c < PAIR; c++) {
-        const float delta = c ? step.y : step.x, input = c ? step.w : step.z, gradient = c ? gy.y : gy.x;
+        const float rate = c ? step.y : step.x, input = c ? step.w : step.z, gradient = c ? gy.y : gy.x;
 #pragma unroll
         for (int n = 0; n < LANE_STATES; n++) {
             const int i = c * LANE_STATES + n;
@@ -45,7 +45,7 @@ __device__ __forceinline__ void retreat(Shared& shared, float (&g)[ITEMS], float
             g[i] = gh * decay[i];
             const float through = g[i] * before[i];
             gaA[c] = n ? fmaf(through, A[i], gaA[c]) : through * A[i];
-            dA[i] = fmaf(through, delta, dA[i]);
+            dA[i] = fmaf(through, rate, dA[i]);
         }
     }
     *(float4*)beyond(shared.channel[slot][0], at.own) = make_float4(gB[0], gB[1], gaA[0], gaA[1]);
@@ -99,13 +99,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const __g
     load_states(A, d.A + s.channel * D_STATE, place, s.channels);
     load_states(g, a.grad_final_state ? a.grad_final_state + state_row : nullptr, place, s.channels);
 #pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-        A[i] *= LOG2E;
+    for (int i = 0; i < ITEMS; i++)
         dA_sums[i / RUN * RUN * THREADS + i % RUN] = dA_sums[(ITEMS + i / RUN * RUN) * THREADS + i % RUN] = 0.0f;
-    }
     for (int c = threadIdx.x; c < BLOCK_CHANNELS; c += THREADS) {
-        shared.bias[c] = c < s.channels && d.delta_bias ? d.delta_bias[s.channel + c] : 0.0f;
-        shared.skip[c] = c < s.channels && d.D ? d.D[s.channel + c] : 0.0f;
+        shared.terms[c / PAIR][0][c % PAIR] = c < s.channels && d.delta_bias ? d.delta_bias[s.channel + c] : 0.0f;
+        shared.terms[c / PAIR][1][c % PAIR] = c < s.channels && d.D ? d.D[s.channel + c] : 0.0f;
     }
     if (threadIdx.x == 0) {
         shared.B_rows = d.B + s.batch * d.B_batch + s.token(0) * d.B_row + s.group * d.B_group;
@@ -190,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const __g
     }
     if (a.grad_initial_state) store_states(g, a.grad_initial_state + state_row, place, s.channels);
 #pragma unroll
-    for (int i = 0; i < ITEMS; i++) A[i] = dA_sums[i / RUN * RUN * THREADS + i % RUN];
+    for (int i = 0; i < ITEMS; i++) A[i] = LN2 * dA_sums[i / RUN * RUN * THREADS + i % RUN];
     if (grad.A) store_states(A, grad.A + state_row, place, s.channels);
 #pragma unroll
     for (int c = 0; c < PAIR; c++) {

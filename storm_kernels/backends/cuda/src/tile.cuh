@@ -17,7 +17,7 @@ constexpr int PARTS_AT_ONCE = STATE_LANES < 8 ? STATE_LANES : 8;  // of y: all o
 
 struct Shared {
     __align__(16) Stage stage[2];
-    float4 step[TILE][PAIR_SLOTS];          // delta and delta * u of a pair; past the sequence's end 0: the state stays as it is
+    float4 step[TILE][PAIR_SLOTS];          // log2(e) delta and delta u of a pair; past the sequence's end 0: the state stays as it is
     __align__(16) float BC[2][TILE][STATES];
     float4 y[TILE / 2][STATE_LANES][PART];  // two tokens' parts of h . C; row 0 then holds the weighted y of a reduction's exceptional tile
 };
@@ -71,7 +71,7 @@ __device__ __forceinline__ void prepare(Shared& shared, const Stage& stage, cons
 #pragma unroll
             for (int k = 0; k < 2; k++)
                 *past(&shared.step[j][0], at.slot[k]) =
-                    make_float4(delta[2 * k], delta[2 * k] * u[j][2 * k], delta[2 * k + 1], delta[2 * k + 1] * u[j][2 * k + 1]);
+                    make_float4(LOG2E * delta[2 * k], delta[2 * k] * u[j][2 * k], LOG2E * delta[2 * k + 1], delta[2 * k + 1] * u[j][2 * k + 1]);
         }
     }
     constexpr int EACH = TILE * STATES / QUAD;
@@ -122,11 +122,11 @@ __device__ __forceinline__ float2 advance(float (&h)[ITEMS], const float (&A)[IT
     if (OUTPUT) load_run(C, past(&shared.BC[1][t][0], lane.state));
 #pragma unroll
     for (int c = 0; c < PAIR; c++) {
-        const float delta = c ? step.z : step.x, input = c ? step.w : step.y;
+        const float rate = c ? step.z : step.x, input = c ? step.w : step.y;
 #pragma unroll
         for (int n = 0; n < LANE_STATES; n++) {
             const int i = c * LANE_STATES + n;
-            h[i] = fmaf(exp2_fast(delta * A[i]), h[i], input * B[n]);
+            h[i] = fmaf(exp2_fast(rate * A[i]), h[i], input * B[n]);
             if (OUTPUT) y[c] = n ? fmaf(h[i], C[n], y[c]) : h[i] * C[n];
         }
     }
