@@ -43,20 +43,23 @@ class Rows:
         """Raises OSError if ``path`` cannot be written, ValueError if it holds something else than rows: before any long work."""
         self.path = Path(path)
         self.rows: list[Row] = load_rows(self.path) if self.path.exists() else []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._write()
+        self.save()
 
     def append(self, *rows: Row) -> None:
-        self.rows.extend(rows)
-        self._write()
+        self.put(len(self.rows), *rows)
 
-    def _write(self) -> None:
+    def put(self, place: int, *rows: Row) -> None:
+        """Write ``rows`` instead of all that stand from ``place`` on: a measurement that grows is written again after each round."""
+        self.rows[place:] = rows
+        self.save()
+
+    def save(self) -> None:
         lines = ",\n".join(json.dumps(row, allow_nan=False) for row in self.rows)
         write_atomically(self.path, f"[\n{lines}\n]\n" if lines else "[]\n")
 
 
 def load_rows(path: Path) -> list[Row]:
-    """Rows of a results file; ValueError naming the file if it is not one."""
+    """Rows of a results file; ValueError naming the file if it is not one, OSError if it cannot be read."""
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -67,17 +70,25 @@ def load_rows(path: Path) -> list[Row]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace ``path``: whoever reads it, or finds it after a kill, sees the old content or the new."""
+    """Replace ``path``: whoever reads it, or finds it after a kill, sees the old content or the new. A folder that has gone is made again.
+
+    Raises:
+        OSError: it cannot be written; ``filename`` is ``path``, and what was there before is there still.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def row(op: str, backend: str, mode: str, shape: str, dtype: torch.dtype, samples_ms: list[float], *, device: str, **more: object) -> Row:

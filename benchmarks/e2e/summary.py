@@ -1,15 +1,17 @@
-"""What the rows of `storm_benchmarks.e2e` say: one `Outcome` for each variant, projector and number of frames, and the two gains between them.
+"""What the rows of `storm_benchmarks.e2e` say: one `Outcome` for each variant, projector and number of frames, and the gains between them.
 
 Shared by the console table, the charts and the report, so that all three give the same figures.
 """
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
 from storm_model.config import VARIANTS
 
 from ..harness import Row
+from . import reliability
 
 # The stages of time to first token, in order; decode and preprocess come before it (the paper's definition: docs/spec.md).
 TO_FIRST_TOKEN = ("vision", "projector", "prefill")
@@ -47,6 +49,11 @@ class Outcome:
     def ms(self, stage: str) -> float:
         return self.stages[stage]["p50_ms"]
 
+    def rounds(self, stage: str = "total") -> list[float]:
+        """Milliseconds of each round; of rows that have none, the median."""
+        row = self.stages[stage]
+        return row.get("rounds_ms") or [row["p50_ms"]]
+
     def parts(self) -> dict[str, float]:
         """The projector's parts, in ms."""
         return {name.partition("/")[2]: row["p50_ms"] for name, row in self.stages.items() if name.startswith("projector/")}
@@ -71,6 +78,11 @@ def clip_rows(rows: list[Row]) -> dict[int, dict[str, Row]]:
     return found
 
 
+def finished(rows: list[Row]) -> bool:
+    """Whether the run that wrote these rows came to its end."""
+    return any(row["op"] == "e2e" and row.get("stage") == "run" for row in rows)
+
+
 def cold_rows(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["op"] == "e2e" and row["mode"] == "cold"]
 
@@ -85,55 +97,89 @@ def find(results: list[Outcome], frames: int, variant: str, projector: str) -> O
 
 
 @dataclass(frozen=True)
-class TokenGain:
-    """Fewer LLM tokens: a variant with the reference projector against the VILA baseline."""
+class Gain:
+    """``after`` against ``before``, both of one number of frames, by rounds in which both took their turn."""
 
-    baseline: Outcome
-    reduced: Outcome
+    before: Outcome
+    after: Outcome
+
+    @property
+    def _together(self) -> bool:
+        began = [one.row.get("rounds_from") for one in (self.before, self.after)]
+        return began[0] == began[1] and len(self.before.rounds()) == len(self.after.rounds())
+
+    def _ratios(self, stage: str) -> list[float]:
+        if not self._together:
+            return [self.after.ms(stage) / self.before.ms(stage)]
+        return [after / before for before, after in zip(self.before.rounds(stage), self.after.rounds(stage), strict=True)]
+
+    @property
+    def saved(self) -> list[float]:
+        """How much less time to the first token ``after`` takes, in percent, by round; negative where it takes more."""
+        return [100 * (1 - ratio) for ratio in self._ratios("total")]
 
     @property
     def saved_percent(self) -> float:
-        return saved_percent(self.baseline.total_ms, self.reduced.total_ms)
+        return statistics.median(self.saved)
 
     @property
-    def paper_saved_percent(self) -> float | None:
-        ours, vila = VARIANTS[self.reduced.variant].paper_latency_s, VARIANTS["vila"].paper_latency_s
-        return None if ours is None else saved_percent(vila, ours)
-
-
-@dataclass(frozen=True)
-class KernelGain:
-    """Faster kernels: the same variant with the reference and with the fused projector."""
-
-    reference: Outcome
-    fused: Outcome
+    def speedups(self) -> list[float]:
+        """How many times faster the projector of ``after`` is, by round."""
+        return [1 / ratio for ratio in self._ratios("projector")]
 
     @property
     def projector_speedup(self) -> float:
-        return self.reference.ms("projector") / self.fused.ms("projector")
+        return statistics.median(self.speedups)
 
     @property
-    def saved_percent(self) -> float:
-        return saved_percent(self.reference.total_ms, self.fused.total_ms)
+    def not_reliable(self) -> str | None:
+        """Why the saving must not be believed, or None."""
+        return self._not_measured_well() or reliability.apart(self.saved, reliability.MOST_POINTS, " % less")
+
+    @property
+    def speedup_not_reliable(self) -> str | None:
+        most = reliability.MOST_PERCENT / 100 * self.projector_speedup
+        return self._not_measured_well() or reliability.apart(self.speedups, most, "x")
+
+    def _not_measured_well(self) -> str | None:
+        apart = None if self._together else "not measured in the same rounds"
+        return apart or reliability.busy(self.before.row) or reliability.busy(self.after.row)
 
 
-def token_gains(results: list[Outcome]) -> list[TokenGain]:
-    gains = []
-    for one in results:
-        baseline = find(results, one.frames, "vila", "vila")
-        if one.projector == "reference" and baseline:
-            gains.append(TokenGain(baseline, one))
-    return gains
+def against_vila(results: list[Outcome], one: Outcome) -> Gain | None:
+    """``one`` against the VILA baseline of as many frames; None where there is none."""
+    baseline = find(results, one.frames, "vila", "vila")
+    return None if baseline is None or one is baseline else Gain(baseline, one)
 
 
-def kernel_gains(results: list[Outcome]) -> list[KernelGain]:
+def token_gains(results: list[Outcome]) -> list[Gain]:
+    """Fewer LLM tokens: the variants with the reference projector against the VILA baseline."""
+    gains = [against_vila(results, one) for one in results if one.projector == "reference"]
+    return [gain for gain in gains if gain]
+
+
+def kernel_gains(results: list[Outcome]) -> list[Gain]:
+    """Faster kernels: the same variant with the reference and with the fused projector."""
     pairs = [(find(results, one.frames, one.variant, "reference"), one) for one in results if one.projector == "fused"]
-    return [KernelGain(reference, fused) for reference, fused in pairs if reference]
+    return [Gain(reference, fused) for reference, fused in pairs if reference]
 
 
-def saved_percent(before: float, after: float) -> float:
-    """How much less ``after`` is than ``before``, in percent; negative where it is more."""
-    return 100 * (1 - after / before)
+def paper_saved_percent(variant: str) -> float | None:
+    """What the paper's variant takes off its VILA baseline's latency, in percent."""
+    ours, vila = VARIANTS[variant].paper_latency_s, VARIANTS["vila"].paper_latency_s
+    return None if ours is None else 100 * (1 - ours / vila)
+
+
+def with_reliability(rows: list[Row]) -> list[Row]:
+    """The same rows, the column `not_reliable` of each measurement's "total" filled: why figures made from it must not be believed, or None."""
+    results = outcomes(rows)
+    speedups = {(gain.after.frames, gain.after.variant): gain.speedup_not_reliable for gain in kernel_gains(results)}
+    for one in results:
+        alone = reliability.busy(one.row) or ("one round only" if len(one.rounds()) < 2 else None)
+        gain = against_vila(results, one)
+        speedup = speedups.get((one.frames, one.variant)) if one.projector == "fused" else None
+        one.row["not_reliable"] = alone or (gain.not_reliable if gain else None) or speedup
+    return rows
 
 
 def losses(results: list[Outcome]) -> list[str]:
@@ -142,14 +188,20 @@ def losses(results: list[Outcome]) -> list[str]:
     for gain in token_gains(results):
         if gain.saved_percent <= 0:
             found.append(
-                f"{gain.reduced.title}, {gain.reduced.frames} frames: {-gain.saved_percent:.1f} % more time to first token than the VILA baseline."
+                f"{gain.after.title}, {gain.after.frames} frames: {-gain.saved_percent:.1f} % more time to first token than the VILA baseline"
+                f"{_doubt(gain.not_reliable)}."
             )
     for gain in kernel_gains(results):
-        where = f"{gain.fused.title}, {gain.fused.frames} frames"
+        where = f"{gain.after.title}, {gain.after.frames} frames"
         if gain.saved_percent <= 0:
-            found.append(f"{where}: the fused projector costs {-gain.saved_percent:.1f} % more in total than the reference.")
-        reference, fused = gain.reference.parts(), gain.fused.parts()
+            more = f"{-gain.saved_percent:.1f} % more in total than the reference"
+            found.append(f"{where}: the fused projector costs {more}{_doubt(gain.not_reliable)}.")
+        reference, fused = gain.before.parts(), gain.after.parts()
         slower = [f"{part} {fused[part] / reference[part]:.2f}x" for part in fused if part in reference and fused[part] > 1.05 * reference[part]]
         if slower:
             found.append(f"{where}: parts of the fused projector that take longer than the reference's: {', '.join(slower)}.")
     return found
+
+
+def _doubt(not_reliable: str | None) -> str:
+    return f" (not reliable: {not_reliable})" if not_reliable else ""
