@@ -136,16 +136,25 @@ def open_rows(path: Path | None) -> Rows | None:
         raise typer.BadParameter(f"--out: {error}") from None
 
 
-def command(main: Callable[..., None]) -> int:
-    """Run ``main`` as a command line -> exit status: 1 a failed check, 2 bad input in one line, 130 Ctrl-C (rows so far are on disk)."""
+def command(main: Callable[..., None], arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """Run ``main`` as a command line -> exit status, with one line where it is not 0.
+
+    1: a failed check, or rows that cannot be written; 2: bad input; 130: Ctrl-C. Rows that were finished before are on disk.
+
+    Args:
+        arguments: what follows the command's name; None takes this process's.
+        prog: the command's name in its help.
+    """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     try:
-        return typer.main.get_command(app).main(standalone_mode=False) or 0
+        return typer.main.get_command(app).main(arguments, prog_name=prog, standalone_mode=False) or 0
     except typer.BadParameter.__base__ as error:  # click's usage error, by whichever way typer got hold of click
         message, status = error.format_message(), 2
     except harness.CheckFailed as error:
         message, status = f"a check failed, so it is not timed: {error}", 1
+    except OSError as error:
+        message, status = f"cannot write {error.filename}: {error.strerror}; what was written before is kept", 1
     except (KeyboardInterrupt, typer.Abort):
         message, status = "stopped; finished rows are kept", 130
     print(f"error: {message}", file=sys.stderr)
