@@ -1,4 +1,5 @@
-"""What a wheel brings: installed in a folder far from the checkout, it has the commands, the models and the benchmarks."""
+"""What a wheel brings: installed in a folder far from the checkout, it has the commands, the models and the
+benchmarks."""
 
 import os
 import shutil
@@ -17,15 +18,24 @@ LIBRARY = Path("storm_kernels/backends/cpu/libstorm_cpu.so")
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The folder that a wheel of this checkout is installed in. Built from a copy, so that the checkout stays as it is, and without a compiler: the
-    library that is there already is laid beside it, for compiling takes longer than all the rest."""
+    """The folder that a wheel of this checkout is installed in. Built from a copy, so that the checkout stays as it
+    is, and without a compiler: the library that is there already is laid beside it, for compiling takes longer than
+    all the rest."""
     sources, wheels, target = (tmp_path_factory.mktemp(name) for name in ("sources", "wheels", "installed"))
     for name in IN_THE_WHEEL:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
-        copy(ROOT / name, sources / name, **({"ignore": shutil.ignore_patterns("__pycache__", "*.so")} if copy is shutil.copytree else {}))
+        copy(
+            ROOT / name,
+            sources / name,
+            **({"ignore": shutil.ignore_patterns("__pycache__", "*.so")} if copy is shutil.copytree else {}),
+        )
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     environment = os.environ | {"CXX": "no-compiler"}
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, sources], check=True, env=environment)
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, sources],
+        check=True,
+        env=environment,
+    )
     (wheel,) = wheels.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True)
     if (ROOT / LIBRARY).exists():
@@ -67,7 +77,20 @@ def test_a_benchmark_runs(installed):
     """Tiny, and its rows are written."""
     rows = installed.parent / "rows.json"
     rows.unlink(missing_ok=True)
-    tiny = ("--lengths", 32, "--channels", 64, "--dtypes", "float32", "--modes", "forward", "--peer-length", 1, "--out", rows)
+    tiny = (
+        "--lengths",
+        32,
+        "--channels",
+        64,
+        "--dtypes",
+        "float32",
+        "--modes",
+        "forward",
+        "--peer-length",
+        1,
+        "--out",
+        rows,
+    )
     done = run(installed, installed / "bin" / "storm-kernels", "bench", "scan", *tiny)
     assert done.returncode == 0, done.stderr
     assert "scan forward, batch=1 tokens=32 channels=64 states=16, float32" in done.stdout

@@ -21,7 +21,7 @@ from storm_kernels.backends.cuda import launcher
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-OURS = ("cpu", "cuda", "triton", "fused", "patched")
+OURS = ("cpu", "cuda", "triton", "fused", "patched", "storm_model")
 E2E_FRAMES = 128
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 

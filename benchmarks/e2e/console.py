@@ -33,7 +33,14 @@ class ProgressBar:
 
     def __init__(self, operations: float):
         says = TextColumn("{task.description}", markup=False)
-        columns = (SpinnerColumn(), says, BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn(), TextColumn("left"))
+        columns = (
+            SpinnerColumn(),
+            says,
+            BarColumn(),
+            TextColumn("{task.percentage:.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+        )
         self._bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
         self._task = self._bar.add_task("", total=operations)
 
@@ -79,7 +86,9 @@ def show(rows: list[dict]) -> None:
         console.print(_table(frames, some, shared.get(frames, {})))
     if not results:
         return
-    say("TP, SP: temporal and spatial pooling; TS: temporal sampling. vs VILA: within each round, then the median; a question mark: not reliable.")
+    say(
+        "TP, SP: temporal and spatial pooling; TS: temporal sampling. vs VILA: the median of the rounds; ?: not reliable.",
+    )
     for card in figures.cards(results):
         say(f"{card.name}: {card.figure} ({card.spread}), {card.from_to}. {card.note}")
         if card.not_reliable:

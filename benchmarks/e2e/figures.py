@@ -13,7 +13,8 @@ HEADLINE_VARIANT = "storm-tp-ts"
 
 @dataclass(frozen=True)
 class Card:
-    """One headline figure. ``spread`` tells its rounds, ``not_reliable`` why it must not be believed (None: it may be)."""
+    """One headline figure. ``spread`` tells its rounds, ``not_reliable`` why it must not be believed (None: it may
+    be)."""
 
     name: str
     figure: str
@@ -39,7 +40,8 @@ def between(savings: list[float]) -> str:
 
 
 def cards(results: list[Outcome]) -> list[Card]:
-    """The two gains apart, then both together, for the headline variant (or the last one there is) at the most frames."""
+    """The two gains apart, then both together, for the headline variant (or the last one there is) at the most
+    frames."""
     most = max((one.frames for one in results), default=0)
     token = _headline([gain for gain in summary.token_gains(results) if gain.after.frames == most])
     kernel = _headline([gain for gain in summary.kernel_gains(results) if gain.after.frames == most])
@@ -47,16 +49,45 @@ def cards(results: list[Outcome]) -> list[Card]:
     found = []
     if token:
         paper = percent(summary.paper_saved_percent(token.after.variant))
-        note = f"{token.after.title}, reference projector, against the VILA baseline, {most} frames. The paper: {paper}."
-        found.append(Card("Fewer tokens", percent(token.saved_percent), _from_to(token, "total"), _savings(token), note, token.not_reliable))
+        what = f"{token.after.title}, reference projector, against the VILA baseline, {most} frames"
+        note = f"{what}. The paper: {paper}."
+        found.append(
+            Card(
+                "Fewer tokens",
+                percent(token.saved_percent),
+                _from_to(token, "total"),
+                _savings(token),
+                note,
+                token.not_reliable,
+            )
+        )
     if kernel:
         spread = _rounds([f"{times:.1f}x" for times in sorted(kernel.speedups)])
-        note = f"{kernel.after.title}, {most} frames: {percent(kernel.saved_percent)} in total, fused against reference projector."
+        total = f"{percent(kernel.saved_percent)} in total"
+        note = f"{kernel.after.title}, {most} frames: {total}, fused against reference projector."
         change = f"projector {_from_to(kernel, 'projector')}"
-        found.append(Card("Faster kernels", f"{kernel.projector_speedup:.1f}x", change, spread, note, kernel.speedup_not_reliable))
+        found.append(
+            Card(
+                "Faster kernels",
+                f"{kernel.projector_speedup:.1f}x",
+                change,
+                spread,
+                note,
+                kernel.speedup_not_reliable,
+            )
+        )
     if token and both and token.after.variant == both.after.variant:
         note = f"{both.after.title}, fused, against the VILA baseline, {most} frames."
-        found.append(Card("Both together", percent(both.saved_percent), _from_to(both, "total"), _savings(both), note, both.not_reliable))
+        found.append(
+            Card(
+                "Both together",
+                percent(both.saved_percent),
+                _from_to(both, "total"),
+                _savings(both),
+                note,
+                both.not_reliable,
+            )
+        )
     return found
 
 
@@ -103,4 +134,5 @@ TABLE_HEAD = ("variant", "projector", "tokens", *TO_FIRST_TOKEN, "total", "vs VI
 
 def before(shared: dict) -> str:
     """What came before the first token's time: "decode 280 ms, preprocess 165 ms"."""
-    return ", ".join(f"{stage} {milliseconds(shared[stage]['p50_ms'])} ms" for stage in summary.BEFORE if stage in shared)
+    times = {stage: milliseconds(shared[stage]["p50_ms"]) for stage in summary.BEFORE if stage in shared}
+    return ", ".join(f"{stage} {time} ms" for stage, time in times.items())

@@ -1,15 +1,19 @@
 """The measurements behind `storm_benchmarks.e2e`: a video through the complete model, timed by stage, in rounds.
 
-What runs, for each number of frames: one round to warm up and ``repeat`` timed ones. In a round the video is decoded, preprocessed and encoded once
-(every variant gets the same image tokens), then all variants with all their kinds of projector take turns at projector and prefill. So whatever
-disturbs the machine meets all of them, and ratios are made within rounds. Before the first round every fused projector's output on this video is
-checked against float64. After each round the rows so far are written.
-Rows have the columns of harness.py and: preset, clip, looped (the clip is shorter than the frames asked for), frames, stage ("vision",
-"projector/scan", ...; "total" is time to first token: vision + projector + prefill; "wait" is decode + preprocess + total), variant and projector
-("vila", "reference", "fused"; both null in what all variants share), rounds_ms (one time a round), tokens (video tokens to the LLM), kept_percent,
-checked_frames (of the check), ran (which backend ran each operation of the fused projector; `backend` is the scan's). Rows of stage "total" also:
-rounds_from (when the first round began; equal in all that took turns), waited_percent and cores (reliability.py), not_reliable (why the figures
-must not be believed, or null). The last row of a run that came to its end has the stage "run" and the mode "whole".
+What runs, for each number of frames: one round to warm up and ``repeat`` timed ones. In a round the video is decoded,
+preprocessed and encoded once (every variant gets the same image tokens), then all variants with all their kinds of
+projector take turns at projector and prefill. So whatever disturbs the machine meets all of them, and ratios are made
+within rounds. Before the first round every fused projector's output on this video is checked against float64. After
+each round the rows so far are written.
+
+Rows have the columns of harness.py and: preset, clip, looped (the clip is
+shorter than the frames asked for), frames, stage ("vision", "projector/scan", ...; "total" is time to first token:
+vision + projector + prefill; "wait" is decode + preprocess + total), variant and projector ("vila", "reference",
+"fused"; both null in what all variants share), rounds_ms (one time a round), tokens (video tokens to the LLM),
+kept_percent, checked_frames (of the check), ran (which backend ran each operation of the fused projector; `backend`
+is the scan's). Rows of stage "total" also: rounds_from (when the first round began; equal in all that took turns),
+waited_percent and cores (reliability.py), not_reliable (why the figures must not be believed, or null). The last row
+of a run that came to its end has the stage "run" and the mode "whole".
 """
 
 from __future__ import annotations
@@ -34,7 +38,8 @@ from .check import ProjectorCheck
 from .reliability import Waiting
 from .stages import StageClock
 
-# How much longer the reference projector takes for its arithmetic than a matrix product does: it loops over tokens. For the ETA only.
+# How much longer the reference projector takes for its arithmetic than a matrix product does: it loops over tokens. For
+# the ETA only.
 REFERENCE_SLOWNESS = 10
 
 
@@ -51,7 +56,8 @@ class Settings:
 
     def contenders(self) -> list[tuple[Variant, str]]:
         """Every variant with each of its kinds of projector, in the order in which they take turns."""
-        return [(variant, kind) for variant in self.variants for kind in (self.projectors if variant.temporal else ("vila",))]
+        kinds = {True: self.projectors, False: ("vila",)}
+        return [(variant, kind) for variant in self.variants for kind in kinds[variant.temporal]]
 
     def first_of_each_kind(self) -> list[tuple[Variant, str]]:
         found: dict[str, Variant] = {}
@@ -62,7 +68,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run tells how far it is: ``says(what)`` begins something, ``did(operations)`` counts what is done of `operations(settings)`."""
+    """Where a run tells how far it is: ``says(what)`` begins something, ``did(operations)`` counts what is done of
+    `operations(settings)`."""
 
     says: Callable[[str], None]
     did: Callable[[float], None]
@@ -70,14 +77,10 @@ class Progress:
 
 def operations(settings: Settings) -> float:
     """The work of a whole run, in the unit of `Progress.did`: roughly the operations of a matrix product."""
-    cold = sum(
-        _vision_operations(settings, min(settings.frames)) + _pass_operations(settings, *one, min(settings.frames))
-        for one in settings.first_of_each_kind()
-    )
-    rounds = sum(
-        _vision_operations(settings, frames) + sum(_pass_operations(settings, *one, frames) for one in settings.contenders())
-        for frames in settings.frames
-    )
+    first, vision = min(settings.frames), {frames: _vision_operations(settings, frames) for frames in settings.frames}
+    cold = sum(vision[first] + _pass_operations(settings, *one, first) for one in settings.first_of_each_kind())
+    turns = {n: sum(_pass_operations(settings, *one, n) for one in settings.contenders()) for n in settings.frames}
+    rounds = sum(vision.values()) + sum(turns.values())
     return cold + (settings.repeat + 1) * rounds
 
 
@@ -113,16 +116,22 @@ class Run:
         self.settings, self.rows, self.progress = settings, rows, progress
         self.clock = StageClock(settings.device)
         self.models = models.Models(settings.config, settings.device, settings.dtype)
-        self._backend, self._ran = "", ""  # of the fused projector, once it has run: the scan's backend, and all operations'
+        self._backend, self._ran = (
+            "",
+            "",
+        )  # of the fused projector, once it has run: the scan's backend, and all operations'
 
     @torch.inference_mode()
     def measure(self) -> None:
-        """Raises `harness.CheckFailed` if a fused projector is wrong, `storm_model.video.StormVideoError` for the video."""
+        """Raises `harness.CheckFailed` if a fused projector is wrong, `storm_model.video.StormVideoError` for the
+        video."""
         start = time.perf_counter()
         self._cold_start()
         for frames in self.settings.frames:
             self._in_rounds(frames)
-        self.rows.append(self._row("run", max(self.settings.frames), False, [(time.perf_counter() - start) * 1e3], mode="whole"))
+        self.rows.append(
+            self._row("run", max(self.settings.frames), False, [(time.perf_counter() - start) * 1e3], mode="whole"),
+        )
 
     def _decode(self, frames: int) -> SampledVideo:
         self.progress.says(f"{frames} frames: decode")
@@ -150,12 +159,15 @@ class Run:
                 self._backend = "+".join(ran["scan"])
                 self._ran = ", ".join(f"{op} {'+'.join(backends)}" for op, backends in ran.items())
             taken["total"] = sum(taken[stage] for stage in summary.TO_FIRST_TOKEN)
-            rows = (self._row(stage, frames, looped, [ms], variant, kind, mode="cold") for stage, ms in taken.items() if "/" not in stage)
-            self.rows.append(*rows)
-            self.progress.did(_pass_operations(self.settings, variant, kind, frames) + _vision_operations(self.settings, frames))
+            stages = [stage for stage in taken if "/" not in stage]
+            self.rows.append(*(self._row(s, frames, looped, [taken[s]], variant, kind, mode="cold") for s in stages))
+            self.progress.did(
+                _pass_operations(self.settings, variant, kind, frames) + _vision_operations(self.settings, frames),
+            )
 
     def _in_rounds(self, frames: int) -> None:
-        """All contenders at one number of frames: checked, warmed up, then in timed rounds, each written when it is over."""
+        """All contenders at one number of frames: checked, warmed up, then in timed rounds, each written when it is
+        over."""
         place = len(self.rows.rows)
         found, features = self._begin(frames)
         for key, memory in self._turns(found, features, "warm-up").items():
@@ -168,7 +180,8 @@ class Run:
             self.rows.put(place, *self._rows_of(found, waiting.columns()))
 
     def _begin(self, frames: int) -> tuple[Rounds, Tensor]:
-        """Warm up and measure the memory of vision; check every fused projector on the image tokens, which are returned too."""
+        """Warm up and measure the memory of vision; check every fused projector on the image tokens, which are
+        returned too."""
         video = self._decode(frames)
         found = Rounds(frames, video.looped, environment.now())
         self.progress.says(f"{frames} frames, warm-up: preprocess and vision")
@@ -198,8 +211,8 @@ class Run:
         return features
 
     def _turns(self, found: Rounds, features: Tensor, name: str) -> dict[tuple[str, str], Row]:
-        """One turn of projector and prefill for each contender. The first call warms up, and gives the columns of memory: measuring that gives
-        freed memory back first, which would slow a timed turn down."""
+        """One turn of projector and prefill for each contender. The first call warms up, and gives the columns of
+        memory: measuring that gives freed memory back first, which would slow a timed turn down."""
         warm_up, memories = not found.shared, {}
         for variant, kind in self.settings.contenders():
             self.progress.says(f"{found.frames} frames, {name}: {variant.title}, {kind} projector")
@@ -224,16 +237,19 @@ class Run:
         grid = self.settings.config.token_grid(found.frames)
         tokens = variant.reduction.reduced(grid).tokens
         kept = {"tokens": tokens, "kept_percent": round(100 * tokens / grid.tokens, 2)}
-        rows = [self._timed_row(stage, found, [one[stage] for one in taken], variant, kind, **kept) for stage in taken[0]]
-        total = [shared["vision"] + one["projector"] + one["prefill"] for shared, one in zip(found.shared, taken, strict=True)]
-        wait = [ms + sum(shared[stage] for stage in summary.BEFORE) for shared, ms in zip(found.shared, total, strict=True)]
+        times = {stage: [one[stage] for one in taken] for stage in taken[0]}
+        rows = [self._timed_row(stage, found, rounds, variant, kind, **kept) for stage, rounds in times.items()]
+        stages = [shared | one for shared, one in zip(found.shared, taken, strict=True)]
+        total = [sum(one[stage] for stage in summary.TO_FIRST_TOKEN) for one in stages]
+        wait = [sum(one[stage] for stage in (*summary.BEFORE, *summary.TO_FIRST_TOKEN)) for one in stages]
         columns = found.columns[variant.name, kind] | waited | {"rounds_from": found.began}
         rows.append(self._timed_row("total", found, total, variant, kind, **kept, **columns))
         return [*rows, self._timed_row("wait", found, wait, variant, kind, **kept)]
 
     @torch.inference_mode()
     def trace(self, path: Path) -> None:
-        """One pass of the last variant with each of its kinds of projector, at the fewest frames, as a Perfetto trace. After `measure`."""
+        """One pass of the last variant with each of its kinds of projector, at the fewest frames, as a Perfetto
+        trace. After `measure`."""
         video, last = sample_frames(self.settings.video, self.settings.frames[0]), self.settings.variants[-1]
         with torch.profiler.profile() as profiler, recording(torch.profiler.record_function):
             for variant, kind in self.settings.contenders():
@@ -244,20 +260,55 @@ class Run:
         profiler.export_chrome_trace(str(beside))
         beside.replace(path)
 
-    def _timed_row(self, stage: str, found: Rounds, rounds: list[float], variant: Variant | None = None, kind: str | None = None, **more) -> Row:
-        return self._row(stage, found.frames, found.looped, rounds, variant, kind, rounds_ms=[round(ms, 4) for ms in rounds], **more)
+    def _timed_row(
+        self,
+        stage: str,
+        found: Rounds,
+        rounds: list[float],
+        variant: Variant | None = None,
+        kind: str | None = None,
+        **more,
+    ) -> Row:
+        each = [round(ms, 4) for ms in rounds]
+        return self._row(stage, found.frames, found.looped, rounds, variant, kind, rounds_ms=each, **more)
 
     def _row(
-        self, stage: str, frames: int, looped: bool, samples: list[float], variant: Variant | None = None, kind: str | None = None, **more
+        self,
+        stage: str,
+        frames: int,
+        looped: bool,
+        samples: list[float],
+        variant: Variant | None = None,
+        kind: str | None = None,
+        **more,
     ) -> Row:
-        what = {"preset": self.settings.config.name, "clip": Path(self.settings.video).name, "looped": looped, "frames": frames, "stage": stage}
+        what = {
+            "preset": self.settings.config.name,
+            "clip": Path(self.settings.video).name,
+            "looped": looped,
+            "frames": frames,
+            "stage": stage,
+        }
         what |= {"variant": variant.name if variant else None, "projector": kind}
         backend, mode = self._backend if kind == "fused" else "torch", more.pop("mode", "forward")
-        return harness.row("e2e", backend, mode, f"frames={frames}", self.settings.dtype, samples, device=self.settings.device, **what, **more)
+        return harness.row(
+            "e2e",
+            backend,
+            mode,
+            f"frames={frames}",
+            self.settings.dtype,
+            samples,
+            device=self.settings.device,
+            **what,
+            **more,
+        )
 
 
 def _larger(memory: Row, vision: Row) -> Row:
     """The peak of a whole pass: that of projector and prefill, or of vision before them."""
     if memory["peak_bytes"] is None or vision["peak_bytes"] is None:
         return memory
-    return {**memory, "peak_bytes": max(memory["peak_bytes"], vision["held_bytes"] + vision["peak_bytes"] - memory["held_bytes"])}
+    return {
+        **memory,
+        "peak_bytes": max(memory["peak_bytes"], vision["held_bytes"] + vision["peak_bytes"] - memory["held_bytes"]),
+    }

@@ -1,4 +1,5 @@
-"""PNG charts of `storm_benchmarks.e2e`, drawn from its rows; wide enough for a page, with letters large enough for a phone."""
+"""PNG charts of `storm_benchmarks.e2e`, drawn from its rows; wide enough for a page, with letters large enough for a
+phone."""
 
 from __future__ import annotations
 
@@ -37,7 +38,14 @@ def stage_bars(results: list[Outcome]) -> Figure:
         axes.barh(names, lengths, left=start, color=_STAGE_COLOURS[stage], label=stage, height=0.72)
         start = [a + b for a, b in zip(start, lengths, strict=True)]
     for name, total in zip(names, start, strict=True):
-        axes.annotate(f"{total:,.0f}", (total, name), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.annotate(
+            f"{total:,.0f}",
+            (total, name),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
     axes.invert_yaxis()
     axes.margins(x=0.14)  # room for the longest bar's number
     axes.set_xlabel("time to first token, ms (median)")
@@ -76,7 +84,16 @@ def latency_lines(results: list[Outcome]) -> Figure:
 
 def short_title(one: Outcome) -> str:
     """ "STORM +TP +TS": for places too narrow for the title."""
-    return one.title.replace("T. pooling", "TP").replace("S. pooling", "SP").replace("T. sampling", "TS").replace("+ ", "+").replace(" baseline", "")
+    title = one.title
+    for long, short in (
+        ("T. pooling", "TP"),
+        ("S. pooling", "SP"),
+        ("T. sampling", "TS"),
+        ("+ ", "+"),
+        (" baseline", ""),
+    ):
+        title = title.replace(long, short)
+    return title
 
 
 def short_name(one: Outcome) -> str:

@@ -1,4 +1,5 @@
-"""One self-contained `report.html` from the rows of `storm_benchmarks.e2e`: no script, no other file, readable on a phone.
+"""One self-contained `report.html` from the rows of `storm_benchmarks.e2e`: no script, no other file, readable on a
+phone.
 
     python -m storm_benchmarks.e2e.report FOLDER      # again, with the charts, from FOLDER/results.json
 
@@ -30,7 +31,10 @@ def write(folder: Path, rows: list[Row]) -> Path:
 def render(rows: list[Row], charts: dict[str, bytes]) -> str:
     """The page; ``charts`` as `plot.charts` gives them."""
     template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
     ).get_template("report.html.jinja")
     results, clip = summary.outcomes(rows), summary.clip_rows(rows)
     tokens, kernels = summary.token_gains(results), summary.kernel_gains(results)
@@ -44,7 +48,7 @@ def render(rows: list[Row], charts: dict[str, bytes]) -> str:
         cards=figures.cards(results),
         head=figures.TABLE_HEAD,
         stages=TO_FIRST_TOKEN,
-        frames=[_frames_part(frames, some, clip.get(frames, {})) for frames, some in summary.by_frames(results).items()],
+        frames=[_frames_part(n, some, clip.get(n, {})) for n, some in summary.by_frames(results).items()],
         latency_chart=base64.b64encode(charts["latency.png"]).decode() if "latency.png" in charts else None,
         token_gains=_lines([(gain.after.frames, _token_cells(gain)) for gain in tokens]),
         kernel_gains=_lines([(gain.after.frames, _kernel_cells(gain)) for gain in kernels]),
@@ -64,7 +68,9 @@ def _said(rows: list[Row], column: str) -> str:
 
 def _lines(keyed_cells: list[tuple[object, list[str]]]) -> list[dict]:
     """Table lines; a new key starts a group, which gets a rule above it."""
-    return [{"cells": cells, "first": place > 0 and key != keyed_cells[place - 1][0]} for place, (key, cells) in enumerate(keyed_cells)]
+    keys = [key for key, _ in keyed_cells]
+    first = [place > 0 and key != keys[place - 1] for place, key in enumerate(keys)]
+    return [{"cells": cells, "first": new} for new, (_, cells) in zip(first, keyed_cells, strict=True)]
 
 
 def _frames_part(frames: int, results: list[Outcome], shared: dict[str, Row]) -> dict:
@@ -86,14 +92,30 @@ def _bars(results: list[Outcome]) -> list[dict]:
 
 def _token_cells(gain: Gain) -> list[str]:
     one, theirs = gain.after, VARIANTS[gain.after.variant]
-    ours = [one.title, str(one.frames), f"{one.row['kept_percent']:g}", milliseconds(one.total_ms), percent(gain.saved_percent)]
+    ours = [
+        one.title,
+        str(one.frames),
+        f"{one.row['kept_percent']:g}",
+        milliseconds(one.total_ms),
+        percent(gain.saved_percent),
+    ]
     paper_saved = percent(summary.paper_saved_percent(one.variant))
-    return [*ours, figures.between(gain.saved), f"{theirs.paper_kept_percent:g}", f"{theirs.paper_latency_s:.2f}", paper_saved]
+    return [
+        *ours,
+        figures.between(gain.saved),
+        f"{theirs.paper_kept_percent:g}",
+        f"{theirs.paper_latency_s:.2f}",
+        paper_saved,
+    ]
 
 
 def _kernel_cells(gain: Gain) -> list[str]:
     one, row = gain.after, gain.after.row
-    times = [milliseconds(gain.before.ms("projector")), milliseconds(one.ms("projector")), f"{gain.projector_speedup:.1f}x"]
+    times = [
+        milliseconds(gain.before.ms("projector")),
+        milliseconds(one.ms("projector")),
+        f"{gain.projector_speedup:.1f}x",
+    ]
     errors = [f"{row['error']:.1e}", f"{row['error_plain']:.1e}", str(row["checked_frames"])]
     return [one.title, str(one.frames), *times, percent(gain.saved_percent), figures.between(gain.saved), *errors]
 
@@ -104,13 +126,20 @@ def _parts_table(gains: list[Gain]) -> dict:
     rows = []
     for gain, one in both:
         parts = [milliseconds(one.parts()[name]) if name in one.parts() else "-" for name in names]
-        rows.append(((gain.after.variant, one.frames), [one.title, str(one.frames), one.projector, *parts, milliseconds(one.ms("projector"))]))
+        rows.append(
+            (
+                (gain.after.variant, one.frames),
+                [one.title, str(one.frames), one.projector, *parts, milliseconds(one.ms("projector"))],
+            )
+        )
     return {"head": ["variant", "frames", "projector", *names, "all"], "rows": _lines(rows)}
 
 
 def _cold_lines(rows: list[Row]) -> list[dict]:
     lines = [
-        [f"build the model: {row['preset']}", str(row["frames"]), *["-"] * 4, milliseconds(row["p50_ms"])] for row in rows if row["stage"] == "build"
+        [f"build the model: {row['preset']}", str(row["frames"]), *["-"] * 4, milliseconds(row["p50_ms"])]
+        for row in rows
+        if row["stage"] == "build"  # of a joined file, several
     ]
     passes: dict[tuple, dict[str, Row]] = {}
     for row in rows:
@@ -119,7 +148,8 @@ def _cold_lines(rows: list[Row]) -> list[dict]:
     for (variant, projector, frames), stages in passes.items():
         title = VARIANTS[variant].title if variant in VARIANTS else variant
         name = title if projector == "vila" else f"{title}, {projector} projector"
-        times = [milliseconds(stages[stage]["p50_ms"]) if stage in stages else "-" for stage in ("preprocess", *TO_FIRST_TOKEN, "total")]
+        taken = {stage: milliseconds(row["p50_ms"]) for stage, row in stages.items()}
+        times = [taken.get(stage, "-") for stage in ("preprocess", *TO_FIRST_TOKEN, "total")]
         lines.append([f"first pass: {name}", str(frames), *times])
     return _lines([(0, cells) for cells in lines])
 
@@ -132,7 +162,15 @@ def _paper_lines() -> list[dict]:
     rows = paper.TABLE_13
     return _lines(
         [
-            (r.frames, [str(r.frames), f"{r.compression}x", *(cell(r, s) for s in ("vision", "projector", "language")), f"{r.total:,.0f}"])
+            (
+                r.frames,
+                [
+                    str(r.frames),
+                    f"{r.compression}x",
+                    *(cell(r, s) for s in ("vision", "projector", "language")),
+                    f"{r.total:,.0f}",
+                ],
+            )
             for r in rows
         ]
     )
@@ -149,9 +187,9 @@ def _method(rows: list[Row], results: list[Outcome]) -> list[str]:
     busy = f" The machine's load average was {min(loads):.1f} to {max(loads):.1f}." if loads else ""
     return [
         "Every figure is a median; results.json has the 20th and 80th percentiles and each round's time too." + busy,
-        f"Timed rounds: {times('total')}, after one to warm up. In a round the video is decoded, preprocessed and encoded "
-        "once, for every variant gets the same image tokens; then all variants with all their projectors take turns. "
-        "Savings are made within rounds; what stands behind ± is half of how far the rounds are apart.",
+        f"Timed rounds: {times('total')}, after one to warm up. In a round the video is decoded, preprocessed and "
+        "encoded once, for every variant gets the same image tokens; then all variants with all their projectors take "
+        "turns. Savings are made within rounds; what stands behind ± is half of how far the rounds are apart.",
         f"A saving is not reliable (a question mark) where its rounds are more than {reliability.MOST_POINTS:g} points "
         f"apart, a speed-up where they are more than {reliability.MOST_PERCENT:g} % apart, both where the program's "
         f"threads waited for a core for more than {reliability.MOST_WAITED_PERCENT:g} % of their time, or where there "
@@ -180,7 +218,8 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        spoilt = f"{folder / 'results.json'} does not hold whole rows of storm_benchmarks.e2e: {type(error).__name__} {error}"
+        what = f"{type(error).__name__} {error}"
+        spoilt = f"{folder / 'results.json'} does not hold whole rows of storm_benchmarks.e2e: {what}"
         print(f"error: {error if isinstance(error, ValueError) else spoilt}", file=sys.stderr)
         return 2
     return 0

@@ -1,4 +1,5 @@
-"""What the rows of `storm_benchmarks.e2e` say: one `Outcome` for each variant, projector and number of frames, and the gains between them.
+"""What the rows of `storm_benchmarks.e2e` say: one `Outcome` for each variant, projector and number of frames, and
+the gains between them.
 
 Shared by the console table, the charts and the report, so that all three give the same figures.
 """
@@ -13,15 +14,16 @@ from storm_model.config import VARIANTS
 from ..harness import Row
 from . import reliability
 
-# The stages of time to first token, in order; decode and preprocess come before it (the paper's definition: docs/spec.md).
+# The stages of time to first token, in order; decode and preprocess come before it (the paper's definition:
+# docs/spec.md).
 TO_FIRST_TOKEN = ("vision", "projector", "prefill")
 BEFORE = ("decode", "preprocess")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished measurement. ``stages`` maps a stage ("projector/scan", "total", and what all variants share: "vision") to its row; times are
-    medians in ms."""
+    """A finished measurement. ``stages`` maps a stage ("projector/scan", "total", and what all variants share:
+    "vision") to its row; times are medians in ms."""
 
     frames: int
     variant: str
@@ -56,7 +58,8 @@ class Outcome:
 
     def parts(self) -> dict[str, float]:
         """The projector's parts, in ms."""
-        return {name.partition("/")[2]: row["p50_ms"] for name, row in self.stages.items() if name.startswith("projector/")}
+        names = [name for name in self.stages if name.startswith("projector/")]
+        return {name.partition("/")[2]: self.ms(name) for name in names}
 
 
 def outcomes(rows: list[Row]) -> list[Outcome]:
@@ -89,11 +92,13 @@ def cold_rows(rows: list[Row]) -> list[Row]:
 
 def by_frames(results: list[Outcome]) -> dict[int, list[Outcome]]:
     """frames -> outcomes, fewest frames first."""
-    return {frames: [one for one in results if one.frames == frames] for frames in sorted({one.frames for one in results})}
+    counts = sorted({one.frames for one in results})
+    return {frames: [one for one in results if one.frames == frames] for frames in counts}
 
 
 def find(results: list[Outcome], frames: int, variant: str, projector: str) -> Outcome | None:
-    return next((one for one in results if (one.frames, one.variant, one.projector) == (frames, variant, projector)), None)
+    wanted = (frames, variant, projector)
+    return next((one for one in results if (one.frames, one.variant, one.projector) == wanted), None)
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,8 @@ class Gain:
     def _ratios(self, stage: str) -> list[float]:
         if not self._together:
             return [self.after.ms(stage) / self.before.ms(stage)]
-        return [after / before for before, after in zip(self.before.rounds(stage), self.after.rounds(stage), strict=True)]
+        pairs = zip(self.before.rounds(stage), self.after.rounds(stage), strict=True)
+        return [after / before for before, after in pairs]
 
     @property
     def saved(self) -> list[float]:
@@ -171,7 +177,8 @@ def paper_saved_percent(variant: str) -> float | None:
 
 
 def with_reliability(rows: list[Row]) -> list[Row]:
-    """The same rows, the column `not_reliable` of each measurement's "total" filled: why figures made from it must not be believed, or None."""
+    """The same rows, the column `not_reliable` of each measurement's "total" filled: why figures made from it must
+    not be believed, or None."""
     results = outcomes(rows)
     speedups = {(gain.after.frames, gain.after.variant): gain.speedup_not_reliable for gain in kernel_gains(results)}
     for one in results:
@@ -183,23 +190,25 @@ def with_reliability(rows: list[Row]) -> list[Row]:
 
 
 def losses(results: list[Outcome]) -> list[str]:
-    """Where ours is not better, in words: total time, and each part of the projector that the fused one does more slowly."""
+    """Where ours is not better, in words: total time, and each part of the projector that the fused one does more
+    slowly."""
     found = []
     for gain in token_gains(results):
         if gain.saved_percent <= 0:
-            found.append(
-                f"{gain.after.title}, {gain.after.frames} frames: {-gain.saved_percent:.1f} % more time to first token than the VILA baseline"
-                f"{_doubt(gain.not_reliable)}."
-            )
+            more = f"{-gain.saved_percent:.1f} % more time to first token than the VILA baseline"
+            found.append(f"{gain.after.title}, {gain.after.frames} frames: {more}{_doubt(gain.not_reliable)}.")
     for gain in kernel_gains(results):
         where = f"{gain.after.title}, {gain.after.frames} frames"
         if gain.saved_percent <= 0:
             more = f"{-gain.saved_percent:.1f} % more in total than the reference"
             found.append(f"{where}: the fused projector costs {more}{_doubt(gain.not_reliable)}.")
         reference, fused = gain.before.parts(), gain.after.parts()
-        slower = [f"{part} {fused[part] / reference[part]:.2f}x" for part in fused if part in reference and fused[part] > 1.05 * reference[part]]
+        ratios = {part: fused[part] / reference[part] for part in fused if part in reference}
+        slower = [f"{part} {ratio:.2f}x" for part, ratio in ratios.items() if ratio > 1.05]
         if slower:
-            found.append(f"{where}: parts of the fused projector that take longer than the reference's: {', '.join(slower)}.")
+            found.append(
+                f"{where}: parts of the fused projector that take longer than the reference's: {', '.join(slower)}.",
+            )
     return found
 
 

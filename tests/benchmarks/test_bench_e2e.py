@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import av
 import numpy as np
@@ -62,7 +63,10 @@ def test_a_whole_run(job, clip, tmp_path, capsys):
     rows = load_rows(out / "results.json")
     results = summary.outcomes(rows)
     assert summary.finished(rows)
-    kinds = [("vila", "vila"), *((name, kind) for name in ("storm", "storm-tp-sp-ts") for kind in ("reference", "fused"))]
+    kinds = [
+        ("vila", "vila"),
+        *((name, kind) for name in ("storm", "storm-tp-sp-ts") for kind in ("reference", "fused")),
+    ]
     assert [(one.frames, one.variant, one.projector) for one in results] == [(frames, *kind) for frames in (4, 8) for kind in kinds]
     for one in results:
         grid = TokenGrid(one.frames, 2, 2)
@@ -81,10 +85,26 @@ def test_a_whole_run(job, clip, tmp_path, capsys):
             assert 0 < one.row["error"] <= 1.25 * one.row["error_plain"]
             assert one.row["backend"] in one.row["ran"]
         if one.projector != "vila":
-            assert {"downsample", "norm", "in_proj", "conv", "x_proj", "dt_proj", "scan", "out_proj"} <= set(one.parts())
-    assert {row["stage"] for row in summary.cold_rows(rows)} == {"build", "preprocess", "vision", "projector", "prefill", "total"}
+            assert {"downsample", "norm", "in_proj", "conv", "x_proj", "dt_proj", "scan", "out_proj"} <= set(
+                one.parts(),
+            )
+    assert {row["stage"] for row in summary.cold_rows(rows)} == {
+        "build",
+        "preprocess",
+        "vision",
+        "projector",
+        "prefill",
+        "total",
+    }
     assert {row["projector"] for row in summary.cold_rows(rows)} == {None, "vila", "reference", "fused"}
-    assert set(os.listdir(out)) - {".lock"} == {"results.json", "report.html", "stages-4.png", "stages-8.png", "latency.png", "trace.json.gz"}
+    assert set(os.listdir(out)) - {".lock"} == {
+        "results.json",
+        "report.html",
+        "stages-4.png",
+        "stages-8.png",
+        "latency.png",
+        "trace.json.gz",
+    }
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;&amp;&#39;clip&#39;.mp4" in page
     assert clip.name not in page
@@ -153,10 +173,15 @@ def test_each_round_has_every_contender_once(job, tmp_path, monkeypatch):
     turns = []
     first_token = models_of_e2e.Models.first_token
     monkeypatch.setattr(
-        models_of_e2e.Models, "first_token", lambda self, variant, kind, x: (turns.append((variant.name, kind)), first_token(self, variant, kind, x))
+        models_of_e2e.Models,
+        "first_token",
+        lambda self, variant, kind, x: (turns.append((variant.name, kind)), first_token(self, variant, kind, x)),
     )
     assert job("--frames", 2, "--variants", "vila,storm,storm-ts", "--repeat", 2, "--out", tmp_path) == 0
-    contenders = [("vila", "vila"), *((name, kind) for name in ("storm", "storm-ts") for kind in ("reference", "fused"))]
+    contenders = [
+        ("vila", "vila"),
+        *((name, kind) for name in ("storm", "storm-ts") for kind in ("reference", "fused")),
+    ]
     assert turns[-3 * len(contenders) :] == contenders * 3
 
 
@@ -217,11 +242,19 @@ def test_a_full_disk_is_one_line_and_the_rows_before_it_are_kept(job, tmp_path, 
 
 def test_a_full_file_system(job, tmp_path, monkeypatch, capsys):
     """A file system of 64 KiB, filled after the first round."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path],
+        capture_output=True,
+        text=True,
+    )
     if mounted.returncode:
         pytest.skip(f"this user may not mount a small file system: {mounted.stderr.strip()}")
     try:
-        stopping_in_round(1, lambda: (tmp_path / "filler").write_bytes(bytes(os.statvfs(tmp_path).f_bavail * 4096)), monkeypatch)
+        stopping_in_round(
+            1,
+            lambda: (tmp_path / "filler").write_bytes(bytes(os.statvfs(tmp_path).f_bavail * 4096)),
+            monkeypatch,
+        )
         assert job("--frames", 2, "--variants", "vila", "--repeat", 3, "--out", tmp_path) == 1
         told = capsys.readouterr().err
         assert told == f"error: cannot write {tmp_path}/results.json: No space left on device; what was written before is kept\n"
@@ -242,7 +275,11 @@ def test_a_folder_that_vanishes_is_made_again_with_all_rows(job, tmp_path, monke
 
 def test_a_wrong_projector_is_not_timed(job, tmp_path, monkeypatch, capsys):
     forward = storm_kernels.TemporalProjector.forward
-    monkeypatch.setattr(storm_kernels.TemporalProjector, "forward", lambda self, *arguments: forward(self, *arguments) * 1.001)
+    monkeypatch.setattr(
+        storm_kernels.TemporalProjector,
+        "forward",
+        lambda self, *arguments: forward(self, *arguments) * 1.001,
+    )
     assert job("--frames", 2, "--variants", "vila,storm-ts", "--repeat", 1, "--out", tmp_path) == 1
     assert summary.outcomes(load_rows(tmp_path / "results.json")) == []
     assert "fused projector of STORM + T. sampling" in capsys.readouterr().err
@@ -295,13 +332,37 @@ def test_more_frames_than_memory_holds_are_refused_before_the_work(job, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_no_line_about_what_a_library_will_drop(job, tmp_path, monkeypatch):
+    begin = pipeline.Run._begin
+
+    def outdated(self, frames):
+        warnings.warn("will be removed", FutureWarning, stacklevel=1)
+        return begin(self, frames)
+
+    monkeypatch.setattr(pipeline.Run, "_begin", outdated)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert job("--frames", 1, "--variants", "vila", "--repeat", 1, "--out", tmp_path) == 0
+    assert not [one for one in seen if issubclass(one.category, (FutureWarning, DeprecationWarning))]
+
+
 def test_weights_count_as_memory(monkeypatch):
     """storm-7b in float32 on a machine with 21 GiB free: its weights alone are 31."""
     settings = pipeline.Settings(
-        options.bikes_clip(), models.preset("storm-7b"), (8,), options.variants("vila,storm"), ("fused",), "cpu", torch.float32, 1
+        options.bikes_clip(),
+        models.preset("storm-7b"),
+        (8,),
+        options.variants("vila,storm"),
+        ("fused",),
+        "cpu",
+        torch.float32,
+        1,
     )
     monkeypatch.setattr(environment, "available_memory", lambda device: 21 * 2**30)
-    with pytest.raises(options.BadRequest, match=r"storm-7b in float32 \(weights 31\.\d GiB\) and 8 frames .* which has 21\.0 GiB free"):
+    with pytest.raises(
+        options.BadRequest,
+        match=r"storm-7b in float32 \(weights 31\.\d GiB\) and 8 frames .* which has 21\.0 GiB free",
+    ):
         options.check_memory(settings)
     monkeypatch.setattr(environment, "available_memory", lambda device: 40 * 2**30)
     options.check_memory(settings)

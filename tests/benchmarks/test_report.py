@@ -15,9 +15,28 @@ def rows_of(variant, projector, frames, vision, projector_ms, prefill, noise=(1.
     """The rows of one finished measurement in three rounds; in each all times are multiplied by its noise."""
 
     def row(stage, ms, **columns):
-        what = {"preset": "p<i>", "clip": CLIP, "looped": frames > 100, "frames": frames, "stage": stage, "variant": variant, "projector": projector}
+        what = {
+            "preset": "p<i>",
+            "clip": CLIP,
+            "looped": frames > 100,
+            "frames": frames,
+            "stage": stage,
+            "variant": variant,
+            "projector": projector,
+        }
         rounds = [ms * factor for factor in noise]
-        return harness.row("e2e", "cpu", "forward", f"frames={frames}", torch.float32, rounds, device="cpu", rounds_ms=rounds, **what, **columns)
+        return harness.row(
+            "e2e",
+            "cpu",
+            "forward",
+            f"frames={frames}",
+            torch.float32,
+            rounds,
+            device="cpu",
+            rounds_ms=rounds,
+            **what,
+            **columns,
+        )
 
     shared = {**row("vision", vision), "variant": None, "projector": None}
     kept = {"tokens": 10, "kept_percent": 12.5}
@@ -116,7 +135,8 @@ def test_unfinished_measurements_are_left_out_and_repeated_ones_counted_once():
 
 
 def gains(*noises, **columns):
-    """A baseline that takes 400 ms in each round and a reduced variant of 200 ms, each with its noise by round -> the one gain."""
+    """A baseline that takes 400 ms in each round and a reduced variant of 200 ms, each with its noise by round -> the
+    one gain."""
     baseline, reduced = (
         rows_of(*names, 32, 100, 10, prefill, noise, **columns)
         for names, prefill, noise in zip((("vila", "vila"), ("storm", "reference")), (290, 90), noises, strict=True)
@@ -157,7 +177,10 @@ def test_a_busy_machine_is_not_reliable(columns, reason):
 
 
 def test_the_first_card_and_the_charts_say_that_they_are_not_reliable():
-    noisy = [*rows_of("vila", "vila", 32, 100, 10, 290), *rows_of("storm-tp-ts", "reference", 32, 100, 50, 50, (1, 1.3, 1))]
+    noisy = [
+        *rows_of("vila", "vila", 32, 100, 10, 290),
+        *rows_of("storm-tp-ts", "reference", 32, 100, 50, 50, (1, 1.3, 1)),
+    ]
     rows = summary.with_reliability(noisy)
     text = text_of(report.render(rows, {}))
     assert "Fewer tokens not reliable: rounds from 35.0 to 50.0 % less 50.0 % less" in text
@@ -171,14 +194,24 @@ def test_one_round_and_rounds_of_two_runs_are_not_reliable():
     (gain,) = summary.token_gains(summary.outcomes(summary.with_reliability(one)))
     assert gain.not_reliable == "one round says nothing about its spread"
     assert {row["not_reliable"] for row in one if row["stage"] == "total"} == {"one round only"}
-    joined = [*rows_of("vila", "vila", 32, 100, 10, 290, rounds_from="a"), *rows_of("storm", "reference", 32, 100, 10, 90, rounds_from="b")]
+    joined = [
+        *rows_of("vila", "vila", 32, 100, 10, 290, rounds_from="a"),
+        *rows_of("storm", "reference", 32, 100, 10, 90, rounds_from="b"),
+    ]
     (gain,) = summary.token_gains(summary.outcomes(joined))
     assert gain.not_reliable == "not measured in the same rounds"
 
 
 @pytest.mark.parametrize(
     "content",
-    [None, b"", b"{}", b"\xff", b'[{"p50_ms": 1}]', b'[{"p50_ms": 1, "op": "e2e", "mode": "forward", "stage": "total", "variant": "vila"}]'],
+    [
+        None,
+        b"",
+        b"{}",
+        b"\xff",
+        b'[{"p50_ms": 1}]',
+        b'[{"p50_ms": 1, "op": "e2e", "mode": "forward", "stage": "total", "variant": "vila"}]',
+    ],
 )
 def test_a_spoilt_file_is_one_line_that_names_it(tmp_path, capsys, content):
     if content is not None:
