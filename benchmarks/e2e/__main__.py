@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 from storm_model import config as models
 from storm_model.parts import FLOATS
-from storm_model.video import StormVideoError, probe
+from storm_model.video import StormVideoError
 
 from .. import environment
 from ..harness import CheckFailed, Rows
@@ -36,6 +36,10 @@ def main(
     ] = None,
     preset: Annotated[str, typer.Option(help=", ".join(models.PRESETS))] = "storm-mini",
     frames: Annotated[str, typer.Option(help="Numbers of frames, comma between.")] = "32,128",
+    size: Annotated[
+        str,
+        typer.Option(help="What frames are resized to as they are decoded: encoder, file (not), 448, 360x640."),
+    ] = "encoder",
     variants: Annotated[
         str,
         typer.Option(help=f"all, or some of {', '.join(models.VARIANTS)}, comma between."),
@@ -60,9 +64,10 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Output folder; without it, a new one under out/e2e.")] = None,
 ) -> None:
     """Time a video through the complete model, variant by variant, stage by stage."""
+    config = options.asked("preset", models.preset, preset)
     settings = pipeline.Settings(
-        video=options.video(video),
-        config=options.asked("preset", models.preset, preset),
+        clip=options.clip(video, options.size(size, config.vision.image_size)),
+        config=config,
         frames=options.frames(frames),
         variants=options.variants(variants),
         projectors=options.one_of("projector", projector, options.PROJECTORS),
@@ -101,14 +106,13 @@ def run_and_write(settings: pipeline.Settings, rows: Rows, folder: Path, trace: 
 
 
 def _say_what_runs(settings: pipeline.Settings, folder: Path) -> None:
-    info = probe(settings.video)
-    looped = [n for n in settings.frames if n > info.frames]
-    film = f"{info.path.name} ({info.width}x{info.height}, {info.frames} frames, {info.duration_s:.1f} s)"
+    clip = settings.clip
+    looped = [n for n in settings.frames if n > clip.info.frames]
     dtype = str(settings.dtype).removeprefix("torch.")
     where = f"{dtype}, {environment.device_name(settings.device)}"
-    say(f"{settings.config.name} on {film}, {', '.join(map(str, settings.frames))} frames, {where}\noutput: {folder}")
+    say(f"{settings.config.name} on {clip}, {', '.join(map(str, settings.frames))} frames, {where}\noutput: {folder}")
     if looped:
-        say(f"The clip has {info.frames} frames: it is looped for {', '.join(map(str, looped))}.", style="yellow")
+        say(f"The clip has {clip.info.frames} frames: it is looped for {', '.join(map(str, looped))}.", style="yellow")
 
 
 def cli(arguments: list[str] | None = None, prog: str = "python -m storm_benchmarks.e2e") -> int:

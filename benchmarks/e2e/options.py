@@ -11,13 +11,15 @@ from pathlib import Path
 import filelock
 import torch
 from storm_model import config as models
-from storm_model.video import StormVideoError, bikes_clip, probe
+from storm_model.video import StormVideoError, bikes_clip
 
 from .. import environment
 from ..harness import Rows
+from .clip import Clip
 from .models import weight_bytes
 from .pipeline import Settings
 
+MAX_SIDE = 8192  # pixels
 PROJECTORS = {"reference": ("reference",), "fused": ("fused",), "both": ("reference", "fused")}
 
 
@@ -25,9 +27,9 @@ class BadRequest(Exception):
     """Something asked for cannot be done: one line that names it and its value."""
 
 
-def video(path: Path | None) -> Path:
+def clip(path: Path | None, size: tuple[int, int] | None) -> Clip:
     try:
-        return probe(path if path is not None else bikes_clip()).path
+        return Clip(path if path is not None else bikes_clip(), size)
     except (StormVideoError, OSError) as error:
         raise BadRequest(f"--video: {error}") from None
 
@@ -55,6 +57,18 @@ def asked(option: str, look_up, name: str):
         raise BadRequest(f"--{option}: {error}") from None
 
 
+def size(text: str, encoder: int) -> tuple[int, int] | None:
+    """ "360x640", "448", "encoder" (a square of ``encoder`` pixels) or "file" -> (height, width), None for the file's own."""
+    if text == "file":
+        return None
+    sides = [str(encoder)] if text == "encoder" else text.lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and 0 < int(side[:6]) <= MAX_SIDE for side in sides):
+        raise BadRequest(
+            f"--size: {text!r} is not encoder, file, a number of pixels or HEIGHTxWIDTH, each up to {MAX_SIDE}",
+        )
+    return int(sides[0]), int(sides[-1])
+
+
 def one_of(option: str, name: str, table: dict):
     if name not in table:
         raise BadRequest(f"--{option}: {name!r} does not exist; there are: {', '.join(table)}")
@@ -78,10 +92,10 @@ def device(name: str | None) -> str:
 def check_memory(settings: Settings) -> None:
     """Weights, decoded frames, pixels and image tokens alone must fit: a lower bound of what is needed, told before
     the long work."""
-    most, vision, info = max(settings.frames), settings.config.vision, probe(settings.video)
+    most, vision = max(settings.frames), settings.config.vision
     weights = weight_bytes(settings.config, settings.dtype, settings.variants)
     bytes_each = torch.finfo(settings.dtype).bits // 8
-    needed = {"cpu": most * 3 * info.width * info.height}
+    needed = {"cpu": most * settings.clip.frame_bytes}
     tokens_and_pixels = most * bytes_each * (3 * vision.image_size**2 + vision.patches_per_side**2 * vision.width)
     needed[settings.device] = needed.get(settings.device, 0) + weights + tokens_and_pixels
     dtype = str(settings.dtype).removeprefix("torch.")
@@ -90,7 +104,7 @@ def check_memory(settings: Settings) -> None:
         if there is not None and size > there:
             with_weights = f" in {dtype} (weights {weights / 2**30:.1f} GiB)" if where == settings.device else ""
             raise BadRequest(
-                f"--preset, --frames: {settings.config.name}{with_weights} and {most} frames of {info.path.name} need "
+                f"--preset, --frames: {settings.config.name}{with_weights} and {most} frames of {settings.clip.name} need "
                 f"more than {size / 2**30:,.1f} GiB on {where}, which has {there / 2**30:,.1f} GiB free"
             )
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from storm_model.config import ModelConfig, Variant
-from storm_model.video import SampledVideo, sample_frames
+from storm_model.video import SampledVideo
 from torch import Tensor
 
 import storm_kernels
@@ -35,6 +35,7 @@ from .. import environment, harness
 from ..harness import MemoryMeter, Row, Rows
 from . import models, summary
 from .check import ProjectorCheck
+from .clip import Clip
 from .reliability import Waiting
 from .stages import StageClock
 
@@ -45,7 +46,7 @@ REFERENCE_SLOWNESS = 10
 
 @dataclass(frozen=True)
 class Settings:
-    video: Path
+    clip: Clip
     config: ModelConfig
     frames: tuple[int, ...]
     variants: tuple[Variant, ...]
@@ -135,7 +136,7 @@ class Run:
 
     def _decode(self, frames: int) -> SampledVideo:
         self.progress.says(f"{frames} frames: decode")
-        return sample_frames(self.settings.video, frames)
+        return self.settings.clip.sample(frames)
 
     def _cold_start(self) -> None:
         """Build the model, then the first pass with each kind of projector; rows of mode "cold"."""
@@ -250,7 +251,7 @@ class Run:
     def trace(self, path: Path) -> None:
         """One pass of the last variant with each of its kinds of projector, at the fewest frames, as a Perfetto
         trace. After `measure`."""
-        video, last = sample_frames(self.settings.video, self.settings.frames[0]), self.settings.variants[-1]
+        video, last = self.settings.clip.sample(self.settings.frames[0]), self.settings.variants[-1]
         with torch.profiler.profile() as profiler, recording(torch.profiler.record_function):
             for variant, kind in self.settings.contenders():
                 if variant is last:
@@ -284,7 +285,7 @@ class Run:
     ) -> Row:
         what = {
             "preset": self.settings.config.name,
-            "clip": Path(self.settings.video).name,
+            "clip": self.settings.clip.name,
             "looped": looped,
             "frames": frames,
             "stage": stage,

@@ -294,6 +294,8 @@ def test_a_wrong_projector_is_not_timed(job, tmp_path, monkeypatch, capsys):
         (["--frames", ""], "''"),
         (["--frames", "1000000000"], "'1000000000' is not a whole number from 1 to 65536"),
         (["--frames", "9" * 5000], "is not a whole number"),
+        (["--size", "0"], "'0' is not encoder, file, a number of pixels or HEIGHTxWIDTH, each up to 8192"),
+        (["--size", "3x4x5"], "'3x4x5'"),
         (["--preset", "storm-9b"], "'storm-9b' does not exist; there are: storm-7b, storm-8b"),
         (["--variants", "vila,storm-xx"], "'storm-xx' does not exist; there are: vila, storm, storm-ts"),
         (["--projector", "fast"], "'fast' does not exist; there are: reference, fused, both"),
@@ -332,6 +334,22 @@ def test_more_frames_than_memory_holds_are_refused_before_the_work(job, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [("encoder", (56, 56)), ("file", (48, 64)), ("20x30", (20, 30)), ("24", (24, 24))],
+)
+def test_frames_are_decoded_at_the_size_that_was_asked_for(job, tmp_path, monkeypatch, size, shape):
+    seen = []
+    pixels = models_of_e2e.Models.pixels
+    monkeypatch.setattr(
+        models_of_e2e.Models,
+        "pixels",
+        lambda self, x: (seen.append(tuple(x.shape)), pixels(self, x))[1],
+    )
+    assert job("--frames", 2, "--variants", "vila", "--repeat", 1, "--size", size, "--out", tmp_path) == 0
+    assert set(seen) == {(2, *shape, 3)}
+
+
 def test_no_line_about_what_a_library_will_drop(job, tmp_path, monkeypatch):
     begin = pipeline.Run._begin
 
@@ -349,7 +367,7 @@ def test_no_line_about_what_a_library_will_drop(job, tmp_path, monkeypatch):
 def test_weights_count_as_memory(monkeypatch):
     """storm-7b in float32 on a machine with 21 GiB free: its weights alone are 31."""
     settings = pipeline.Settings(
-        options.bikes_clip(),
+        options.clip(None, None),
         models.preset("storm-7b"),
         (8,),
         options.variants("vila,storm"),
