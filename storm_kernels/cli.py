@@ -21,7 +21,7 @@ from . import __version__, verify
 from .backends import dispatch
 
 # Of storm_benchmarks, which is imported when one of them is asked for.
-SUBJECTS = ("scan", "conv", "reduce", "projector", "prefill")
+SUBJECTS = ("scan", "conv", "reduce", "projector", "prefill", "decode")
 EXTRAS = "storm-kernels[model,bench]"
 
 

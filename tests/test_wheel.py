@@ -97,7 +97,7 @@ def test_a_benchmark_runs(installed):
     assert rows.exists()
 
 
-@pytest.mark.parametrize(("command", "missing"), [("profile", "typer"), ("bench scan", "rich")])
+@pytest.mark.parametrize(("command", "missing"), [("profile", "typer"), ("bench scan", "rich"), ("bench decode", "av")])
 def test_what_is_not_installed_is_one_line_that_names_the_extra(installed, command, missing):
     done = run(installed, installed / "bin" / "storm-kernels", *command.split(), without=[missing])
     assert done.returncode == 2

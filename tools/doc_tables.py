@@ -203,7 +203,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "backends": backends,
     "highlights": highlights,
     "e2e": end_to_end,
-    **{name: (lambda name=name: measurements(name)) for name in ("scan", "conv", "projector", "prefill")},
+    **{name: (lambda name=name: measurements(name)) for name in ("scan", "conv", "projector", "prefill", "decode")},
 }
 
 
