@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from storm_model.video import SampledVideo, VideoInfo, probe, sample_frames
+
+from ..harness import Row
 
 
 class Clip:
@@ -16,7 +19,9 @@ class Clip:
 
     def __init__(self, path: Path, size: tuple[int, int] | None = None):
         self.size = size
+        start = time.perf_counter()
         self.info: VideoInfo = probe(path)
+        self.open_ms = (time.perf_counter() - start) * 1e3
 
     @property
     def name(self) -> str:
@@ -31,6 +36,10 @@ class Clip:
     def sample(self, frames: int) -> SampledVideo:
         """``frames`` of it at even distances. Recorded as "decode"."""
         return sample_frames(self.info.path, frames, size=self.size)
+
+    def decoding(self, video: SampledVideo) -> Row:
+        """The columns of what finding these frames cost: `wanted_frames`, different ones, and `decoded_frames`."""
+        return {"wanted_frames": len(set(video.indices)), "decoded_frames": self.info.frames}
 
     def __str__(self) -> str:
         info = self.info

@@ -87,7 +87,7 @@ def show(rows: list[dict]) -> None:
     if not results:
         return
     say(
-        "TP, SP: temporal and spatial pooling; TS: temporal sampling. vs VILA: the median of the rounds; ?: not reliable.",
+        "TP, SP: temporal and spatial pooling; TS: temporal sampling. vs VILA: median of the rounds; ?: not reliable.",
     )
     for card in figures.cards(results):
         say(f"{card.name}: {card.figure} ({card.spread}), {card.from_to}. {card.note}")

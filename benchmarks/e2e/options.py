@@ -58,7 +58,8 @@ def asked(option: str, look_up, name: str):
 
 
 def size(text: str, encoder: int) -> tuple[int, int] | None:
-    """ "360x640", "448", "encoder" (a square of ``encoder`` pixels) or "file" -> (height, width), None for the file's own."""
+    """ "360x640", "448", "encoder" (a square of ``encoder`` pixels) or "file" -> (height, width), None for the file's
+    own."""
     if text == "file":
         return None
     sides = [str(encoder)] if text == "encoder" else text.lower().split("x")
@@ -104,8 +105,8 @@ def check_memory(settings: Settings) -> None:
         if there is not None and size > there:
             with_weights = f" in {dtype} (weights {weights / 2**30:.1f} GiB)" if where == settings.device else ""
             raise BadRequest(
-                f"--preset, --frames: {settings.config.name}{with_weights} and {most} frames of {settings.clip.name} need "
-                f"more than {size / 2**30:,.1f} GiB on {where}, which has {there / 2**30:,.1f} GiB free"
+                f"--preset, --frames: {settings.config.name}{with_weights} and {most} frames of {settings.clip.name} "
+                f"need more than {size / 2**30:,.1f} GiB on {where}, which has {there / 2**30:,.1f} GiB free"
             )
 
 

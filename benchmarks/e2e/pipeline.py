@@ -6,14 +6,15 @@ projector take turns at projector and prefill. So whatever disturbs the machine 
 within rounds. Before the first round every fused projector's output on this video is checked against float64. After
 each round the rows so far are written.
 
-Rows have the columns of harness.py and: preset, clip, looped (the clip is
-shorter than the frames asked for), frames, stage ("vision", "projector/scan", ...; "total" is time to first token:
-vision + projector + prefill; "wait" is decode + preprocess + total), variant and projector ("vila", "reference",
-"fused"; both null in what all variants share), rounds_ms (one time a round), tokens (video tokens to the LLM),
-kept_percent, checked_frames (of the check), ran (which backend ran each operation of the fused projector; `backend`
-is the scan's). Rows of stage "total" also: rounds_from (when the first round began; equal in all that took turns),
-waited_percent and cores (reliability.py), not_reliable (why the figures must not be believed, or null). The last row
-of a run that came to its end has the stage "run" and the mode "whole".
+Rows have the columns of harness.py and: preset, clip, looped (the clip is shorter than the frames asked for), frames,
+stage ("vision", "projector/scan", ...; "total" is time to first token: vision + projector + prefill; "wait" is decode
++ preprocess + total), variant and projector ("vila", "reference", "fused"; both null in what all variants share),
+rounds_ms (one time a round), tokens (video tokens to the LLM), kept_percent, checked_frames (of the check), ran
+(which backend ran each operation of the fused projector; `backend` is the scan's). Rows of stage "decode" also:
+wanted_frames (different ones) and decoded_frames (to find them). Rows of stage "total" also: rounds_from (when the
+first round began; equal in all that took turns), waited_percent and cores (reliability.py), not_reliable (why the
+figures must not be believed, or null). The last row of a run that came to its end has the stage "run" and the mode
+"whole".
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ class Rounds:
     frames: int
     looped: bool
     began: str
+    decoding: Row  # columns of the row of stage "decode"
     vision_memory: Row = field(default_factory=dict)
     columns: dict[tuple[str, str], Row] = field(default_factory=dict)
     shared: list[Times] = field(default_factory=list)
@@ -142,6 +144,7 @@ class Run:
         """Build the model, then the first pass with each kind of projector; rows of mode "cold"."""
         video = self._decode(self.settings.frames[0])
         frames, looped = len(video.indices), video.looped
+        self.rows.append(self._row("open", frames, looped, [self.settings.clip.open_ms], mode="cold"))
         self.progress.says("build the model")
         start = time.perf_counter()
         for variant, kind in self.settings.first_of_each_kind():
@@ -184,7 +187,7 @@ class Run:
         """Warm up and measure the memory of vision; check every fused projector on the image tokens, which are
         returned too."""
         video = self._decode(frames)
-        found = Rounds(frames, video.looped, environment.now())
+        found = Rounds(frames, video.looped, environment.now(), self.settings.clip.decoding(video))
         self.progress.says(f"{frames} frames, warm-up: preprocess and vision")
         with MemoryMeter(self.settings.device) as memory:
             features = self.models.encode(video.frames)
@@ -228,7 +231,9 @@ class Run:
         return memories
 
     def _rows_of(self, found: Rounds, waited: Row) -> list[Row]:
-        rows = [self._timed_row(stage, found, [one[stage] for one in found.shared]) for stage in found.shared[0]]
+        times = {stage: [one[stage] for one in found.shared] for stage in found.shared[0]}
+        more = {"decode": found.decoding}
+        rows = [self._timed_row(stage, found, rounds, **more.get(stage, {})) for stage, rounds in times.items()]
         for variant, kind in self.settings.contenders():
             rows += self._rows_of_contender(found, variant, kind, waited)
         return summary.with_reliability(rows)

@@ -54,6 +54,7 @@ def render(rows: list[Row], charts: dict[str, bytes]) -> str:
         kernel_gains=_lines([(gain.after.frames, _kernel_cells(gain)) for gain in kernels]),
         parts=_parts_table(kernels),
         ran=", ".join(sorted({str(gain.after.row.get("ran")) for gain in kernels})),
+        decoding=_decoding_lines(clip),
         losses=summary.losses(results),
         cold=_cold_lines(summary.cold_rows(rows)),
         paper={"model": paper.MODEL, "device": paper.DEVICE, "frames": paper.TABLE_2_FRAMES, "rows": _paper_lines()},
@@ -77,6 +78,16 @@ def _frames_part(frames: int, results: list[Outcome], shared: dict[str, Row]) ->
     before = figures.before(shared)
     rows = _lines([(one.variant, figures.table_cells(results, one, one.title)) for one in results])
     return {"frames": frames, "bars": _bars(results), "rows": rows, "before": f"Before it: {before}." if before else ""}
+
+
+def _decoding_lines(clip: dict[int, dict[str, Row]]) -> list[dict]:
+    lines = []
+    for frames, row in ((frames, stages["decode"]) for frames, stages in sorted(clip.items()) if "decode" in stages):
+        wanted, decoded = row.get("wanted_frames"), row.get("decoded_frames")
+        counts = [f"{wanted:,}", f"{decoded:,}", f"{decoded / wanted:.1f}"] if wanted and decoded else ["-"] * 3
+        times = [milliseconds(row["p50_ms"]), milliseconds(row["p50_ms"] / (wanted or frames))]
+        lines.append((0, [str(frames), *counts, *times]))
+    return _lines(lines)
 
 
 def _bars(results: list[Outcome]) -> list[dict]:
@@ -136,14 +147,16 @@ def _parts_table(gains: list[Gain]) -> dict:
 
 
 def _cold_lines(rows: list[Row]) -> list[dict]:
+    once = {"open": "open and index the file", "build": "build the model"}
     lines = [
-        [f"build the model: {row['preset']}", str(row["frames"]), *["-"] * 4, milliseconds(row["p50_ms"])]
+        [f"{once[row['stage']]}: {row['clip' if row['stage'] == 'open' else 'preset']}", str(row["frames"]), *["-"] * 4]
+        + [milliseconds(row["p50_ms"])]
         for row in rows
-        if row["stage"] == "build"  # of a joined file, several
+        if row["stage"] in once
     ]
     passes: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        if row["stage"] != "build":
+        if row["stage"] not in once:
             passes.setdefault((row["variant"], row["projector"], row["frames"]), {})[row["stage"]] = row
     for (variant, projector, frames), stages in passes.items():
         title = VARIANTS[variant].title if variant in VARIANTS else variant

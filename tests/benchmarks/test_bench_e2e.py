@@ -88,7 +88,11 @@ def test_a_whole_run(job, clip, tmp_path, capsys):
             assert {"downsample", "norm", "in_proj", "conv", "x_proj", "dt_proj", "scan", "out_proj"} <= set(
                 one.parts(),
             )
+    decoding = {frames: stages["decode"] for frames, stages in summary.clip_rows(rows).items()}
+    assert {frames: row["wanted_frames"] for frames, row in decoding.items()} == {4: 4, 8: CLIP_FRAMES}
+    assert all(row["decoded_frames"] >= row["wanted_frames"] for row in decoding.values())
     assert {row["stage"] for row in summary.cold_rows(rows)} == {
+        "open",
         "build",
         "preprocess",
         "vision",

@@ -39,8 +39,15 @@ def rows_of(variant, projector, frames, vision, projector_ms, prefill, noise=(1.
         )
 
     shared = {**row("vision", vision), "variant": None, "projector": None}
+    decode = {**shared, **row("decode", 3 * frames, wanted_frames=frames, decoded_frames=10 * frames), "variant": None}
     kept = {"tokens": 10, "kept_percent": 12.5}
-    rows = [shared, row("projector", projector_ms), row("projector/scan", projector_ms / 2), row("prefill", prefill)]
+    rows = [
+        decode,
+        shared,
+        row("projector", projector_ms),
+        row("projector/scan", projector_ms / 2),
+        row("prefill", prefill),
+    ]
     return [*rows, row("total", vision + projector_ms + prefill, **kept, peak_bytes=2**20, held_bytes=2**20, **more)]
 
 
@@ -104,6 +111,12 @@ def test_losses_the_loop_and_the_paper_are_shown(page):
     assert "fewer frames than were asked for (128)" in text
     assert "3,090 (72 %)" in text
     assert all(row["commit"] in text and row["device"] in text for row in ROWS)
+
+
+def test_decoding_has_its_own_table_with_what_finding_frames_cost(page):
+    text = text_of(page)
+    assert "frames wanted decoded decoded per wanted ms ms per wanted 32 32 320 10.0 96 3 128 128 1,280 10.0 384 3 " in text
+    assert "wait" in text and "from decoding to the first token" in text
 
 
 def test_a_stopped_run_says_so_and_an_empty_one_has_a_page():
