@@ -45,7 +45,7 @@ def cards(results: list[Outcome]) -> list[Card]:
     most = max((one.frames for one in results), default=0)
     token = _headline([gain for gain in summary.token_gains(results) if gain.after.frames == most])
     kernel = _headline([gain for gain in summary.kernel_gains(results) if gain.after.frames == most])
-    both = summary.against_vila(results, kernel.after) if kernel else None
+    both = _headline([gain for gain in summary.both_gains(results) if gain.after.frames == most])
     found = []
     if token:
         paper = percent(summary.paper_saved_percent(token.after.variant))
@@ -76,7 +76,7 @@ def cards(results: list[Outcome]) -> list[Card]:
                 kernel.speedup_not_reliable,
             )
         )
-    if token and both and token.after.variant == both.after.variant:
+    if both:
         note = f"{both.after.title}, fused, against the VILA baseline, {most} frames."
         found.append(
             Card(

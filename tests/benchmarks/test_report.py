@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 from storm_benchmarks import harness
-from storm_benchmarks.e2e import plot, report, summary
+from storm_benchmarks.e2e import figures, plot, report, summary
 
 CLIP = '<script>alert("x")</script>.mp4'
 
@@ -102,6 +102,13 @@ def test_the_two_gains_are_apart_and_follow_from_the_rows(page):
     assert "Both together 57.5 % less 2,000 → 850 ms" in text
     assert "not reliable:" not in text
     assert "The paper: 65.0 % less" in text
+
+
+def test_a_run_of_fused_projectors_alone_has_a_headline_too():
+    fused = [row for row in ROWS if row["projector"] != "reference"]
+    (card,) = figures.cards(summary.outcomes(fused))
+    assert (card.name, card.figure, card.not_reliable) == ("Both together", "57.5 % less", None)
+    assert "Both together 57.5 % less" in text_of(report.render(fused, {}))
 
 
 def test_losses_the_loop_and_the_paper_are_shown(page):
