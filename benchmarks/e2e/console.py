@@ -84,6 +84,8 @@ def show(rows: list[dict]) -> None:
     results, shared = summary.outcomes(rows), summary.clip_rows(rows)
     for frames, some in summary.by_frames(results).items():
         console.print(_table(frames, some, shared.get(frames, {})))
+        if doubts := figures.doubts(some):
+            say(f"{frames} frames, not reliable: {doubts}", style="red")
     if not results:
         return
     say(

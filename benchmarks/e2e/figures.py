@@ -119,6 +119,12 @@ def against_vila(results: list[Outcome], one: Outcome) -> str:
     return f"{-gain.saved_percent:+.1f} %{half}{' ?' if gain.not_reliable else ''}"
 
 
+def doubts(results: list[Outcome]) -> str:
+    """Why figures of a table must not be believed: its reasons, each once; "" if they may."""
+    reasons = dict.fromkeys(str(one.row["not_reliable"]) for one in results if one.row.get("not_reliable"))
+    return "; ".join(reasons)
+
+
 def table_cells(results: list[Outcome], one: Outcome, name: str) -> list[str]:
     """One line of the main table, the console's too: the columns of `TABLE_HEAD`."""
     stages = [milliseconds(one.ms(stage)) for stage in TO_FIRST_TOKEN]

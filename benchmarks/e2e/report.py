@@ -77,7 +77,13 @@ def _lines(keyed_cells: list[tuple[object, list[str]]]) -> list[dict]:
 def _frames_part(frames: int, results: list[Outcome], shared: dict[str, Row]) -> dict:
     before = figures.before(shared)
     rows = _lines([(one.variant, figures.table_cells(results, one, one.title)) for one in results])
-    return {"frames": frames, "bars": _bars(results), "rows": rows, "before": f"Before it: {before}." if before else ""}
+    return {
+        "frames": frames,
+        "doubts": figures.doubts(results),
+        "bars": _bars(results),
+        "rows": rows,
+        "before": f"Before it: {before}." if before else "",
+    }
 
 
 def _decoding_lines(clip: dict[int, dict[str, Row]]) -> list[dict]:

@@ -205,6 +205,7 @@ def test_the_first_card_and_the_charts_say_that_they_are_not_reliable():
     text = text_of(report.render(rows, {}))
     assert "Fewer tokens not reliable: rounds from 35.0 to 50.0 % less 50.0 % less" in text
     assert "-50.0 % ±7.5 ?" in text
+    assert "Not reliable: rounds from 35.0 to 50.0 % less." in text
     assert plot.stage_bars(summary.outcomes(rows)).axes[0].get_title("left").endswith("(not reliable)")
     assert "not reliable" not in plot.stage_bars(summary.outcomes(ROWS)[:3]).axes[0].get_title("left")
 
