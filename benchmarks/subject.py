@@ -198,13 +198,14 @@ def _print(what: Measurement, rows: list[Row]) -> None:
         str(what.dtype).removeprefix("torch."),
         (what.limit[0], rows[0]["limit_ms"] if rows else 0),
     )
+    scale, per = ("G", 1e9) if max((row["rate"] for row in rows), default=0) >= 1e6 else ("", 1)
     table = Table(box=box.SIMPLE)
     for column in (
         "",
         "p20 ms",
         "p50 ms",
         "p80 ms",
-        f"G{what.unit}/s",
+        f"{scale}{what.unit}/s",
         "of limit",
         "peak MiB",
         "rms error",
@@ -219,13 +220,13 @@ def _print(what: Measurement, rows: list[Row]) -> None:
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
         times = [f"{row[column]:,.3f}" for column in ("p20_ms", "p50_ms", "p80_ms")]
         rates = [
-            f"{row['rate'] / 1e9:,.3f}",
+            f"{row['rate'] / per:,.3f}",
             f"{100 * row['of_limit']:.1f} %",
             peak,
             f"{row['error']:.1e}" if "error" in row else "-",
         ]
         table.add_row(row["backend"], *times, *rates, "-" if ours is None else f"{row['p50_ms'] / ours:,.1f}x")
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(f"{what.op} {what.mode}, {what.shape}, {dtype}", style="bold", highlight=False, soft_wrap=True)
     console.print(table)
     console.print(f"limit: {limit}, {limit_ms:,.3f} ms", highlight=False)

@@ -54,14 +54,18 @@ def test_what_is_not_installed_is_left_out_with_the_reason(monkeypatch):
     assert "decord left out: No module named 'decord'" in absent
 
 
-def test_a_reader_of_other_frames_is_not_timed(film, monkeypatch):
-    late = lambda path, indices: readers.pyav_seek(path, [index + 1 for index in indices])  # noqa: E731
-    darker = lambda path, indices: (readers.pyav_seek(path, indices) * 0.99).astype(np.uint8)  # noqa: E731
+def test_a_reader_of_other_frames_is_not_timed(film):
     indices = [3, 40, 260]
+    right = film.truth(indices)
+    beside = {step: film.truth([index + step for index in indices]) for step in (-1, 1)}
+    darker = (right * 0.99).astype(np.uint8)
     with pytest.raises(CheckFailed, match="decode by PyAV seek: frame 3 of bikes-20s.mp4 differs"):
-        decode._check("PyAV seek", late, film, indices)
+        decode._check("PyAV seek", beside[1], right, beside, film, indices)
     with pytest.raises(CheckFailed, match="decode by other: frame 3 of bikes-20s.mp4 is nearer to frame 4"):
-        decode._check("other", late, film, indices)
+        decode._check("other", beside[1], right, beside, film, indices)
     with pytest.raises(CheckFailed, match="differs"):
-        decode._check("storm_model", darker, film, indices)
-    assert 0 < decode._check("other", darker, film, indices)["error"] < 3
+        decode._check("storm_model", darker, right, beside, film, indices)
+    with pytest.raises(CheckFailed, match=r"uint8 \(2, 272, 640, 3\) against uint8 \(3, 272, 640, 3\)"):
+        decode._check("other", right[:2], right, beside, film, indices)
+    assert 0 < decode._check("other", darker, right, beside, film, indices)["error"] < 3
+    assert decode._check("PyAV seek", readers.pyav_seek(film.path, indices), right, beside, film, indices)["error"] == 0
