@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from storm_model.video import SampledVideo, VideoInfo, probe, sample_frames
+from storm_model.video import SampledVideo, Video, VideoInfo
 
 from ..harness import Row
 
@@ -20,8 +20,12 @@ class Clip:
     def __init__(self, path: Path, size: tuple[int, int] | None = None):
         self.size = size
         start = time.perf_counter()
-        self.info: VideoInfo = probe(path)
+        self._video = Video(path)
         self.open_ms = (time.perf_counter() - start) * 1e3
+
+    @property
+    def info(self) -> VideoInfo:
+        return self._video.info
 
     @property
     def name(self) -> str:
@@ -35,11 +39,11 @@ class Clip:
 
     def sample(self, frames: int) -> SampledVideo:
         """``frames`` of it at even distances. Recorded as "decode"."""
-        return sample_frames(self.info.path, frames, size=self.size)
+        return self._video.sample(frames, size=self.size)
 
     def decoding(self, video: SampledVideo) -> Row:
         """The columns of what finding these frames cost: `wanted_frames`, different ones, and `decoded_frames`."""
-        return {"wanted_frames": len(set(video.indices)), "decoded_frames": self.info.frames}
+        return {"wanted_frames": len(set(video.indices)), "decoded_frames": video.decoded}
 
     def __str__(self) -> str:
         info = self.info
