@@ -6,7 +6,7 @@ that came from the start of the file. Where that is not certain, `Untrusted` sen
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +16,9 @@ import av
 from av.video.frame import PictureType
 
 from .containers import StormVideoError
+
+# A seek empties the decoder, whose threads are frames ahead: it costs as much as decoding some twenty frames on two cores.
+WORTH_SEEKING = 20
 
 
 class Untrusted(Exception):
@@ -60,6 +63,10 @@ class Times(NamedTuple):
         """Which of ``keys`` the frame at ``pts`` is reached from."""
         return bisect_right(self.keys, pts, key=lambda key: key.pts) - 1
 
+    def skipped(self, now: int, then: int) -> int:
+        """How many frames need no decoding if a seek leads from the frame at ``now`` to the key frame of the one at ``then``."""
+        return bisect_left(self.pts, self.keys[self.group(then)].pts) - bisect_right(self.pts, now)
+
 
 def by_groups(
     container: av.container.InputContainer, stream: av.VideoStream, times: Times, wanted: list[int], path: Path
@@ -84,10 +91,8 @@ def by_groups(
                 raise StormVideoError(f"{path}: the frame at {_seconds(times, wanted[done]):.3f} s is damaged")
             yield decoded, frame
             done += 1
-            # Into the group that comes next it is cheaper to decode on than to seek.
-            if done == len(wanted) or times.group(wanted[done]) > group + 1:
+            if done == len(wanted) or times.skipped(wanted[done - 1], wanted[done]) > WORTH_SEEKING:
                 break
-            group = times.group(wanted[done])
         else:
             raise Untrusted
 
