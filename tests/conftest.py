@@ -2,6 +2,8 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
+from storm_kernels.backends import dispatch
+
 # For tools/mutants.py: any failure will do, it need not be the smallest.
 settings.register_profile("first-failure", phases=[Phase.explicit, Phase.generate])
 
@@ -26,6 +28,8 @@ def one_thread():
 
 @pytest.fixture
 def gpu():
-    if not torch.cuda.is_available():
+    """The device whose tensors the CUDA backend takes: a GPU, or the CPU where `make gpu`'s steps run in the PTX interpreter."""
+    device = torch.device(dispatch.load("cuda").own_device())
+    if device.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA or ROCm GPU; torch sees none here")
-    return torch.device("cuda")
+    return device

@@ -1,6 +1,12 @@
 """`make gpu` (tools/gpu.py) where there is no GPU: the PTX interpreter is its device."""
 
+import importlib.util
+import json
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from storm_benchmarks import environment
@@ -33,8 +39,6 @@ def dies(name, device, answer):
 
 
 def hangs(name, device, answer):
-    import time
-
     time.sleep(60)
 
 
@@ -84,8 +88,6 @@ def test_measured_times_are_held_against_arithmetic(tmp_path):
     row |= {"p50_ms": 6.5, "work": 2 * 65536 * 7168 * 16, "unit": "items", "device": "NVIDIA H100 80GB HBM3, 80 GiB", "commit": environment.commit()}
     expected, limit = gpu_compare.expected_ms(row, gpu_compare.GPUS["H100"])
     assert limit == "exp2" and abs(expected - 4.06) < 0.01  # docs/kernels.md
-    import json
-
     (tmp_path / "scan.json").write_text(json.dumps([row, row | {"commit": "another"}, row | {"device": "an unknown one"}]))
     lines = gpu_compare.compare(tmp_path)
     assert "1.60x" in lines[0] and "H100" in lines[0] and row["commit"] in lines[0]
@@ -93,8 +95,43 @@ def test_measured_times_are_held_against_arithmetic(tmp_path):
 
 
 def test_every_step_names_modules_that_exist():
-    import importlib.util
-
-    for step in gpu.STEPS.values():
+    for step in gpu.steps("cuda").values():
         for module in step.modules:
             assert importlib.util.find_spec(module[0]), module
+
+
+def test_the_interpreter_runs_the_modules_and_options_of_the_gpu():
+    """Sizes differ; the options with which a step is done on a GPU are given here, too."""
+    real, small = gpu.steps("cuda"), gpu.steps("ptx")
+    assert list(real) == list(small)
+    for name, step in real.items():
+        assert step.before == small[name].before
+        for module, tiny in zip(step.modules, small[name].modules, strict=True):
+            assert module[0] == tiny[0]
+            assert {one for one in module if one.startswith("-")} <= {one for one in tiny if one.startswith("-")}
+
+
+def test_a_program_that_is_stopped_leaves_nothing_running(tmp_path):
+    """Also what it started: compute-sanitizer starts the interpreter that holds the GPU's memory."""
+    noted = tmp_path / "child"
+    starts = (
+        "import pathlib, subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '100'])\n"
+        f"pathlib.Path({str(noted)!r}).write_text(str(child.pid))\n"
+        "time.sleep(100)\n"
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu.run_whole([sys.executable, "-c", starts], dict(os.environ), 4)
+    child = int(noted.read_text())
+    for _ in range(100):
+        if not lives(child):
+            return
+        time.sleep(0.05)
+    pytest.fail(f"process {child} lives on")
+
+
+def lives(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -3,7 +3,10 @@
 ``python -m tools.gpu`` runs all steps in order: first `smoke`, which runs each family of kernels once at tiny shapes, in at most 90 seconds, and
 prints which work; then tests, sanitizer, benchmarks, without what did not work. A step that is done on this device at this commit is not run again
 (``--again`` does), one that fails or takes too long does not stop the others. ``python -m tools.gpu scan`` runs one step, ``compare`` holds the
-measured times against the arithmetic of docs/kernels.md. ``--device ptx`` runs `smoke` in the PTX interpreter, where there is no GPU.
+measured times against the arithmetic of docs/kernels.md.
+
+``--device ptx`` runs the same script where there is no GPU, at tiny sizes: the PTX interpreter runs the kernels. It cannot run compute-sanitizer,
+which attaches to a GPU's driver, nor what only a GPU's clock and memory serve: CUDA events, streams, counts of GPU memory, mamba-ssm.
 """
 
 from __future__ import annotations
@@ -14,51 +17,21 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+from .gpu_ptx import NAME, in_place_of_a_gpu, kernels_on
+from .gpu_steps import RESULTS, ROOT, Step, steps
+
 STATE = ROOT / "build" / "gpu"
-RESULTS = "benchmarks/results"
 LONGEST = 9 * 60  # seconds of a step
 EACH = {"cuda": 18, "ptx": 300}  # seconds of a family in the first step
 AT_ONCE = 4  # families: 17 of 18 seconds end within 90 even if each one hangs
-SCAN = ["--device", "cuda", "--channels", "7168", "--dtypes", "bfloat16", "--modes", "forward,backward", "--out", f"{RESULTS}/scan.json"]
-E2E = ["storm_benchmarks.e2e", "--preset", "storm-7b", "--device", "cuda"]
-GPU_TESTS = ["pytest", "tests/backends/test_parity.py", "-m", "gpu"]
-SANITIZER = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
-
-
-class Step(NamedTuple):
-    """Modules with arguments, run one after the other by this interpreter; ``before``: what runs it in turn, ``fuzz``: of STORM_KERNELS_FUZZ."""
-
-    modules: list[list[str]]
-    before: tuple[list[str], ...] = ([],)
-    fuzz: str = "1"
-
-
-STEPS = {
-    "test": Step([GPU_TESTS]),
-    "sanitize": Step([[*GPU_TESTS, "-k", "cuda"]], ([*SANITIZER, "memcheck"], [*SANITIZER, "racecheck"]), "0.02"),
-    # With every peer, those that loop over tokens too; then 256 frames, where only mamba-ssm can follow.
-    "scan": Step([["storm_benchmarks.scan", *SCAN, "--lengths", "2048"]]),
-    "scan-long": Step([["storm_benchmarks.scan", *SCAN, "--lengths", "65536"]]),
-    "kernels": Step([[f"storm_benchmarks.{op}", "--device", "cuda", "--out", f"{RESULTS}/{op}.json"] for op in ("conv", "reduce")]),
-    "projector": Step([["storm_benchmarks.projector", "--device", "cuda", "--out", f"{RESULTS}/projector.json"]]),
-    # The reference projector of storm-7b takes one token after the other: at 50 to 100 us of launches for each, 128 frames (32,768 tokens, 2
-    # directions, 4 layers) are 13 to 26 s a pass. Seven passes fit nine minutes beside the rest: the first one, and two variants to warm up and in
-    # two rounds. Seven variants, or 256 frames, might not.
-    "e2e-128": Step([
-        [*E2E, "--frames", "128", "--projector", "fused", "--out", f"{RESULTS}/e2e-128"],
-        [*E2E, "--frames", "128", "--projector", "both", "--variants", "vila,storm,storm-tp-ts", "--repeat", "2", "--out", f"{RESULTS}/e2e-128-both"],
-    ]),
-    "e2e-256": Step([[*E2E, "--frames", "256", "--projector", "fused", "--out", f"{RESULTS}/e2e-256"]]),
-}  # fmt: skip
 
 
 def families() -> dict[str, tuple[str, str, object, bool]]:
@@ -79,24 +52,6 @@ def families() -> dict[str, tuple[str, str, object, bool]]:
     }
     found = {f"{backend}: {name}": (backend, *case) for backend in ("cuda", "triton") for name, case in cases.items()}
     return found | {"triton: norm": ("triton", "norm", simplest(NormCase, channels=70), True)}
-
-
-@contextlib.contextmanager
-def kernels_on(device: str, backend: str):
-    """Within it ``backend`` runs: on the GPU, or in the PTX interpreter."""
-    if device == "cuda":
-        yield
-    elif backend == "cuda":
-        from storm_kernels.backends.cuda import launcher
-        from tests.support.ptx_on_cpu import OnPtx
-
-        with launcher.using(OnPtx()):
-            yield
-    else:
-        from tests.support.ptx_on_cpu.triton import triton_on_ptx
-
-        with triton_on_ptx():
-            yield
 
 
 def try_family(name: str, device: str) -> str:
@@ -154,7 +109,7 @@ def identity(device: str) -> str:
     """Device and commit, as rows carry them."""
     from storm_benchmarks import environment
 
-    return f"{environment.device_name('cuda') if device == 'cuda' else device}, commit {environment.commit()}"
+    return f"{environment.device_name('cuda') if device == 'cuda' else NAME}, commit {environment.commit()}"
 
 
 class State:
@@ -182,21 +137,34 @@ def run_smoke(state: State, device: str, names: list[str] | None = None) -> None
     state.note("smoke", "done" if not state.broken else f"without {', '.join(state.broken)}")
 
 
-def run_step(step: Step, broken: list[str], longest: float = LONGEST) -> str:
+def run_step(step: Step, broken: list[str], device: str = "cuda", longest: float = LONGEST) -> str:
     """ "done", or what went wrong."""
     environment = os.environ | {"STORM_KERNELS_FUZZ": step.fuzz}
     for before in step.before:
         for module in step.modules:
-            command = [*before, sys.executable, "-m", "tools.gpu", "exec", ",".join(broken), *module]
+            command = [*before, sys.executable, "-m", "tools.gpu", "exec", device, ",".join(broken), *module]
             try:
-                done = subprocess.run(command, cwd=ROOT, env=environment, timeout=longest)
+                status = run_whole(command, environment, longest)
             except subprocess.TimeoutExpired:
                 return f"stopped after {longest:.0f} s"
             except FileNotFoundError:
                 return f"{before[0]} is not there"
-            if done.returncode:
-                return f"{module[0]} ended with status {done.returncode}"
+            if status:
+                return f"{module[0]} ended with status {status}"
     return "done"
+
+
+def run_whole(command: list[str], environment: dict[str, str], longest: float) -> int:
+    """The exit status of ``command``. However this call ends, nothing that the command started goes on: it would hold the GPU's memory.
+
+    Raises subprocess.TimeoutExpired after ``longest`` seconds, FileNotFoundError where the program is missing.
+    """
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as child:
+        try:
+            return child.wait(longest)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
 
 
 def leave_out(broken: list[str]) -> None:
@@ -211,34 +179,48 @@ def leave_out(broken: list[str]) -> None:
     dispatch._why_not = why_not
 
 
-def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["exec"]:  # a module in this process, without what is broken
-        leave_out([one for one in arguments[1].split(",") if one])
-        sys.argv = arguments[2:]
-        sys.path.insert(0, str(ROOT))
-        runpy.run_module(arguments[2], run_name="__main__", alter_sys=True)
-        return 0
-    parser = argparse.ArgumentParser(prog="python -m tools.gpu", description=__doc__.split("\n\n")[0])
-    parser.add_argument("steps", nargs="*", choices=["smoke", *STEPS, "compare", []], help="default: all")
-    parser.add_argument("--device", choices=["cuda", "ptx"], default="cuda")
-    parser.add_argument("--again", action="store_true", help="also what is done")
-    args = parser.parse_args(arguments)
-    who = identity(args.device)
-    state = State(STATE / f"{args.device}.json", who)
-    print(who)
-    for name in args.steps or ["smoke", *STEPS, "compare"]:
+def execute(device: str, broken: list[str], module: list[str]) -> None:
+    """Run ``module`` with its arguments in this process, on ``device``, without what is ``broken``."""
+    leave_out(broken)
+    sys.argv = module
+    sys.path.insert(0, str(ROOT))
+    with in_place_of_a_gpu() if device == "ptx" else contextlib.nullcontext():
+        runpy.run_module(module[0], run_name="__main__", alter_sys=True)
+
+
+def run(names: list[str], state: State, device: str, again: bool) -> None:
+    """Run the steps ``names``; where they are all, without those that are done before."""
+    known = steps(device)
+    for name in names or ["smoke", *known, "compare"]:
         if name == "compare":
             from .gpu_compare import compare
 
-            compare(ROOT / RESULTS)
-        elif state.steps.get(name) == "done" and not args.again and not args.steps:
-            print(f"{name}: done before")
+            compare(ROOT / RESULTS[device])
+        elif state.steps.get(name) == "done" and not again and not names:
+            print(f"{name}: done before", flush=True)
         elif name == "smoke":
-            run_smoke(state, args.device)
+            run_smoke(state, device)
         else:
-            state.note(name, run_step(STEPS[name], state.broken))
+            state.note(name, run_step(known[name], state.broken, device))
             print(f"{name}: {state.steps[name]}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["exec"]:
+        execute(arguments[1], [one for one in arguments[2].split(",") if one], arguments[3:])
+        return 0
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu", description=__doc__.split("\n\n")[0])
+    parser.add_argument("steps", nargs="*", choices=["smoke", *steps("cuda"), "compare", []], help="default: all")
+    parser.add_argument("--device", choices=["cuda", "ptx"], default="cuda")
+    parser.add_argument("--again", action="store_true", help="also what is done")
+    parser.add_argument("--state", type=Path, default=STATE, help="the folder that notes what is done (default: build/gpu)")
+    args = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the step that runs, too
+    who = identity(args.device)
+    state = State(args.state / f"{args.device}.json", who)
+    print(who, flush=True)
+    run(args.steps, state, args.device, args.again)
     failed = {name: why for name, why in state.steps.items() if why != "done"}
     for name, why in failed.items():
         print(f"{name}: {why}")

@@ -23,12 +23,8 @@ from storm_model import config as models
 import storm_kernels
 from storm_kernels.tokens import TokenGrid
 
-TINY = models.ModelConfig(
-    "tiny",
-    models.VisionConfig(image_size=56, patch_size=14, width=32, layers=2, heads=2, mlp_width=64),
-    models.LanguageConfig("qwen2", 1, 64, 2, 1, 128, 512, 1e6, 4096, 1e-6),
-    projector_layers=1,
-)
+from ..support.tiny_model import TINY
+
 CLIP_FRAMES = 6
 
 
