@@ -59,6 +59,20 @@ class ConvFilter(NamedTuple):
     reverse: bool
 
 
+class ConvCall(NamedTuple):
+    """What one call of a convolution is about, forward and backward."""
+
+    x: Tensor  # (batch, L, E)
+    filters: tuple[ConvFilter, ...]  # one, either order; or two: a forward and a reverse one, with one K
+    silu: bool
+    initial_state: Tensor | None  # (n, E, K-1): the inputs before the first, in scan order, oldest first; None with two filters
+    cu_seqlens: Tensor | None  # as a scan's
+
+
+# The gradient of x, (weight, bias) gradients for each filter, the gradient of initial_state.
+ConvGrads = tuple[Tensor | None, tuple[tuple[Tensor | None, Tensor | None], ...], Tensor | None]
+
+
 class Backend(Protocol):
     """The functions a backend module has. ``op`` is "scan", "conv", "reduce" or "norm"."""
 
@@ -119,28 +133,15 @@ class Backend(Protocol):
     ) -> tuple[tuple[ScanGrads, ...], Tensor | None, Tensor | None]:
         """-> one `ScanGrads` a direction, gradient of z, gradient of initial_state."""
 
-    def conv(
-        self,
-        x: Tensor,  # (batch, L, E)
-        filters: tuple[ConvFilter, ...],  # one, either order; or two: a forward and a reverse one, with one K
-        *,
-        silu: bool,
-        initial_state: Tensor | None,  # (n, E, K-1): the inputs before the first, in scan order, oldest first; None with two filters
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    def conv(self, call: ConvCall) -> tuple[Tensor, ...]:
         """-> (batch, L, E) for each filter, in x's dtype."""
 
     def conv_backward(
         self,
         grads: tuple[Tensor, ...],  # one a filter
-        x: Tensor,
-        filters: tuple[ConvFilter, ...],
-        *,
-        silu: bool,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
+        call: ConvCall,
         needs: frozenset[str],  # of "x weight bias initial_state"
-    ) -> tuple[Tensor | None, tuple[tuple[Tensor | None, Tensor | None], ...], Tensor | None]:
+    ) -> ConvGrads:
         """-> gradient of x (summed over the filters), (weight, bias) gradients for each filter, gradient of initial_state."""
 
     def reduce(self, x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:

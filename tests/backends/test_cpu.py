@@ -11,7 +11,7 @@ import torch
 
 import storm_kernels as sk
 from storm_kernels.backends import cpu
-from storm_kernels.backends.contract import ConvFilter, ScanInputs
+from storm_kernels.backends.contract import ConvCall, ConvFilter, ScanInputs
 from storm_kernels.backends.cpu import build, loader
 
 from ..support.extremes import check_enormous_decays
@@ -180,8 +180,8 @@ def test_bitwise_the_same_over_1000_reruns_and_any_number_of_threads(threads, dt
         results = forward_and_backward(pair, z)
         grads = tuple(torch.ones_like(z) for _ in filters)
         needs = frozenset({"x", "weight", "bias"})
-        grad_x, parameters, _ = cpu.conv_backward(grads, z, filters, silu=True, initial_state=None, cu_seqlens=None, needs=needs)
-        out = cpu.conv(z, filters, silu=True, initial_state=None, cu_seqlens=None)
+        grad_x, parameters, _ = cpu.conv_backward(grads, ConvCall(z, filters, silu=True, initial_state=None, cu_seqlens=None), needs=needs)
+        out = cpu.conv(ConvCall(z, filters, silu=True, initial_state=None, cu_seqlens=None))
         found = [*results, *out, grad_x, *(t for one in parameters for t in one)]
         first = first or found
         assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))

@@ -8,7 +8,7 @@ import torch
 
 import storm_kernels as sk
 from storm_kernels.backends import cpu
-from storm_kernels.backends.contract import ConvFilter
+from storm_kernels.backends.contract import ConvCall, ConvFilter
 from storm_kernels.backends.cpu import loader, structs
 
 from .test_cpu import GRADIENTS, built, forward_and_backward, options, run_python, scan_inputs
@@ -60,9 +60,9 @@ def test_a_convolution_refuses_a_buffer_that_is_too_small(name):
     filters = tuple(filters[:1] if start is not None else filters)
     with pytest.raises(RuntimeError, match=rf"causal_conv1d.*: {name} is absent, or does not hold"):
         if name != "out":
-            cpu.conv(inputs, filters, silu=True, initial_state=start, cu_seqlens=None)
+            cpu.conv(ConvCall(inputs, filters, silu=True, initial_state=start, cu_seqlens=None))
         needs = frozenset({"x", "weight", "bias"})
-        cpu.conv_backward(grads[: len(filters)], inputs, filters, silu=True, initial_state=start, cu_seqlens=None, needs=needs)
+        cpu.conv_backward(grads[: len(filters)], ConvCall(inputs, filters, silu=True, initial_state=start, cu_seqlens=None), needs=needs)
 
 
 @built
@@ -82,10 +82,10 @@ def test_what_the_backend_allocates_is_measured_too(dtype, monkeypatch):
     with pytest.raises(RuntimeError, match=f"out {refused}"):
         cpu.scan((inputs,), None, save_checkpoints=False, **options())
     with pytest.raises(RuntimeError, match=f"out {refused}"):
-        cpu.conv(x, (weight,), silu=True, initial_state=None, cu_seqlens=None)
+        cpu.conv(ConvCall(x, (weight,), silu=True, initial_state=None, cu_seqlens=None))
     for name in ("x", "weight"):
         with pytest.raises(RuntimeError, match=f"gradient of {name} {refused}"):
-            cpu.conv_backward((x,), x, (weight,), silu=True, initial_state=None, cu_seqlens=None, needs=frozenset({name}))
+            cpu.conv_backward((x,), ConvCall(x, (weight,), silu=True, initial_state=None, cu_seqlens=None), needs=frozenset({name}))
     for call, name in ((cpu.reduce, "out"), (cpu.reduce_backward, "x")):
         with pytest.raises(RuntimeError, match=f"{name} {refused}"):
             call(x if name == "out" else x[:, :4], grid, reduction)

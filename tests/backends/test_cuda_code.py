@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from storm_kernels.backends.contract import ConvFilter, ScanInputs
+from storm_kernels.backends.contract import ConvCall, ConvFilter, ScanInputs
 from storm_kernels.backends.cuda import (
     conv,
     conv_backward,
@@ -64,8 +64,8 @@ def variants(dtype: torch.dtype, reduction: bool, save: bool = True) -> dict:
             return asked.asked
         scan_backward(found.out, None, both, x, found.checkpoints, needs=frozenset({"u", "delta", "A", "B", "C", "z"}), **options)
         if not reduction:
-            conv(x, filters, silu=True, initial_state=None, cu_seqlens=None)
-            conv_backward((x, x), x, filters, silu=True, initial_state=None, cu_seqlens=None, needs=frozenset({"x", "weight"}))
+            conv(ConvCall(x, filters, silu=True, initial_state=None, cu_seqlens=None))
+            conv_backward((x, x), ConvCall(x, filters, silu=True, initial_state=None, cu_seqlens=None), needs=frozenset({"x", "weight"}))
         else:
             reduce(x, GRID, REDUCTION)
     return asked.asked

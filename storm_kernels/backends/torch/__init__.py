@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import reference
 from ...tokens import TokenGrid, TokenReduction
-from ..contract import ConvFilter, ScanGrads, ScanInputs, ScanResult
+from ..contract import ConvCall, ConvFilter, ConvGrads, ScanGrads, ScanInputs, ScanResult
 
 NAME = "torch"
 
@@ -70,26 +70,19 @@ def scan_backward(
     return per_direction, found(gate), found(start)
 
 
-def conv(x: Tensor, filters: tuple[ConvFilter, ...], *, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+def conv(call: ConvCall) -> tuple[Tensor, ...]:
+    x, filters, silu, initial_state, cu_seqlens = call
     options = {"activation": "silu" if silu else None, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     with torch.autocast(x.device.type, enabled=False):  # which would round a convolution's operands
         return tuple(reference.causal_conv1d(x, one.weight, one.bias, reverse=one.reverse, **options).contiguous() for one in filters)
 
 
-def conv_backward(
-    grads: tuple[Tensor, ...],
-    x: Tensor,
-    filters: tuple[ConvFilter, ...],
-    *,
-    silu: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    needs: frozenset[str],
-) -> tuple[Tensor | None, tuple[tuple[Tensor | None, Tensor | None], ...], Tensor | None]:
+def conv_backward(grads: tuple[Tensor, ...], call: ConvCall, needs: frozenset[str]) -> ConvGrads:
+    x, filters, silu, initial_state, cu_seqlens = call
     leaves = _Leaves(needs)
     inputs, start = leaves.add("x", x), leaves.add("initial_state", initial_state)
     copies = tuple(ConvFilter(leaves.add("weight", one.weight), leaves.add("bias", one.bias), one.reverse) for one in filters)
-    found = leaves.gradients(lambda: conv(inputs, copies, silu=silu, initial_state=start, cu_seqlens=cu_seqlens), grads)
+    found = leaves.gradients(lambda: conv(ConvCall(inputs, copies, silu, start, cu_seqlens)), grads)
     return found(inputs), tuple((found(one.weight), found(one.bias)) for one in copies), found(start)
 
 
