@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...tokens import TokenGrid, TokenReduction
-from ..contract import ConvCall, ConvFilter, ScanInputs
+from ..contract import ConvCall, ConvFilter, ScanCall, ScanInputs
 from .conv import LARGEST_TAPS, conv, conv_backward
 from .launcher import current
 from .scan import LARGEST_STATE, checkpoint_shapes, geometry, scan
@@ -72,7 +72,7 @@ def warmup(dtype: torch.dtype, *, d_state: int = 16, d_conv: int = 4, device: st
     directions = tuple(ScanInputs(x, x, A, state, state, row, row, reverse) for reverse in (False, True))
     for where, how in ((None, None), (grid, reduction)):
         options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None, "grid": where, "reduction": how}
-        found = scan(directions, x, save_checkpoints=backward, **options)
+        found = scan(ScanCall(directions, x, **options), save_checkpoints=backward)
         if backward:
             needs = frozenset({"u", "delta", "A", "B", "C", "D", "delta_bias", "z"})
-            scan_backward(found.out, None, directions, x, found.checkpoints, needs=needs, **options)
+            scan_backward(found.out, None, ScanCall(directions, x, **options), found.checkpoints, needs=needs)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...tokens import TokenGrid, TokenReduction
-from ..contract import ConvCall, ConvFilter, ScanInputs
+from ..contract import ConvCall, ConvFilter, ScanCall, ScanInputs
 from .conv import conv, conv_backward
 from .launch import Launch, recorded
 from .norm import norm, norm_backward
@@ -65,10 +65,11 @@ def _scan_launches(directions: tuple[ScanInputs, ...], grid: TokenGrid, reductio
     options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None, "grid": grid if reduction else None, "reduction": reduction}
     kept = reduction.kept(grid).tokens if reduction else grid.tokens
     z = u.new_empty(1, kept, u.shape[2])
-    out = scan(directions, z, **options, save_checkpoints=backward).out
+    call = ScanCall(directions, z, **options)
+    out = scan(call, save_checkpoints=backward).out
     if backward:
         shapes = checkpoint_shapes(1, grid.tokens, *A.shape, directions=len(directions), sequences=0)
-        scan_backward(out, None, directions, z, tuple(_meta(*shape) for shape in shapes), **options, needs=SCAN_NEEDS)
+        scan_backward(out, None, call, tuple(_meta(*shape) for shape in shapes), needs=SCAN_NEEDS)
 
 
 def conv_state_launch(channels: int, width: int, dtype: torch.dtype) -> Launch:
