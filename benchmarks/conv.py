@@ -97,6 +97,11 @@ def _check(functions: dict, given: dict[str, Tensor]) -> dict[str, dict]:
     return checked | {"torch F.conv1d": subject.same_work("torch F.conv1d", torch.stack(torch_conv1d(**given)), truth)}
 
 
+def cli(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """The command line -> its exit status; `subject.command`."""
+    return subject.command(main, arguments, prog)
+
+
 def test_conv(benchmark):
     """Collected by `pytest benchmarks --benchmark-only`."""
     (one,) = measurements(2048, 768, torch.float32, "cpu", ["forward"])
@@ -106,4 +111,4 @@ def test_conv(benchmark):
 
 
 if __name__ == "__main__":
-    sys.exit(subject.command(main))
+    sys.exit(cli())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -68,8 +69,28 @@ def now() -> str:
 
 
 def load() -> float | None:
-    """Processes that wanted a core in the last minute, this one included: above the core count, timings are noisy. None where unknown."""
+    """Processes that wanted a core in the last minute, this one included: above the core count, timings are noisy.
+    None where unknown."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def core_seconds() -> tuple[float, float] | None:
+    """Seconds that this process's threads have (run, waited for a core), as Linux counts them for each living thread;
+    None where it does not.
+
+    The difference of two calls says whether somebody else used the cores meanwhile.
+    """
+    ran = waited = 0
+    for thread in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError):  # the thread has ended meanwhile
+            of_thread = thread.read_text(encoding="ascii").split()
+            ran, waited = ran + int(of_thread[0]), waited + int(of_thread[1])
+    return (ran / 1e9, waited / 1e9) if ran else None
 
 
 def available_memory(device: str) -> int | None:

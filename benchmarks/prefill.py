@@ -102,6 +102,11 @@ def _products(model: nn.Module, tokens: int) -> tuple[Callable[[], None], int]:
     return products, sum(2 * tokens * w.numel() for w in weights)
 
 
+def cli(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """The command line -> its exit status; `subject.command`."""
+    return subject.command(main, arguments, prog)
+
+
 def test_prefill(benchmark):
     """Collected by `pytest benchmarks --benchmark-only`."""
     one = measurement("mamba", 256, 128, 1, torch.float32, "cpu")
@@ -110,4 +115,4 @@ def test_prefill(benchmark):
 
 
 if __name__ == "__main__":
-    sys.exit(subject.command(main))
+    sys.exit(cli())

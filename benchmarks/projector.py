@@ -112,6 +112,11 @@ def _products(projector: ReferenceTemporalProjector, grid: TokenGrid, dtype: tor
     return products, sum(2 * grid.tokens * weight.numel() for weight in weights)
 
 
+def cli(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """The command line -> its exit status; `subject.command`."""
+    return subject.command(main, arguments, prog)
+
+
 def test_projector(benchmark):
     """Collected by `pytest benchmarks --benchmark-only`."""
     one = measurements(TokenGrid(8, 4, 4), 256, 64, 1, torch.float32, "cpu", ["forward"])[1]
@@ -120,4 +125,4 @@ def test_projector(benchmark):
 
 
 if __name__ == "__main__":
-    sys.exit(subject.command(main))
+    sys.exit(cli())

@@ -78,6 +78,11 @@ def measurements(grid: TokenGrid, channels: int, reduction: TokenReduction, dtyp
     return made
 
 
+def cli(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """The command line -> its exit status; `subject.command`."""
+    return subject.command(main, arguments, prog)
+
+
 def test_reduce(benchmark):
     """Collected by `pytest benchmarks --benchmark-only`."""
     (one,) = measurements(TokenGrid(32, 8, 8), 768, REDUCTIONS[1], torch.float32, "cpu", ["forward"])
@@ -87,4 +92,4 @@ def test_reduce(benchmark):
 
 
 if __name__ == "__main__":
-    sys.exit(subject.command(main))
+    sys.exit(cli())

@@ -169,6 +169,11 @@ def _exp2_fma_rate() -> float:
     return exp2_fma_rate()
 
 
+def cli(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """The command line -> its exit status; `subject.command`."""
+    return subject.command(main, arguments, prog)
+
+
 def test_scan(benchmark):
     """Collected by `pytest benchmarks --benchmark-only`."""
     one = measurements(512, 768, 16, torch.float32, "cpu", ["forward"], loops=False)[0]
@@ -178,4 +183,4 @@ def test_scan(benchmark):
 
 
 if __name__ == "__main__":
-    sys.exit(subject.command(main))
+    sys.exit(cli())

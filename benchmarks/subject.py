@@ -1,4 +1,5 @@
-"""What scan.py, conv.py, reduce.py and projector.py share: check the contenders, time them in turns, rate them against a limit, print and record."""
+"""What the benchmarks of single operations share: check the contenders, time them in turns, rate them against a
+limit, print and record."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ BACKENDS = ("cpu", "cuda", "triton")
 
 @dataclass
 class Measurement:
-    """One shape in one mode. ``contenders`` maps a backend's or peer's name to the call that is timed; all do the same work."""
+    """One shape in one mode. ``contenders`` maps a backend's or peer's name to the call that is timed; all do the
+    same work."""
 
     op: str
     mode: str
@@ -51,10 +53,29 @@ def measure(what: Measurement, device: str, rows: Rows | None, rounds: int = 5) 
     made = []
     for name, taken in samples.items():
         p50 = harness.percentiles(taken)[1]
-        rated = {"work": what.work, "unit": what.unit, "rate": round(what.work / p50 * 1e3), "limit": limit_name, "limit_ms": limit_ms}
+        rated = {
+            "work": what.work,
+            "unit": what.unit,
+            "rate": round(what.work / p50 * 1e3),
+            "limit": limit_name,
+            "limit_ms": limit_ms,
+        }
         rated["of_limit"] = round(limit_ms / p50, 4)
         memory = harness.peak_memory(calls[name], device)
-        made.append(harness.row(what.op, name, what.mode, what.shape, what.dtype, taken, device=device, **memory, **rated, **what.checked[name]))
+        made.append(
+            harness.row(
+                what.op,
+                name,
+                what.mode,
+                what.shape,
+                what.dtype,
+                taken,
+                device=device,
+                **memory,
+                **rated,
+                **what.checked[name],
+            )
+        )
     if rows is not None:
         rows.append(*made)
     _print(what, made)
@@ -62,7 +83,8 @@ def measure(what: Measurement, device: str, rows: Rows | None, rounds: int = 5) 
 
 
 def modes_of(call: Callable[..., Tensor | tuple[Tensor, ...]], inputs: dict[str, Tensor], modes: Iterable[str]) -> dict[str, Callable[[], object]]:
-    """mode -> the call to time. "both" is forward, then backward to every input; "backward" is that without the forward."""
+    """mode -> the call to time. "both" is forward, then backward to every input; "backward" is that without the
+    forward."""
 
     def forward():
         with torch.inference_mode():
@@ -101,7 +123,8 @@ def _say_once(line: str) -> None:
 
 
 def same_work(what: str, result: Tensor, truth: Tensor) -> Row:
-    """A peer's check: the same function up to its own rounding. 5 % of the rms of the truth tells another function apart, and admits bfloat16."""
+    """A peer's check: the same function up to its own rounding. 5 % of the rms of the truth tells another function
+    apart, and admits bfloat16."""
     error = (result.double() - truth).square().mean().sqrt().item()
     scale = truth.square().mean().sqrt().item()
     if not error <= 0.05 * scale:
@@ -136,16 +159,26 @@ def open_rows(path: Path | None) -> Rows | None:
         raise typer.BadParameter(f"--out: {error}") from None
 
 
-def command(main: Callable[..., None]) -> int:
-    """Run ``main`` as a command line -> exit status: 1 a failed check, 2 bad input in one line, 130 Ctrl-C (rows so far are on disk)."""
+def command(main: Callable[..., None], arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """Run ``main`` as a command line -> exit status, with one line where it is not 0.
+
+    1: a failed check, or rows that cannot be written; 2: bad input; 130: Ctrl-C. Rows that were finished before are
+    on disk.
+
+    Args:
+        arguments: what follows the command's name; None takes this process's.
+        prog: the command's name in its help.
+    """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     try:
-        return typer.main.get_command(app).main(standalone_mode=False) or 0
+        return typer.main.get_command(app).main(arguments, prog_name=prog, standalone_mode=False) or 0
     except typer.BadParameter.__base__ as error:  # click's usage error, by whichever way typer got hold of click
         message, status = error.format_message(), 2
     except harness.CheckFailed as error:
         message, status = f"a check failed, so it is not timed: {error}", 1
+    except OSError as error:
+        message, status = f"cannot write {error.filename}: {error.strerror}; what was written before is kept", 1
     except (KeyboardInterrupt, typer.Abort):
         message, status = "stopped; finished rows are kept", 130
     print(f"error: {message}", file=sys.stderr)
@@ -161,17 +194,39 @@ def say_environment(device: str) -> None:
 
 
 def _print(what: Measurement, rows: list[Row]) -> None:
-    dtype, (limit, limit_ms) = str(what.dtype).removeprefix("torch."), (what.limit[0], rows[0]["limit_ms"] if rows else 0)
+    dtype, (limit, limit_ms) = (
+        str(what.dtype).removeprefix("torch."),
+        (what.limit[0], rows[0]["limit_ms"] if rows else 0),
+    )
+    scale, per = ("G", 1e9) if max((row["rate"] for row in rows), default=0) >= 1e6 else ("", 1)
     table = Table(box=box.SIMPLE)
-    for column in ("", "p20 ms", "p50 ms", "p80 ms", f"G{what.unit}/s", "of limit", "peak MiB", "rms error", "times ours"):
+    for column in (
+        "",
+        "p20 ms",
+        "p50 ms",
+        "p80 ms",
+        f"{scale}{what.unit}/s",
+        "of limit",
+        "peak MiB",
+        "rms error",
+        "times ours",
+    ):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    ours = min((row["p50_ms"] for row in rows if row["backend"] in (*BACKENDS, "fused", "patched")), default=None)
+    ours = min(
+        (row["p50_ms"] for row in rows if row["backend"] in (*BACKENDS, "fused", "patched", "storm_model")),
+        default=None,
+    )
     for row in rows:
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
         times = [f"{row[column]:,.3f}" for column in ("p20_ms", "p50_ms", "p80_ms")]
-        rates = [f"{row['rate'] / 1e9:,.3f}", f"{100 * row['of_limit']:.1f} %", peak, f"{row['error']:.1e}" if "error" in row else "-"]
+        rates = [
+            f"{row['rate'] / per:,.3f}",
+            f"{100 * row['of_limit']:.1f} %",
+            peak,
+            f"{row['error']:.1e}" if "error" in row else "-",
+        ]
         table.add_row(row["backend"], *times, *rates, "-" if ours is None else f"{row['p50_ms'] / ours:,.1f}x")
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(f"{what.op} {what.mode}, {what.shape}, {dtype}", style="bold", highlight=False, soft_wrap=True)
     console.print(table)
     console.print(f"limit: {limit}, {limit_ms:,.3f} ms", highlight=False)

@@ -1,8 +1,13 @@
-"""``storm-kernels info [--json]``: which backend runs what here, and why. ``storm-kernels verify``: that what runs is right."""
+"""``storm-kernels info [--json]``: which backend runs what here, and why. ``storm-kernels verify``: that what runs is
+right.
+
+``storm-kernels profile`` times a video through the complete model, ``storm-kernels bench SUBJECT`` one operation.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -15,21 +20,44 @@ import torch
 from . import __version__, verify
 from .backends import dispatch
 
+# Of storm_benchmarks, which is imported when one of them is asked for.
+SUBJECTS = ("scan", "conv", "reduce", "projector", "prefill", "decode")
+EXTRAS = "storm-kernels[model,bench]"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 1 when `verify` finds a result out of bounds or nobody reads the output to its end."""
-    parser = argparse.ArgumentParser(prog="storm-kernels", description=__doc__)
+    """Run the command line; returns the exit code: 0, or 1 when `verify` finds a result out of bounds or nobody reads
+    the output to its end."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["profile"]:
+        return _of_benchmarks("storm-kernels profile", "e2e.__main__", arguments[1:])
+    if arguments[:1] == ["bench"]:
+        return _bench(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="storm-kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="one row for each operation and backend: available, chosen, reason, how to fix")
     info.add_argument("--json", action="store_true", help="as JSON")
     commands.add_parser("verify", help="compare every available backend with the float64 reference, in under 30 s")
+    commands.add_parser(
+        "profile",
+        help="a video through the complete model, timed by stage: storm-kernels profile --help",
+    )
+    commands.add_parser(
+        "bench",
+        help=f"time {', '.join(SUBJECTS)} against limits and peers: storm-kernels bench scan --help",
+    )
     options = parser.parse_args(arguments)
     try:
         code = _info(options.json) if options.command == "info" else _verify()
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has gone, as `head` does: what is left in the buffer goes nowhere, so that the interpreter's own flush at exit is silent too.
+        # The reader has gone, as `head` does: what is left in the buffer goes nowhere, so that the interpreter's own
+        # flush at exit is silent too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return code
@@ -45,7 +73,13 @@ def describe() -> dict:
             chosen = next((name for name in order if reasons[name] is None), None)
             for name, refused in reasons.items():
                 reason = refused or ("" if name in order else f"runs only when asked for with backend={name!r}")
-                row = {"op": op, "backend": name, "device": device, "available": refused is None, "chosen": name == chosen}
+                row = {
+                    "op": op,
+                    "backend": name,
+                    "device": device,
+                    "available": refused is None,
+                    "chosen": name == chosen,
+                }
                 rows.append(row | {"reason": reason})
     environment = {
         "storm_kernels": __version__,
@@ -82,8 +116,30 @@ def _verify() -> int:
         print(f"{op:<8}{backend:<9}{device:<8}{'FAILED' if failures else 'ok'}")
         for failure in failures:
             print(f"    {failure}")
-    print(f"{len(groups)} pairs of operation and backend against the float64 reference in {time.perf_counter() - start:.1f} s, {failed} failures")
+    print(
+        f"{len(groups)} pairs of operation and backend against the float64 reference in {time.perf_counter() - start:.1f} s, {failed} failures",
+    )
     return 1 if failed else 0
+
+
+def _bench(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="storm-kernels bench",
+        description="Check and time one subject; `storm-kernels bench SUBJECT --help` has its options.",
+    )
+    parser.add_argument("subject", choices=SUBJECTS)
+    subject = parser.parse_args(arguments[:1]).subject
+    return _of_benchmarks(f"storm-kernels bench {subject}", subject, arguments[1:])
+
+
+def _of_benchmarks(prog: str, module: str, arguments: list[str]) -> int:
+    """Hand the arguments to a module of storm_benchmarks, whose packages need not be installed."""
+    try:
+        found = importlib.import_module(f"storm_benchmarks.{module}")
+    except ModuleNotFoundError as error:
+        print(f"error: {prog} needs {error.name}, which is not installed: pip install '{EXTRAS}'", file=sys.stderr)
+        return 2
+    return found.cli(arguments, prog)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def test_verify_tells_of_a_backend_that_cannot_run_as_asked():
 
 
 def test_command_line_errors(capsys):
-    for arguments in ([], ["no-such-command"]):
+    for arguments in ([], ["bench"], ["bench", "no-such-subject"], ["no-such-command"]):
         with pytest.raises(SystemExit) as stopped:
             cli.main(arguments)
         assert stopped.value.code == 2

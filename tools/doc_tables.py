@@ -21,7 +21,7 @@ from storm_kernels.backends.cuda import launcher
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-OURS = ("cpu", "cuda", "triton", "fused", "patched")
+OURS = ("cpu", "cuda", "triton", "fused", "patched", "storm_model")
 E2E_FRAMES = 128
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
@@ -203,7 +203,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "backends": backends,
     "highlights": highlights,
     "e2e": end_to_end,
-    **{name: (lambda name=name: measurements(name)) for name in ("scan", "conv", "projector", "prefill")},
+    **{name: (lambda name=name: measurements(name)) for name in ("scan", "conv", "projector", "prefill", "decode")},
 }
 
 

@@ -1,45 +1,53 @@
-"""The measurements behind `storm_benchmarks.e2e`: a video through the complete model, timed by stage.
+"""The measurements behind `storm_benchmarks.e2e`: a video through the complete model, timed by stage, in rounds.
 
-What runs: decoding once; preprocessing and vision once to warm up and ``repeat`` times more for each number of frames (every variant gets the same
-image tokens, so their time is shared); then, for each variant, projector and prefill once to warm up and ``repeat`` times more, the reference and
-the fused projector taking turns. Before a fused projector is timed, its output on this video is checked against float64.
-Rows have the columns of harness.py and: preset, clip, looped (the clip is shorter than the frames asked for), frames, stage ("vision",
-"projector/scan", ...; "total" is time to first token: vision + projector + prefill), variant and projector ("vila", "reference", "fused"; both
-null in what all variants share), tokens (video tokens to the LLM), kept_percent, checked_frames (of the check), ran (which backend ran each
-operation of the fused projector; `backend` is the scan's).
+What runs, for each number of frames: one round to warm up and ``repeat`` timed ones. In a round the video is decoded,
+preprocessed and encoded once (every variant gets the same image tokens), then all variants with all their kinds of
+projector take turns at projector and prefill. So whatever disturbs the machine meets all of them, and ratios are made
+within rounds. Before the first round every fused projector's output on this video is checked against float64. After
+each round the rows so far are written.
+
+Rows have the columns of harness.py and: preset, clip, looped (the clip is shorter than the frames asked for), frames,
+stage ("vision", "projector/scan", ...; "total" is time to first token: vision + projector + prefill; "wait" is decode
++ preprocess + total), variant and projector ("vila", "reference", "fused"; both null in what all variants share),
+rounds_ms (one time a round), tokens (video tokens to the LLM), kept_percent, checked_frames (of the check), ran
+(which backend ran each operation of the fused projector; `backend` is the scan's). Rows of stage "decode" also:
+wanted_frames (different ones) and decoded_frames (to find them). Rows of stage "total" also: rounds_from (when the
+first round began; equal in all that took turns), waited_percent and cores (reliability.py), not_reliable (why the
+figures must not be believed, or null). The last row of a run that came to its end has the stage "run" and the mode
+"whole".
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from storm_model.arithmetic import arithmetic
 from storm_model.config import ModelConfig, Variant
-from storm_model.storm import VideoModel
-from storm_model.video import SampledVideo, sample_frames
-from storm_model.vision import preprocess
+from storm_model.video import SampledVideo
 from torch import Tensor
 
 import storm_kernels
 from storm_kernels.profiling import recording
 
-from .. import harness
-from ..harness import MemoryMeter, Row
+from .. import environment, harness
+from ..harness import MemoryMeter, Row, Rows
+from . import models, summary
 from .check import ProjectorCheck
+from .clip import Clip
+from .reliability import Waiting
 from .stages import StageClock
 
-PROMPT_TOKENS = 16
-# How much longer the reference projector takes for its arithmetic than a matrix product does: it loops over tokens. For the ETA only.
+# How much longer the reference projector takes for its arithmetic than a matrix product does: it loops over tokens. For
+# the ETA only.
 REFERENCE_SLOWNESS = 10
 
 
 @dataclass(frozen=True)
 class Settings:
-    video: Path
+    clip: Clip
     config: ModelConfig
     frames: tuple[int, ...]
     variants: tuple[Variant, ...]
@@ -48,13 +56,22 @@ class Settings:
     dtype: torch.dtype
     repeat: int
 
-    def kinds(self, variant: Variant) -> tuple[str, ...]:
-        return self.projectors if variant.temporal else ("vila",)
+    def contenders(self) -> list[tuple[Variant, str]]:
+        """Every variant with each of its kinds of projector, in the order in which they take turns."""
+        kinds = {True: self.projectors, False: ("vila",)}
+        return [(variant, kind) for variant in self.variants for kind in kinds[variant.temporal]]
+
+    def first_of_each_kind(self) -> list[tuple[Variant, str]]:
+        found: dict[str, Variant] = {}
+        for variant, kind in self.contenders():
+            found.setdefault(kind, variant)
+        return [(variant, kind) for kind, variant in found.items()]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run tells how far it is: ``says(what)`` begins something, ``did(operations)`` counts what is done of `operations(settings)`."""
+    """Where a run tells how far it is: ``says(what)`` begins something, ``did(operations)`` counts what is done of
+    `operations(settings)`."""
 
     says: Callable[[str], None]
     did: Callable[[float], None]
@@ -62,180 +79,242 @@ class Progress:
 
 def operations(settings: Settings) -> float:
     """The work of a whole run, in the unit of `Progress.did`: roughly the operations of a matrix product."""
-    passes = settings.repeat + 1
-    first = sum(_pass_operations(settings, v, kind, min(settings.frames)) for v, kind in _cold_passes(settings))
-    first += len(_cold_passes(settings)) * _vision_operations(settings, min(settings.frames))
-    for frames in settings.frames:
-        first += passes * _vision_operations(settings, frames)
-        first += passes * sum(_pass_operations(settings, v, kind, frames) for v in settings.variants for kind in settings.kinds(v))
-    return first
+    first, vision = min(settings.frames), {frames: _vision_operations(settings, frames) for frames in settings.frames}
+    cold = sum(vision[first] + _pass_operations(settings, *one, first) for one in settings.first_of_each_kind())
+    turns = {n: sum(_pass_operations(settings, *one, n) for one in settings.contenders()) for n in settings.frames}
+    rounds = sum(vision.values()) + sum(turns.values())
+    return cold + (settings.repeat + 1) * rounds
 
 
 def _vision_operations(settings: Settings, frames: int) -> float:
-    return arithmetic(settings.config, settings.variants[0], frames)["vision"]
+    return models.operations(settings.config, settings.variants[0], frames)["vision"]
 
 
 def _pass_operations(settings: Settings, variant: Variant, kind: str, frames: int) -> float:
-    counts = arithmetic(settings.config, variant, frames, PROMPT_TOKENS)
+    counts = models.operations(settings.config, variant, frames)
     return counts["language"] + counts["projector"] * (REFERENCE_SLOWNESS if kind == "reference" else 1)
 
 
-def _cold_passes(settings: Settings) -> list[tuple[Variant, str]]:
-    """The first variant that each kind of projector runs in."""
-    found: dict[str, Variant] = {}
-    for variant in settings.variants:
-        for kind in settings.kinds(variant):
-            found.setdefault(kind, variant)
-    return [(variant, kind) for kind, variant in found.items()]
+Times = dict[str, float]  # milliseconds by stage
+
+
+@dataclass
+class Rounds:
+    """What has been measured at one number of frames. ``columns`` are those of a contender's row of stage "total"."""
+
+    frames: int
+    looped: bool
+    began: str
+    decoding: Row  # columns of the row of stage "decode"
+    vision_memory: Row = field(default_factory=dict)
+    columns: dict[tuple[str, str], Row] = field(default_factory=dict)
+    shared: list[Times] = field(default_factory=list)
+    taken: dict[tuple[str, str], list[Times]] = field(default_factory=dict)
 
 
 class Run:
-    """One run of the main job: `measure` hands each finished measurement's rows to ``record`` at once."""
+    """One run of the main job; after each round its rows are in ``rows``."""
 
-    def __init__(self, settings: Settings, record: Callable[..., None], progress: Progress):
-        self.settings, self.record, self.progress = settings, record, progress
+    def __init__(self, settings: Settings, rows: Rows, progress: Progress):
+        self.settings, self.rows, self.progress = settings, rows, progress
         self.clock = StageClock(settings.device)
-        self.prompt = torch.arange(1, PROMPT_TOKENS + 1, device=settings.device) % settings.config.language.vocabulary
-        self._built: dict[bool, VideoModel] = {}  # temporal -> a model with that projector's weights
-        self._backend, self._ran = "", ""  # of the fused projector, once it has run: the scan's backend, and all operations'
+        self.models = models.Models(settings.config, settings.device, settings.dtype)
+        self._backend, self._ran = (
+            "",
+            "",
+        )  # of the fused projector, once it has run: the scan's backend, and all operations'
 
     @torch.inference_mode()
     def measure(self) -> None:
-        """Raises `harness.CheckFailed` if a fused projector is wrong, `model.video.StormVideoError` for the video."""
-        video = self._decode(self.settings.frames[0])
-        self._cold_start(video)
+        """Raises `harness.CheckFailed` if a fused projector is wrong, `storm_model.video.StormVideoError` for the
+        video."""
+        start = time.perf_counter()
+        self._cold_start()
         for frames in self.settings.frames:
-            video = video if frames == len(video.indices) else self._decode(frames)
-            features, vision = self._shared_stages(video)
-            check = self._projector_check(features)
-            for variant in self.settings.variants:
-                self._variant(variant, video, features, vision, check)
+            self._in_rounds(frames)
+        self.rows.append(
+            self._row("run", max(self.settings.frames), False, [(time.perf_counter() - start) * 1e3], mode="whole"),
+        )
 
     def _decode(self, frames: int) -> SampledVideo:
         self.progress.says(f"{frames} frames: decode")
-        with recording(self.clock):
-            video = sample_frames(self.settings.video, frames)
-        self.record(self._row("decode", video, [self.clock.take()["decode"]]))
-        return video
+        return self.settings.clip.sample(frames)
 
-    def _cold_start(self, video: SampledVideo) -> None:
+    def _cold_start(self) -> None:
         """Build the model, then the first pass with each kind of projector; rows of mode "cold"."""
+        video = self._decode(self.settings.frames[0])
+        frames, looped = len(video.indices), video.looped
+        self.rows.append(self._row("open", frames, looped, [self.settings.clip.open_ms], mode="cold"))
         self.progress.says("build the model")
         start = time.perf_counter()
-        models = [(variant, kind, self._model(variant, kind)) for variant, kind in _cold_passes(self.settings)]
+        for variant, kind in self.settings.first_of_each_kind():
+            self.models.get(variant, kind)
         if self.settings.device.startswith("cuda"):
             torch.cuda.synchronize(self.settings.device)
-        self.record(self._row("build", video, [(time.perf_counter() - start) * 1e3], mode="cold"))
-        for variant, kind, model in models:
+        self.rows.append(self._row("build", frames, looped, [(time.perf_counter() - start) * 1e3], mode="cold"))
+        for variant, kind in self.settings.first_of_each_kind():
             self.progress.says(f"cold start: {variant.title}, {kind} projector")
             storm_kernels.stats(reset=True)
             with recording(self.clock):
-                model(self._pixels(video), self.prompt)
+                self.models.first_token(variant, kind, self.models.encode(video.frames))
             taken = self.clock.take()
             if kind == "fused":
                 ran = storm_kernels.stats()
                 self._backend = "+".join(ran["scan"])
                 self._ran = ", ".join(f"{op} {'+'.join(backends)}" for op, backends in ran.items())
-            taken["total"] = sum(taken[stage] for stage in ("vision", "projector", "prefill"))
-            self.record(*(self._row(stage, video, [ms], variant, kind, mode="cold") for stage, ms in taken.items() if "/" not in stage))
-            self._did_pass(variant, kind, len(video.indices))
-            self.progress.did(_vision_operations(self.settings, len(video.indices)))
+            taken["total"] = sum(taken[stage] for stage in summary.TO_FIRST_TOKEN)
+            stages = [stage for stage in taken if "/" not in stage]
+            self.rows.append(*(self._row(s, frames, looped, [taken[s]], variant, kind, mode="cold") for s in stages))
+            self.progress.did(
+                _pass_operations(self.settings, variant, kind, frames) + _vision_operations(self.settings, frames),
+            )
 
-    def _model(self, variant: Variant, kind: str) -> VideoModel:
-        """The model with that variant and kind of projector; all share their weights."""
-        form = "fused" if kind == "fused" else "reference"
-        like = self._built.get(variant.temporal) or next(iter(self._built.values()), None)
-        if like is None:
-            model = VideoModel(self.settings.config, variant, form, device=self.settings.device, dtype=self.settings.dtype)
-        else:
-            model = like.switched(variant, form)
-        self._built.setdefault(variant.temporal, model)
-        return model
+    def _in_rounds(self, frames: int) -> None:
+        """All contenders at one number of frames: checked, warmed up, then in timed rounds, each written when it is
+        over."""
+        place = len(self.rows.rows)
+        found, features = self._begin(frames)
+        for key, memory in self._turns(found, features, "warm-up").items():
+            found.columns[key] |= memory
+        waiting = Waiting()
+        for number in range(1, self.settings.repeat + 1):
+            name = f"round {number} of {self.settings.repeat}"
+            features = self._shared_stages(found, name)
+            self._turns(found, features, name)
+            self.rows.put(place, *self._rows_of(found, waiting.columns()))
 
-    def _projector_check(self, features: Tensor) -> ProjectorCheck | None:
-        timed_fused = next((variant for variant in self.settings.variants if "fused" in self.settings.kinds(variant)), None)
-        if timed_fused is None:
-            return None
-        self.progress.says(f"{features.shape[1]} frames: the projector in float64, to check against")
-        return ProjectorCheck(self._model(timed_fused, "reference"), features)
+    def _begin(self, frames: int) -> tuple[Rounds, Tensor]:
+        """Warm up and measure the memory of vision; check every fused projector on the image tokens, which are
+        returned too."""
+        video = self._decode(frames)
+        found = Rounds(frames, video.looped, environment.now(), self.settings.clip.decoding(video))
+        self.progress.says(f"{frames} frames, warm-up: preprocess and vision")
+        with MemoryMeter(self.settings.device) as memory:
+            features = self.models.encode(video.frames)
+        found.vision_memory = memory.columns()
+        self.progress.did(_vision_operations(self.settings, frames))
+        check = None
+        for variant, kind in self.settings.contenders():
+            found.columns[variant.name, kind] = {}
+            if kind == "fused":
+                if check is None:
+                    self.progress.says(f"{frames} frames: the projector in float64, to check against")
+                    check = ProjectorCheck(self.models, variant, features)
+                self.progress.says(f"{frames} frames: check {variant.title}, fused projector")
+                found.columns[variant.name, kind] = check.check(variant) | {"ran": self._ran}
+        return found, features
 
-    def _shared_stages(self, video: SampledVideo) -> tuple[Tensor, Row]:
-        """Preprocess and encode, recorded once for all variants -> image tokens, and the row of the vision stage."""
-        frames, passes = len(video.indices), []
-        self.progress.says(f"{frames} frames: preprocess and vision")
-        model = next(iter(self._built.values()))
-        for number in range(self.settings.repeat + 1):
-            with self._memory_of(number) as memory, recording(self.clock):
-                features = model.encode(self._pixels(video))
-            passes.append(self.clock.take())
-            if number == 0:
-                peak = memory.columns()
-            self.progress.did(_vision_operations(self.settings, frames))
-        timed = passes[1:]
-        vision = self._row("vision", video, [one["vision"] for one in timed], **peak)
-        self.record(self._row("preprocess", video, [one["preprocess"] for one in timed]), vision)
-        return features, vision
+    def _shared_stages(self, found: Rounds, name: str) -> Tensor:
+        """Decode, preprocess and encode, once for all contenders of this round -> image tokens."""
+        with recording(self.clock):
+            video = self._decode(found.frames)
+            self.progress.says(f"{found.frames} frames, {name}: preprocess and vision")
+            features = self.models.encode(video.frames)
+        found.shared.append(self.clock.take())
+        self.progress.did(_vision_operations(self.settings, found.frames))
+        return features
 
-    def _variant(self, variant: Variant, video: SampledVideo, features: Tensor, vision: Row, check: ProjectorCheck | None) -> None:
-        """Projector and prefill of one variant; its kinds of projector take turns."""
-        frames, models = features.shape[1], {kind: self._model(variant, kind) for kind in self.settings.kinds(variant)}
-        passes: dict[str, list[dict[str, float]]] = {kind: [] for kind in models}
-        columns: dict[str, Row] = {kind: {} for kind in models}
-        if "fused" in models:
-            self.progress.says(f"{frames} frames: check {variant.title}, fused projector")
-            columns["fused"] = check.check(models["fused"]) | {"ran": self._ran}
-        for number in range(self.settings.repeat + 1):
-            for kind, model in models.items():
-                self.progress.says(f"{frames} frames: {variant.title}, {kind} projector, pass {number} of {self.settings.repeat}")
-                with self._memory_of(number) as memory, recording(self.clock):
-                    model.prefill(model.project(features), self.prompt)
-                passes[kind].append(self.clock.take())
-                if number == 0:
-                    columns[kind] |= _larger(memory.columns(), vision)
-                self._did_pass(variant, kind, frames)
-        for kind in models:
-            self._record_variant(variant, kind, video, vision, passes[kind][1:], columns[kind])
+    def _turns(self, found: Rounds, features: Tensor, name: str) -> dict[tuple[str, str], Row]:
+        """One turn of projector and prefill for each contender. The first call warms up, and gives the columns of
+        memory: measuring that gives freed memory back first, which would slow a timed turn down."""
+        warm_up, memories = not found.shared, {}
+        for variant, kind in self.settings.contenders():
+            self.progress.says(f"{found.frames} frames, {name}: {variant.title}, {kind} projector")
+            with MemoryMeter(self.settings.device, measures=warm_up) as memory, recording(self.clock):
+                self.models.first_token(variant, kind, features)
+            taken, key = self.clock.take(), (variant.name, kind)
+            if warm_up:
+                memories[key] = _larger(memory.columns(), found.vision_memory)
+            else:
+                found.taken.setdefault(key, []).append(taken)
+            self.progress.did(_pass_operations(self.settings, variant, kind, found.frames))
+        return memories
 
-    def _record_variant(self, variant: Variant, kind: str, video: SampledVideo, vision: Row, timed: list[dict[str, float]], columns: Row) -> None:
-        grid = self.settings.config.token_grid(len(video.indices))
+    def _rows_of(self, found: Rounds, waited: Row) -> list[Row]:
+        times = {stage: [one[stage] for one in found.shared] for stage in found.shared[0]}
+        more = {"decode": found.decoding}
+        rows = [self._timed_row(stage, found, rounds, **more.get(stage, {})) for stage, rounds in times.items()]
+        for variant, kind in self.settings.contenders():
+            rows += self._rows_of_contender(found, variant, kind, waited)
+        return summary.with_reliability(rows)
+
+    def _rows_of_contender(self, found: Rounds, variant: Variant, kind: str, waited: Row) -> list[Row]:
+        taken = found.taken[variant.name, kind]
+        grid = self.settings.config.token_grid(found.frames)
         tokens = variant.reduction.reduced(grid).tokens
         kept = {"tokens": tokens, "kept_percent": round(100 * tokens / grid.tokens, 2)}
-        rows = [self._row(stage, video, [one[stage] for one in timed], variant, kind, **kept) for stage in timed[0]]
-        total = [vision["p50_ms"] + one["projector"] + one["prefill"] for one in timed]
-        self.record(*rows, self._row("total", video, total, variant, kind, **kept, **columns))
+        times = {stage: [one[stage] for one in taken] for stage in taken[0]}
+        rows = [self._timed_row(stage, found, rounds, variant, kind, **kept) for stage, rounds in times.items()]
+        stages = [shared | one for shared, one in zip(found.shared, taken, strict=True)]
+        total = [sum(one[stage] for stage in summary.TO_FIRST_TOKEN) for one in stages]
+        wait = [sum(one[stage] for stage in (*summary.BEFORE, *summary.TO_FIRST_TOKEN)) for one in stages]
+        columns = found.columns[variant.name, kind] | waited | {"rounds_from": found.began}
+        rows.append(self._timed_row("total", found, total, variant, kind, **kept, **columns))
+        return [*rows, self._timed_row("wait", found, wait, variant, kind, **kept)]
 
     @torch.inference_mode()
     def trace(self, path: Path) -> None:
-        """One pass of the last variant with each of its kinds of projector, at the fewest frames, as a Perfetto trace. After `measure`."""
-        video, variant = sample_frames(self.settings.video, self.settings.frames[0]), self.settings.variants[-1]
+        """One pass of the last variant with each of its kinds of projector, at the fewest frames, as a Perfetto
+        trace. After `measure`."""
+        video, last = self.settings.clip.sample(self.settings.frames[0]), self.settings.variants[-1]
         with torch.profiler.profile() as profiler, recording(torch.profiler.record_function):
-            for kind in self.settings.kinds(variant):
-                with torch.profiler.record_function(f"{variant.name}, {kind} projector"):
-                    self._model(variant, kind)(self._pixels(video), self.prompt)
+            for variant, kind in self.settings.contenders():
+                if variant is last:
+                    with torch.profiler.record_function(f"{variant.name}, {kind} projector"):
+                        self.models.first_token(variant, kind, self.models.encode(video.frames))
         beside = path.with_name(f"partial-{path.name}")
         profiler.export_chrome_trace(str(beside))
         beside.replace(path)
 
-    def _pixels(self, video: SampledVideo) -> Tensor:
-        return preprocess(video.frames.to(self.settings.device), self.settings.config.vision.image_size, self.settings.dtype)
+    def _timed_row(
+        self,
+        stage: str,
+        found: Rounds,
+        rounds: list[float],
+        variant: Variant | None = None,
+        kind: str | None = None,
+        **more,
+    ) -> Row:
+        each = [round(ms, 4) for ms in rounds]
+        return self._row(stage, found.frames, found.looped, rounds, variant, kind, rounds_ms=each, **more)
 
-    def _row(self, stage: str, video: SampledVideo, samples: list[float], variant: Variant | None = None, kind: str | None = None, **more) -> Row:
-        frames = len(video.indices)
-        what = {"preset": self.settings.config.name, "clip": Path(self.settings.video).name, "looped": video.looped, "frames": frames, "stage": stage}
+    def _row(
+        self,
+        stage: str,
+        frames: int,
+        looped: bool,
+        samples: list[float],
+        variant: Variant | None = None,
+        kind: str | None = None,
+        **more,
+    ) -> Row:
+        what = {
+            "preset": self.settings.config.name,
+            "clip": self.settings.clip.name,
+            "looped": looped,
+            "frames": frames,
+            "stage": stage,
+        }
         what |= {"variant": variant.name if variant else None, "projector": kind}
         backend, mode = self._backend if kind == "fused" else "torch", more.pop("mode", "forward")
-        return harness.row("e2e", backend, mode, f"frames={frames}", self.settings.dtype, samples, device=self.settings.device, **what, **more)
-
-    def _memory_of(self, number: int) -> MemoryMeter:
-        """Of the warm-up pass only: measuring gives freed memory back first, which would slow a timed pass down."""
-        return MemoryMeter(self.settings.device, measures=number == 0)
-
-    def _did_pass(self, variant: Variant, kind: str, frames: int) -> None:
-        self.progress.did(_pass_operations(self.settings, variant, kind, frames))
+        return harness.row(
+            "e2e",
+            backend,
+            mode,
+            f"frames={frames}",
+            self.settings.dtype,
+            samples,
+            device=self.settings.device,
+            **what,
+            **more,
+        )
 
 
 def _larger(memory: Row, vision: Row) -> Row:
     """The peak of a whole pass: that of projector and prefill, or of vision before them."""
     if memory["peak_bytes"] is None or vision["peak_bytes"] is None:
         return memory
-    return {**memory, "peak_bytes": max(memory["peak_bytes"], vision["held_bytes"] + vision["peak_bytes"] - memory["held_bytes"])}
+    return {
+        **memory,
+        "peak_bytes": max(memory["peak_bytes"], vision["held_bytes"] + vision["peak_bytes"] - memory["held_bytes"]),
+    }

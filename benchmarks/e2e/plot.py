@@ -1,18 +1,15 @@
-"""PNG charts of `storm_benchmarks.e2e`, drawn from its rows; wide enough for a page, with letters large enough for a phone.
-
-python -m storm_benchmarks.e2e.plot FOLDER        # again, from FOLDER/results.json
-"""
+"""PNG charts of `storm_benchmarks.e2e`, drawn from its rows; wide enough for a page, with letters large enough for a
+phone."""
 
 from __future__ import annotations
 
 import io
-import sys
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from ..harness import load_rows, write_atomically
+from ..harness import write_atomically
 from . import summary
 from .summary import TO_FIRST_TOKEN, Outcome
 
@@ -41,11 +38,18 @@ def stage_bars(results: list[Outcome]) -> Figure:
         axes.barh(names, lengths, left=start, color=_STAGE_COLOURS[stage], label=stage, height=0.72)
         start = [a + b for a, b in zip(start, lengths, strict=True)]
     for name, total in zip(names, start, strict=True):
-        axes.annotate(f"{total:,.0f}", (total, name), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.annotate(
+            f"{total:,.0f}",
+            (total, name),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
     axes.invert_yaxis()
     axes.margins(x=0.14)  # room for the longest bar's number
     axes.set_xlabel("time to first token, ms (median)")
-    axes.set_title(f"{results[0].frames} frames: where the time goes", loc="left", fontsize=11)
+    axes.set_title(f"{results[0].frames} frames: where the time goes{_doubt(results)}", loc="left", fontsize=11)
     figure.legend(loc="outside lower center", ncols=len(TO_FIRST_TOKEN), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -71,7 +75,7 @@ def latency_lines(results: list[Outcome]) -> Figure:
     axes.set_yticks(_round_steps(low, high), [f"{step:,.0f}" for step in _round_steps(low, high)])
     axes.set_xlabel("frames")
     axes.set_ylabel("time to first token, ms (median)")
-    axes.set_title("Latency over frames", loc="left", fontsize=11)
+    axes.set_title(f"Latency over frames{_doubt(results)}", loc="left", fontsize=11)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -80,11 +84,24 @@ def latency_lines(results: list[Outcome]) -> Figure:
 
 def short_title(one: Outcome) -> str:
     """ "STORM +TP +TS": for places too narrow for the title."""
-    return one.title.replace("T. pooling", "TP").replace("S. pooling", "SP").replace("T. sampling", "TS").replace("+ ", "+").replace(" baseline", "")
+    title = one.title
+    for long, short in (
+        ("T. pooling", "TP"),
+        ("S. pooling", "SP"),
+        ("T. sampling", "TS"),
+        ("+ ", "+"),
+        (" baseline", ""),
+    ):
+        title = title.replace(long, short)
+    return title
 
 
 def short_name(one: Outcome) -> str:
     return short_title(one) if one.projector == "vila" else f"{short_title(one)}, {one.projector}"
+
+
+def _doubt(results: list[Outcome]) -> str:
+    return " (not reliable)" if any(one.row.get("not_reliable") for one in results) else ""
 
 
 def _one_line(results: list[Outcome]) -> list[Outcome]:
@@ -110,10 +127,3 @@ def write(folder: Path, results: list[Outcome]) -> dict[str, bytes]:
     for name, png in drawn.items():
         write_atomically(folder / name, png)
     return drawn
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m storm_benchmarks.e2e.plot FOLDER")
-    out = Path(sys.argv[1])
-    print("\n".join(str(out / name) for name in write(out, summary.outcomes(load_rows(out / "results.json")))))

@@ -1,6 +1,7 @@
-"""One self-contained `report.html` from the rows of `storm_benchmarks.e2e`: no script, no other file, readable on a phone.
+"""One self-contained `report.html` from the rows of `storm_benchmarks.e2e`: no script, no other file, readable on a
+phone.
 
-    python -m storm_benchmarks.e2e.report FOLDER      # again, from FOLDER/results.json
+    python -m storm_benchmarks.e2e.report FOLDER      # again, with the charts, from FOLDER/results.json
 
 Everything that comes from a row is escaped by the template engine (autoescape), file names among it.
 """
@@ -15,24 +16,25 @@ import jinja2
 from storm_model.config import VARIANTS
 
 from ..harness import Row, load_rows, write_atomically
-from . import paper, plot, summary
-from .summary import TO_FIRST_TOKEN, KernelGain, Outcome, TokenGain
-
-# The variant that the paper's headline (65.5 % less) is about.
-HEADLINE_VARIANT = "storm-tp-ts"
+from . import figures, paper, plot, reliability, summary
+from .figures import milliseconds, percent
+from .summary import TO_FIRST_TOKEN, Gain, Outcome
 
 
-def write(folder: Path, rows: list[Row], charts: dict[str, bytes], finished: bool = True) -> Path:
-    """Write `report.html` into ``folder``; ``charts`` as `plot.charts` gives them."""
+def write(folder: Path, rows: list[Row]) -> Path:
+    """Write `report.html` and the charts into ``folder``; OSError where that cannot be."""
     path = folder / "report.html"
-    write_atomically(path, render(rows, charts, finished))
+    write_atomically(path, render(rows, plot.write(folder, summary.outcomes(rows))))
     return path
 
 
-def render(rows: list[Row], charts: dict[str, bytes], finished: bool = True) -> str:
-    """The page. ``finished`` is False after a run that was stopped."""
+def render(rows: list[Row], charts: dict[str, bytes]) -> str:
+    """The page; ``charts`` as `plot.charts` gives them."""
     template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
     ).get_template("report.html.jinja")
     results, clip = summary.outcomes(rows), summary.clip_rows(rows)
     tokens, kernels = summary.token_gains(results), summary.kernel_gains(results)
@@ -42,15 +44,17 @@ def render(rows: list[Row], charts: dict[str, bytes], finished: bool = True) -> 
         looped=sorted({row["frames"] for row in rows if row.get("looped")}),
         dtype=_said(rows, "dtype"),
         device=_said(rows, "device"),
-        finished=finished,
-        cards=_cards(results, tokens, kernels),
+        finished=not rows or summary.finished(rows),
+        cards=figures.cards(results),
+        head=figures.TABLE_HEAD,
         stages=TO_FIRST_TOKEN,
-        frames=[_frames_part(frames, some, clip.get(frames, {})) for frames, some in summary.by_frames(results).items()],
+        frames=[_frames_part(n, some, clip.get(n, {})) for n, some in summary.by_frames(results).items()],
         latency_chart=base64.b64encode(charts["latency.png"]).decode() if "latency.png" in charts else None,
-        token_gains=_lines([(gain.reduced.frames, _token_cells(gain)) for gain in tokens]),
-        kernel_gains=_lines([(gain.fused.frames, _kernel_cells(gain)) for gain in kernels]),
+        token_gains=_lines([(gain.after.frames, _token_cells(gain)) for gain in tokens]),
+        kernel_gains=_lines([(gain.after.frames, _kernel_cells(gain)) for gain in kernels]),
         parts=_parts_table(kernels),
-        ran=", ".join(sorted({str(gain.fused.row.get("ran")) for gain in kernels})),
+        ran=", ".join(sorted({str(gain.after.row.get("ran")) for gain in kernels})),
+        decoding=_decoding_lines(clip),
         losses=summary.losses(results),
         cold=_cold_lines(summary.cold_rows(rows)),
         paper={"model": paper.MODEL, "device": paper.DEVICE, "frames": paper.TABLE_2_FRAMES, "rows": _paper_lines()},
@@ -59,75 +63,37 @@ def render(rows: list[Row], charts: dict[str, bytes], finished: bool = True) -> 
     )
 
 
-def milliseconds(value: float) -> str:
-    """Three significant digits or whole milliseconds: 0.123, 1.23, 12.3, 123, 1,234."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def percent(value: float | None) -> str:
-    """A saving: "65.0 % less", or what it costs: "3.7 % more"."""
-    return "-" if value is None else f"{abs(value):.1f} % {'less' if value >= 0 else 'more'}"
-
-
-def against_vila(results: list[Outcome], one: Outcome) -> str:
-    """ "-65.0 %": how the total differs from the VILA baseline's."""
-    baseline = summary.find(results, one.frames, "vila", "vila")
-    return "-" if baseline is None or one is baseline else f"{-summary.saved_percent(baseline.total_ms, one.total_ms):+.1f} %"
-
-
-def table_cells(results: list[Outcome], one: Outcome, name: str) -> list[str]:
-    """One line of the main table, the console's too: name, projector, tokens, ms of each stage, total, against VILA, peak MiB."""
-    stages = [milliseconds(one.ms(stage)) for stage in TO_FIRST_TOKEN]
-    projector = "its own" if one.projector == "vila" else one.projector
-    peak = "-" if one.peak_bytes is None else f"{one.peak_bytes / 2**20:,.0f}"
-    return [name, projector, f"{one.row['tokens']:,}", *stages, milliseconds(one.total_ms), against_vila(results, one), peak]
-
-
 def _said(rows: list[Row], column: str) -> str:
     return ", ".join(dict.fromkeys(str(row[column]) for row in rows)) or "-"
 
 
 def _lines(keyed_cells: list[tuple[object, list[str]]]) -> list[dict]:
     """Table lines; a new key starts a group, which gets a rule above it."""
-    return [{"cells": cells, "first": place > 0 and key != keyed_cells[place - 1][0]} for place, (key, cells) in enumerate(keyed_cells)]
-
-
-def _cards(results: list[Outcome], tokens: list[TokenGain], kernels: list[KernelGain]) -> list[dict[str, str]]:
-    """The two gains apart, then both together, for the headline variant (or the last one there is) at the most frames."""
-    most = max((one.frames for one in results), default=0)
-    token = _headline([(gain.reduced.variant, gain) for gain in tokens if gain.reduced.frames == most])
-    kernel = _headline([(gain.fused.variant, gain) for gain in kernels if gain.fused.frames == most])
-    cards = []
-    if token:
-        change = f"{milliseconds(token.baseline.total_ms)} → {milliseconds(token.reduced.total_ms)} ms"
-        note = f"{token.reduced.title}, reference projector, {most} frames. The paper: {percent(token.paper_saved_percent)}."
-        cards.append({"name": "Fewer tokens", "figure": percent(token.saved_percent), "from_to": change, "note": note})
-    if kernel:
-        change = f"projector {milliseconds(kernel.reference.ms('projector'))} → {milliseconds(kernel.fused.ms('projector'))} ms"
-        note = f"{kernel.fused.title}, {most} frames: {percent(kernel.saved_percent)} in total, fused against reference projector."
-        cards.append({"name": "Faster kernels", "figure": f"{kernel.projector_speedup:.1f}x", "from_to": change, "note": note})
-    if token and kernel and token.reduced.variant == kernel.fused.variant:
-        change = f"{milliseconds(token.baseline.total_ms)} → {milliseconds(kernel.fused.total_ms)} ms"
-        saved = percent(summary.saved_percent(token.baseline.total_ms, kernel.fused.total_ms))
-        cards.append(
-            {
-                "name": "Both together",
-                "figure": saved,
-                "from_to": change,
-                "note": f"{kernel.fused.title}, fused, against the VILA baseline, {most} frames.",
-            }
-        )
-    return cards
-
-
-def _headline(named: list[tuple[str, TokenGain | KernelGain]]):
-    return dict(named).get(HEADLINE_VARIANT, named[-1][1] if named else None)
+    keys = [key for key, _ in keyed_cells]
+    first = [place > 0 and key != keys[place - 1] for place, key in enumerate(keys)]
+    return [{"cells": cells, "first": new} for new, (_, cells) in zip(first, keyed_cells, strict=True)]
 
 
 def _frames_part(frames: int, results: list[Outcome], shared: dict[str, Row]) -> dict:
-    before = ", ".join(f"{stage} {milliseconds(shared[stage]['p50_ms'])} ms" for stage in summary.BEFORE if stage in shared)
-    rows = _lines([(one.variant, table_cells(results, one, one.title)) for one in results])
-    return {"frames": frames, "bars": _bars(results), "rows": rows, "before": f"Before it: {before}." if before else ""}
+    before = figures.before(shared)
+    rows = _lines([(one.variant, figures.table_cells(results, one, one.title)) for one in results])
+    return {
+        "frames": frames,
+        "doubts": figures.doubts(results),
+        "bars": _bars(results),
+        "rows": rows,
+        "before": f"Before it: {before}." if before else "",
+    }
+
+
+def _decoding_lines(clip: dict[int, dict[str, Row]]) -> list[dict]:
+    lines = []
+    for frames, row in ((frames, stages["decode"]) for frames, stages in sorted(clip.items()) if "decode" in stages):
+        wanted, decoded = row.get("wanted_frames"), row.get("decoded_frames")
+        counts = [f"{wanted:,}", f"{decoded:,}", f"{decoded / wanted:.1f}"] if wanted and decoded else ["-"] * 3
+        times = [milliseconds(row["p50_ms"]), milliseconds(row["p50_ms"] / (wanted or frames))]
+        lines.append((0, [str(frames), *counts, *times]))
+    return _lines(lines)
 
 
 def _bars(results: list[Outcome]) -> list[dict]:
@@ -141,41 +107,68 @@ def _bars(results: list[Outcome]) -> list[dict]:
     return bars
 
 
-def _token_cells(gain: TokenGain) -> list[str]:
-    one, theirs = gain.reduced, VARIANTS[gain.reduced.variant]
-    ours = [one.title, str(one.frames), f"{one.row['kept_percent']:g}", milliseconds(one.total_ms), percent(gain.saved_percent)]
-    return [*ours, f"{theirs.paper_kept_percent:g}", f"{theirs.paper_latency_s:.2f}", percent(gain.paper_saved_percent)]
+def _token_cells(gain: Gain) -> list[str]:
+    one, theirs = gain.after, VARIANTS[gain.after.variant]
+    ours = [
+        one.title,
+        str(one.frames),
+        f"{one.row['kept_percent']:g}",
+        milliseconds(one.total_ms),
+        percent(gain.saved_percent),
+    ]
+    paper_saved = percent(summary.paper_saved_percent(one.variant))
+    return [
+        *ours,
+        figures.between(gain.saved),
+        f"{theirs.paper_kept_percent:g}",
+        f"{theirs.paper_latency_s:.2f}",
+        paper_saved,
+    ]
 
 
-def _kernel_cells(gain: KernelGain) -> list[str]:
-    one, row = gain.fused, gain.fused.row
-    times = [milliseconds(gain.reference.ms("projector")), milliseconds(one.ms("projector")), f"{gain.projector_speedup:.1f}x"]
+def _kernel_cells(gain: Gain) -> list[str]:
+    one, row = gain.after, gain.after.row
+    times = [
+        milliseconds(gain.before.ms("projector")),
+        milliseconds(one.ms("projector")),
+        f"{gain.projector_speedup:.1f}x",
+    ]
     errors = [f"{row['error']:.1e}", f"{row['error_plain']:.1e}", str(row["checked_frames"])]
-    return [one.title, str(one.frames), *times, percent(gain.saved_percent), *errors]
+    return [one.title, str(one.frames), *times, percent(gain.saved_percent), figures.between(gain.saved), *errors]
 
 
-def _parts_table(gains: list[KernelGain]) -> dict:
-    both = [(gain, one) for gain in gains for one in (gain.reference, gain.fused)]
+def _parts_table(gains: list[Gain]) -> dict:
+    both = [(gain, one) for gain in gains for one in (gain.before, gain.after)]
     names = list(dict.fromkeys(name for _, one in both for name in one.parts()))
     rows = []
     for gain, one in both:
         parts = [milliseconds(one.parts()[name]) if name in one.parts() else "-" for name in names]
-        rows.append(((gain.fused.variant, one.frames), [one.title, str(one.frames), one.projector, *parts, milliseconds(one.ms("projector"))]))
+        rows.append(
+            (
+                (gain.after.variant, one.frames),
+                [one.title, str(one.frames), one.projector, *parts, milliseconds(one.ms("projector"))],
+            )
+        )
     return {"head": ["variant", "frames", "projector", *names, "all"], "rows": _lines(rows)}
 
 
 def _cold_lines(rows: list[Row]) -> list[dict]:
+    once = {"open": "open and index the file", "build": "build the model"}
     lines = [
-        [f"build the model: {row['preset']}", str(row["frames"]), *["-"] * 4, milliseconds(row["p50_ms"])] for row in rows if row["stage"] == "build"
+        [f"{once[row['stage']]}: {row['clip' if row['stage'] == 'open' else 'preset']}", str(row["frames"]), *["-"] * 4]
+        + [milliseconds(row["p50_ms"])]
+        for row in rows
+        if row["stage"] in once
     ]
     passes: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        if row["stage"] != "build":
+        if row["stage"] not in once:
             passes.setdefault((row["variant"], row["projector"], row["frames"]), {})[row["stage"]] = row
     for (variant, projector, frames), stages in passes.items():
         title = VARIANTS[variant].title if variant in VARIANTS else variant
         name = title if projector == "vila" else f"{title}, {projector} projector"
-        times = [milliseconds(stages[stage]["p50_ms"]) if stage in stages else "-" for stage in ("preprocess", *TO_FIRST_TOKEN, "total")]
+        taken = {stage: milliseconds(row["p50_ms"]) for stage, row in stages.items()}
+        times = [taken.get(stage, "-") for stage in ("preprocess", *TO_FIRST_TOKEN, "total")]
         lines.append([f"first pass: {name}", str(frames), *times])
     return _lines([(0, cells) for cells in lines])
 
@@ -188,7 +181,15 @@ def _paper_lines() -> list[dict]:
     rows = paper.TABLE_13
     return _lines(
         [
-            (r.frames, [str(r.frames), f"{r.compression}x", *(cell(r, s) for s in ("vision", "projector", "language")), f"{r.total:,.0f}"])
+            (
+                r.frames,
+                [
+                    str(r.frames),
+                    f"{r.compression}x",
+                    *(cell(r, s) for s in ("vision", "projector", "language")),
+                    f"{r.total:,.0f}",
+                ],
+            )
             for r in rows
         ]
     )
@@ -202,15 +203,18 @@ def _method(rows: list[Row], results: list[Outcome]) -> list[str]:
         return " or ".join(map(str, counts)) or "0"
 
     loads = [row["load"] for row in rows if row["load"] is not None]
-    busy = f" The machine's load average was {min(loads):.1f} to {max(loads):.1f}; above its number of cores, times are noisy." if loads else ""
+    busy = f" The machine's load average was {min(loads):.1f} to {max(loads):.1f}." if loads else ""
     return [
-        "Every figure is a median; results.json has the 20th and 80th percentiles too." + busy,
-        f"Timed passes: decode {times('decode')}, preprocess {times('preprocess')}, vision {times('vision')}, projector {times('projector')}, "
-        f"prefill {times('prefill')}; each after one warm-up pass, decode apart.",
-        "Vision was timed once for each number of frames and its median is part of every variant's total: every variant gets the same image tokens. "
-        "The reference and the fused projector took turns, pass by pass.",
-        "Times are device events on a GPU and the wall clock on a CPU. Peak memory is all that was held at once, with weights: torch's allocations "
-        "on a GPU, the process's resident memory on a CPU.",
+        "Every figure is a median; results.json has the 20th and 80th percentiles and each round's time too." + busy,
+        f"Timed rounds: {times('total')}, after one to warm up. In a round the video is decoded, preprocessed and "
+        "encoded once, for every variant gets the same image tokens; then all variants with all their projectors take "
+        "turns. Savings are made within rounds; what stands behind ± is half of how far the rounds are apart.",
+        f"A saving is not reliable (a question mark) where its rounds are more than {reliability.MOST_POINTS:g} points "
+        f"apart, a speed-up where they are more than {reliability.MOST_PERCENT:g} % apart, both where the program's "
+        f"threads waited for a core for more than {reliability.MOST_WAITED_PERCENT:g} % of their time, or where there "
+        "was one round only.",
+        "Times are device events on a GPU and the wall clock on a CPU. Peak memory is all that was held at once, with "
+        "weights: torch's allocations on a GPU, the process's resident memory on a CPU.",
     ]
 
 
@@ -221,9 +225,24 @@ def _environment(rows: list[Row]) -> list[tuple[str, str]]:
     return [*columns, ("time", span)]
 
 
+def main(arguments: list[str]) -> int:
+    """Exit status: 0, or 2 and one line about what cannot be read or written."""
+    if len(arguments) != 1:
+        print("usage: python -m storm_benchmarks.e2e.report FOLDER", file=sys.stderr)
+        return 2
+    folder = Path(arguments[0])
+    try:
+        print(write(folder, load_rows(folder / "results.json")))
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        what = f"{type(error).__name__} {error}"
+        spoilt = f"{folder / 'results.json'} does not hold whole rows of storm_benchmarks.e2e: {what}"
+        print(f"error: {error if isinstance(error, ValueError) else spoilt}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m storm_benchmarks.e2e.report FOLDER")
-    out = Path(sys.argv[1])
-    measured = load_rows(out / "results.json")
-    print(write(out, measured, plot.write(out, summary.outcomes(measured))))
+    sys.exit(main(sys.argv[1:]))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..backends.pages import LEAST_BYTES, empty
 from ..ops.autograd import forward_mode, transformed
 from ..plain import call_convolution, call_dt_proj, is_plain, is_plain_convolution, is_silu
 
@@ -89,12 +90,37 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     operands = (x, weight) if bias is None else (x, weight, bias)
     alike = autocast or all(t.dtype == dtype for t in operands)
     if dtype not in _SLOW or not alike or x.dtype == torch.float64 or x.numel() < _LEAST_ROWS * x.shape[-1]:
-        return F.linear(x, weight, bias)
+        large = x.numel() // x.shape[-1] * weight.shape[0] * x.element_size() >= LEAST_BYTES if x.shape[-1] else False
+        return _product(*operands) if large and alike and not autocast and _eager_inference(*operands) else F.linear(x, weight, bias)
     operands = tuple(t.to(dtype) for t in operands)
     if transformed() or forward_mode(*operands):
         with torch.autocast("cpu", enabled=False):
             return F.linear(*(t.float() for t in operands)).to(dtype)
     return _Float32Linear.apply(*operands)
+
+
+def _eager_inference(*operands: Tensor) -> bool:
+    """Whether plain tensors are multiplied here and now, and nobody else looks on: no gradient, no transform, no mode, no trace."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() or transformed():
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
+        return False
+    return all(type(t) in (Tensor, nn.Parameter) for t in operands) and not forward_mode(*operands)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` of tensors of one dtype, without autograd, to memory of our own (:mod:`storm_kernels.backends.pages`)."""
+    out = empty((*x.shape[:-1], weight.shape[0]), x.dtype, x.device)
+    rows, to = x.reshape(-1, x.shape[-1]), out.view(-1, weight.shape[0])
+    if bias is None:
+        torch.mm(rows, weight.mT, out=to)
+    else:
+        torch.addmm(bias, rows, weight.mT, out=to)
+    return out
+
+
+def _in_float32(x: Tensor) -> Tensor:
+    return empty(x.shape, torch.float32, x.device).copy_(x)
 
 
 class _Float32Linear(torch.autograd.Function):
@@ -104,7 +130,8 @@ class _Float32Linear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(x, weight)
         with torch.autocast("cpu", enabled=False):
-            return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+            out = _product(_in_float32(x), weight.float(), None if bias is None else bias.float())
+            return empty(out.shape, x.dtype, x.device).copy_(out)
 
     @staticmethod
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:

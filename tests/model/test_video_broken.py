@@ -48,7 +48,7 @@ def test_damaged_anywhere(clips, tmp_path, name):
         content[at : at + length] = chosen.randbytes(len(content[at : at + length]))
         damaged_file.write_bytes(content)
         try:
-            assert sample_frames(damaged_file, FRAMES, size=16).info.frames == FRAMES, f"byte {at}, {length} bytes"
+            assert sample_frames(damaged_file, FRAMES, size=16, verify=True).info.frames == FRAMES, f"byte {at}, {length} bytes"
         except StormVideoError as error:
             assert str(damaged_file) in str(error)
 
@@ -190,5 +190,6 @@ def test_one_huge_frame(tmp_path):
     last = content.rindex(b"\xff\xc0\x00\x11\x08")
     path.write_bytes(content[:last] + jpeg_sizes(content[last:], 65_000, 65_000))
     assert probe(path).frames == 9
-    with pytest.raises(StormVideoError, match=r"huge.avi: decoding stops at frame 8 of 9"):
-        sample_frames(path, 3, size=16)
+    for verify in (False, True):
+        with pytest.raises(StormVideoError, match=r"huge.avi: decoding stops at frame 8 of 9"):
+            sample_frames(path, 3, size=16, verify=verify)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
 from torch import Tensor
 
 from ...tokens import TokenGrid, TokenReduction
+from ..pages import empty
 from .loader import library
 from .structs import CReduce, check, reduction_struct, rows, unit_innermost
 from .threads import thread_count
 
 
 def reduce(x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:
-    out = torch.empty(x.shape[0], reduction.reduced(grid).tokens, x.shape[2], dtype=x.dtype, device=x.device)
+    out = empty((x.shape[0], reduction.reduced(grid).tokens, x.shape[2]), x.dtype, x.device)
     _launch("reduce", x, out, grid, reduction)
     return out
 
 
 def reduce_backward(grad: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:
-    grad_x = torch.empty(grad.shape[0], grid.tokens, grad.shape[2], dtype=grad.dtype, device=grad.device)
+    grad_x = empty((grad.shape[0], grid.tokens, grad.shape[2]), grad.dtype, grad.device)
     _launch("reduce_backward", grad_x, unit_innermost(grad), grid, reduction)
     return grad_x
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..contract import ScanBackwardResult, ScanCall, ScanGrads, ScanInputs, ScanResult
+from ..pages import empty
 from .loader import library
 from .structs import (
     CDirection,
@@ -38,14 +39,14 @@ def scan(call: ScanCall, save_checkpoints: bool) -> ScanResult:
     u, states = directions[0].u, directions[0].A.shape[1]
     batch, length, channels = u.shape
     length_out = length if reduction is None else reduction.reduced(grid).tokens
-    out = torch.empty(batch, length_out, channels, dtype=u.dtype, device=u.device)
+    out = empty((batch, length_out, channels), u.dtype, u.device)
     states_of = {"dtype": torch.float32, "device": u.device}
-    final_state = torch.empty(sequence_count(u, cu_seqlens), channels, states, **states_of) if len(directions) == 1 else None
+    final_state = empty((sequence_count(u, cu_seqlens), channels, states), **states_of) if len(directions) == 1 else None
     checkpoints = ()
     if save_checkpoints:
         packed = 0 if cu_seqlens is None else len(cu_seqlens) - 1
         # Packed sequences have room for more chunks than they need: what is left stays defined.
-        new = torch.empty if cu_seqlens is None else torch.zeros
+        new = empty if cu_seqlens is None else torch.zeros
         shapes = checkpoint_shapes(batch, length, channels, states, directions=len(directions), sequences=packed)
         checkpoints = tuple(new(shape, **states_of) for shape in shapes)
     if out.numel() or (final_state is not None and final_state.numel()):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...tokens import TokenGrid, TokenReduction
+from ..pages import empty
 from .threads import thread_count
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -121,7 +122,7 @@ def rows(t: Tensor | None) -> CTensor:
 
 def empty_like(t: Tensor | None) -> Tensor | None:
     """Contiguous and unwritten, in the shape and dtype of ``t``."""
-    return None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+    return None if t is None else empty(t.shape, t.dtype, t.device)
 
 
 def unit_innermost(t: Tensor) -> Tensor:

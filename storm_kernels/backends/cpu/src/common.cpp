@@ -1,11 +1,16 @@
 #include "common.h"
 
 #include <stdlib.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
+constexpr size_t LARGE = size_t(4) << 20;           // as LEAST_BYTES of pages.py
 constexpr size_t KEPT_WORKSPACE = size_t(32) << 20;  // bytes per thread between calls
 
 struct Workspace {
@@ -19,15 +24,24 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
+void* storm_fresh(size_t bytes) {
+  void* data = nullptr;
+  if (posix_memalign(&data, 64, bytes ? bytes : 1)) return nullptr;
+#ifdef MADV_HUGEPAGE
+  const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+  const uintptr_t first = ((uintptr_t)data + page - 1) / page * page, end = (uintptr_t)data + bytes;
+  if (bytes >= LARGE) madvise((void*)first, (end - first) / page * page, MADV_HUGEPAGE);
+#endif
+  return data;
+}
+
 char* storm_workspace(size_t bytes) {
   if (workspace.size < bytes) {
     free(workspace.data);
     workspace.data = nullptr;
     workspace.size = 0;
-    void* data = nullptr;
-    if (posix_memalign(&data, 64, bytes)) return nullptr;
-    workspace.data = (char*)data;
-    workspace.size = bytes;
+    workspace.data = (char*)storm_fresh(bytes);
+    workspace.size = workspace.data ? bytes : 0;
   }
   return workspace.data;
 }

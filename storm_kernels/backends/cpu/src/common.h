@@ -27,6 +27,9 @@ const char* storm_refused_by_scan_backward(const StormScan& a, const StormScanGr
 const char* storm_refused_by_conv(const StormConv& a);
 const char* storm_refused_by_reduce(const StormReduce& a);
 
+// Memory that nobody has written yet, to be freed with free(); a large piece on huge pages (backends/pages.py). Null if there is none.
+void* storm_fresh(size_t bytes);
+
 // This thread's workspace, 64-byte aligned, kept for the next call; null if there is no memory.
 char* storm_workspace(size_t bytes);
 // Called by each thread at the end of a call: hands back a workspace above the bound.

@@ -271,7 +271,7 @@ STORM_EXPORT(storm_conv_backward)(StormConv* args) {
   if ((args->refused = storm_refused_by_conv(*args))) return STORM_REFUSED;
   const StormConv& a = *args;
   int64_t sequences = storm_sequence_count(a.shape), slots = sequences < MOST_SLOTS ? sequences : MOST_SLOTS, per_slot = a.shape.channels * (a.taps + 1);
-  double* all = (double*)malloc(sizeof(double) * (a.filters * slots * per_slot + 1));
+  double* all = (double*)storm_fresh(sizeof(double) * (a.filters * slots * per_slot + 1));
   if (!all) return STORM_NO_MEMORY;
   double *weights[2], *biases[2];
   for (int f = 0; f < a.filters; f++) {

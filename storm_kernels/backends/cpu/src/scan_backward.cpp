@@ -304,8 +304,8 @@ STORM_EXPORT(storm_scan_backward)(StormScan* args, const StormScanGrads* grads) 
   for (int d = 0; d < a.directions; d++) {
     int64_t per_slot = cut.slots * a.shape.channels, rows = cut.chunks * a.shape.batch * a.shape.length;
     if (grads->direction[d].B.data || grads->direction[d].C.data)
-      allocated &= (partials.BC[d] = (float*)malloc(sizeof(float) * (rows * 2 * a.states + 1))) != nullptr;
-    allocated &= (partials.A[d] = (float*)malloc(sizeof(float) * per_slot * (a.states + 2))) != nullptr;
+      allocated &= (partials.BC[d] = (float*)storm_fresh(sizeof(float) * (rows * 2 * a.states + 1))) != nullptr;
+    allocated &= (partials.A[d] = (float*)storm_fresh(sizeof(float) * per_slot * (a.states + 2))) != nullptr;
     partials.D[d] = partials.A[d] + per_slot * a.states;
     partials.bias[d] = partials.D[d] + per_slot;
   }
