@@ -138,7 +138,7 @@ def _check(op: str, functions: dict, rivals: dict, plain: Callable[..., Tensor],
     gradients = [_gradient_of_u(plain, narrow, torch.float64), _gradient_of_u(plain, narrow, None)]
     for name, function in functions.items():
         whole = _gradient_of_u(function, given, None)[..., some]
-        harness.verify(f"gradient of u by {op} on {name}", whole, gradients[1], gradients[0])
+        harness.verify(f"gradient of u by {op} on {name}", whole, gradients[1], gradients[0], gradient=True)
     return checked
 
 

@@ -134,6 +134,15 @@ def test_verify_passes_what_is_as_good_as_plain_and_fails_what_is_not():
             verify("scan", bad, plain, truth)
 
 
+def test_verify_allows_the_rounding_of_the_result():
+    """Half a unit in the last place, as docs/reliability.md says: a plain reference that is exact leaves that much."""
+    truth = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
+    unit = 2.0**-23 * truth
+    verify("x", (truth + unit * torch.tensor([1, 1, 0, 0])).float(), truth.float(), truth)
+    with pytest.raises(CheckFailed, match="^x: rms error"):
+        verify("x", (truth + unit).float(), truth.float(), truth)
+
+
 def test_stage_clock_names_nested_stages_and_sums_repeated_ones():
     clock = StageClock("cpu")
     with recording(clock), stage("projector"):

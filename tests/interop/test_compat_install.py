@@ -1,5 +1,7 @@
 """install(): what other projects' files import is there, what we lack raises at the call, and transformers trains what it infers."""
 
+import importlib.metadata
+
 import pytest
 
 from .test_compat_mixer import in_a_new_process
@@ -116,7 +118,9 @@ def test_transformers_trains_what_it_infers_and_infers_what_it_did():
                 print("tokens", bool((tokens[0] == tokens[1]).all()))
     """)
     lines = [line for line in out.splitlines() if line.startswith(("FalconMamba [", "Mamba [", "Jamba [", "tokens "))]
-    once = ["{} [True, True] ['conv', 'scan']"] * 2
+    version = tuple(map(int, importlib.metadata.version("transformers").split(".")[:2]))
+    ran = ["conv", "scan"] if version >= (5, 16) else []  # before, it loops over tokens on a CPU, whatever is installed
+    once = [f"{{}} [True, True] {ran}"] * 2
     expected = [*once, *once, "tokens True", *once, "tokens True", *once, "tokens True", *once, "tokens True"]
     names = ["FalconMamba"] * 5 + ["Mamba"] * 6 + ["Jamba"] * 3
     assert lines == [line.format(name) for line, name in zip(expected, names, strict=True)]

@@ -53,8 +53,14 @@ def test_one_program_for_any_number_of_frames(backend, strict):
     model = Reduced().eval()
     with sk.use_backend(backend) if backend else warnings.catch_warnings():
         program = torch.export.export(model, (features(8),), dynamic_shapes=({1: Dim.DYNAMIC},), strict=strict)
+    module = program.module()
     for frames in (8, 12, 9, 5, 40):
-        close(program.module()(features(frames)), model(features(frames)))
+        if torch.__version__ < (2, 13) and backend == "torch" and frames % 2:
+            # torch 2.12 traces avg_pool3d for counts that leave the same rest: others are refused.
+            with pytest.raises(AssertionError, match="Guard failed"):
+                module(features(frames))
+            continue
+        close(module(features(frames)), model(features(frames)))
     ours = {name for name in operators(program) if "storm_kernels" in name}
     assert bool(ours) == (backend is None)
     assert len(program.graph.nodes) < 600
