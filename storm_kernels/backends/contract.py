@@ -33,6 +33,18 @@ class ScanInputs(NamedTuple):
     reverse: bool  # scanned from the last token to the first
 
 
+class ScanCall(NamedTuple):
+    """What one call of a scan is about, forward and backward."""
+
+    directions: tuple[ScanInputs, ...]  # one, either order; or two: a forward and a reverse one, over the same L
+    z: Tensor | None  # gate, (batch, L, E), or only the tokens of `reduction.kept(grid)`: (batch, kept tokens, E)
+    delta_softplus: bool
+    initial_state: Tensor | None  # (n, E, S): the state before the first scanned token; None with two directions
+    cu_seqlens: Tensor | None  # (n + 1,) int32 or int64, from 0 to L, ascending, on the activations' device; repeats are empty sequences
+    grid: TokenGrid | None
+    reduction: TokenReduction | None  # never an identity; never with cu_seqlens; grid.tokens == L
+
+
 class ScanResult(NamedTuple):
     out: Tensor  # (batch, L', E) in u's dtype; the directions' sum, gated, reduced
     final_state: Tensor | None  # (n, E, S): the state after the last scanned token; None with two directions
@@ -51,12 +63,30 @@ class ScanGrads(NamedTuple):
     delta_bias: Tensor | None
 
 
+# The gradients of each direction, of z, of initial_state.
+ScanBackwardResult = tuple[tuple[ScanGrads, ...], Tensor | None, Tensor | None]
+
+
 class ConvFilter(NamedTuple):
     """One direction of a depthwise convolution over time; in reverse, tap K-1 meets the token itself and tap 0 the (K-1)-th after it."""
 
     weight: Tensor  # (E, K): tap K-1 meets the token itself, tap 0 the (K-1)-th before it
     bias: Tensor | None  # (E,)
     reverse: bool
+
+
+class ConvCall(NamedTuple):
+    """What one call of a convolution is about, forward and backward."""
+
+    x: Tensor  # (batch, L, E)
+    filters: tuple[ConvFilter, ...]  # one, either order; or two: a forward and a reverse one, with one K
+    silu: bool
+    initial_state: Tensor | None  # (n, E, K-1): the inputs before the first, in scan order, oldest first; None with two filters
+    cu_seqlens: Tensor | None  # as a scan's
+
+
+# The gradient of x, (weight, bias) gradients for each filter, the gradient of initial_state.
+ConvGrads = tuple[Tensor | None, tuple[tuple[Tensor | None, Tensor | None], ...], Tensor | None]
 
 
 class Backend(Protocol):
@@ -89,58 +119,27 @@ class Backend(Protocol):
     ) -> tuple[tuple[int, ...], ...]:
         """Shapes of a scan's float32 checkpoints, at most three. What they hold is the backend's own affair."""
 
-    def scan(
-        self,
-        directions: tuple[ScanInputs, ...],  # one, either order; or two: a forward and a reverse one, over the same L
-        z: Tensor | None,  # gate, (batch, L, E), or only the tokens of `reduction.kept(grid)`: (batch, kept tokens, E)
-        *,
-        delta_softplus: bool,
-        initial_state: Tensor | None,  # (n, E, S): the state before the first scanned token; None with two directions
-        cu_seqlens: Tensor | None,  # (n + 1,) int32 or int64, from 0 to L, ascending, on the activations' device; repeats are empty sequences
-        grid: TokenGrid | None,
-        reduction: TokenReduction | None,  # never an identity; never with cu_seqlens; grid.tokens == L
-        save_checkpoints: bool,
-    ) -> ScanResult: ...
+    def scan(self, call: ScanCall, save_checkpoints: bool) -> ScanResult: ...
 
     def scan_backward(
         self,
         grad_out: Tensor,  # (batch, L', E)
         grad_final_state: Tensor | None,
-        directions: tuple[ScanInputs, ...],
-        z: Tensor | None,
+        call: ScanCall,
         checkpoints: tuple[Tensor, ...],  # those that are not empty
-        *,
-        delta_softplus: bool,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        grid: TokenGrid | None,
-        reduction: TokenReduction | None,
         needs: frozenset[str],  # of "u delta A B C D delta_bias z initial_state"; the first seven for both directions alike
-    ) -> tuple[tuple[ScanGrads, ...], Tensor | None, Tensor | None]:
+    ) -> ScanBackwardResult:
         """-> one `ScanGrads` a direction, gradient of z, gradient of initial_state."""
 
-    def conv(
-        self,
-        x: Tensor,  # (batch, L, E)
-        filters: tuple[ConvFilter, ...],  # one, either order; or two: a forward and a reverse one, with one K
-        *,
-        silu: bool,
-        initial_state: Tensor | None,  # (n, E, K-1): the inputs before the first, in scan order, oldest first; None with two filters
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    def conv(self, call: ConvCall) -> tuple[Tensor, ...]:
         """-> (batch, L, E) for each filter, in x's dtype."""
 
     def conv_backward(
         self,
         grads: tuple[Tensor, ...],  # one a filter
-        x: Tensor,
-        filters: tuple[ConvFilter, ...],
-        *,
-        silu: bool,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
+        call: ConvCall,
         needs: frozenset[str],  # of "x weight bias initial_state"
-    ) -> tuple[Tensor | None, tuple[tuple[Tensor | None, Tensor | None], ...], Tensor | None]:
+    ) -> ConvGrads:
         """-> gradient of x (summed over the filters), (weight, bias) gradients for each filter, gradient of initial_state."""
 
     def reduce(self, x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:

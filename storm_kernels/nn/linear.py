@@ -129,8 +129,12 @@ class _Float32Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        operands = (x, weight) if bias is None else (x, weight, bias)
         with torch.autocast("cpu", enabled=False):
-            out = _product(_in_float32(x), weight.float(), None if bias is None else bias.float())
+            # A tensor without memory of its own, as when tracing, or one of a subclass keeps its kind only through PyTorch's own operations.
+            if not _eager_inference(*operands):
+                return F.linear(*(t.float() for t in operands)).to(x.dtype)
+            out = _product(_in_float32(x), *(t.float() for t in operands[1:]))
             return empty(out.shape, x.dtype, x.device).copy_(out)
 
     @staticmethod

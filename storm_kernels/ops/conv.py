@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..backends import dispatch
 from ..backends import torch as torch_backend
-from ..backends.contract import ConvFilter
+from ..backends.contract import ConvCall, ConvFilter
 from ..tokens import described
 from . import checks
 from .autograd import refuse_forward_mode, register, vjp
@@ -144,7 +144,7 @@ def _conv(
     checks.memory("the convolution's result", x.device, x.numel() * len(filters), x.element_size())
     module = dispatch.choose("conv", backend, x, d_conv=weight.shape[1])
     dispatch.count("conv", module)
-    outs = module.conv(unit_innermost(x), filters, silu=silu, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    outs = module.conv(ConvCall(unit_innermost(x), filters, silu, initial_state, cu_seqlens))
     return outs[0], outs[1] if len(outs) == 2 else x.new_empty(0)
 
 
@@ -152,7 +152,7 @@ def _plain(x, weight, bias, weight_b, bias_b, initial_state, cu_seqlens, silu, r
     """The operator in differentiable PyTorch."""
     checks.bounds(cu_seqlens, x.shape[1])
     filters = _filters(weight, bias, weight_b, bias_b, reverse)
-    outs = torch_backend.conv(x, filters, silu=silu, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    outs = torch_backend.conv(ConvCall(x, filters, silu, initial_state, cu_seqlens))
     return outs[0], outs[1] if len(outs) == 2 else x.new_empty(0)
 
 
@@ -185,8 +185,8 @@ def _conv_backward(
     grads = tuple(torch.zeros_like(x) if g is None else g for g in (grad, grad_b))[: len(filters)]
     names = needs.split()
     wanted = frozenset(name.removesuffix("_b") for name in names)
-    options = {"silu": silu, "initial_state": initial_state, "cu_seqlens": cu_seqlens, "needs": wanted}
-    grad_x, per_filter, grad_state = module.conv_backward(grads, unit_innermost(x), filters, **options)
+    call = ConvCall(unit_innermost(x), filters, silu, initial_state, cu_seqlens)
+    grad_x, per_filter, grad_state = module.conv_backward(grads, call, wanted)
     found = {"x": grad_x, "initial_state": grad_state}
     for suffix, (grad_weight, grad_bias) in zip(("", "_b"), per_filter, strict=False):
         found |= {f"weight{suffix}": grad_weight, f"bias{suffix}": grad_bias}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import dispatch
 from ..backends import torch as torch_backend
-from ..backends.contract import ScanInputs, ScanResult
+from ..backends.contract import ScanCall, ScanInputs, ScanResult
 from ..reference import Direction
 from ..tokens import TokenGrid, TokenReduction, placed
 from . import checks
@@ -168,7 +168,7 @@ def _scan(
     checks.memory("the scan's result", u.device, _out_shape(u, options).numel(), u.element_size())
     module = _choose(directions, z, backend)
     dispatch.count("scan", module)
-    return _results(module.scan(directions, unit_innermost(z), save_checkpoints=save, **options), A)
+    return _results(module.scan(ScanCall(directions, unit_innermost(z), **options), save), A)
 
 
 def _results(result: ScanResult, like: Tensor) -> tuple[Tensor, ...]:
@@ -182,7 +182,7 @@ def _plain(*args) -> tuple[Tensor, ...]:
     checks.bounds(cu_seqlens, operands[0].shape[1])
     options = _options(operands[15], cu_seqlens, delta_softplus, grid, reduction)
     directions = _directions(operands[:7], operands[7:14], reverse)
-    return _results(torch_backend.scan(directions, operands[14], save_checkpoints=False, **options), operands[2])
+    return _results(torch_backend.scan(ScanCall(directions, operands[14], **options), False), operands[2])
 
 
 @_scan.register_fake
@@ -244,7 +244,8 @@ def _scan_backward(
     dispatch.count("scan_backward", module)
     kept = tuple(t for t in (first, second, third) if t.numel())
     wanted = frozenset(name.removesuffix("_b") for name in names)
-    per_direction, grad_z, grad_state = module.scan_backward(grad_out, grad_final_state, directions, unit_innermost(z), kept, needs=wanted, **options)
+    call = ScanCall(directions, unit_innermost(z), **options)
+    per_direction, grad_z, grad_state = module.scan_backward(grad_out, grad_final_state, call, kept, wanted)
     found = {"z": grad_z, "initial_state": grad_state}
     for suffix, grads in zip(("", "_b"), per_direction, strict=False):
         found |= {f"{name}{suffix}": grad for name, grad in zip(_ONE, grads, strict=True)}

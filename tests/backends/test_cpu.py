@@ -11,7 +11,7 @@ import torch
 
 import storm_kernels as sk
 from storm_kernels.backends import cpu
-from storm_kernels.backends.contract import ConvFilter, ScanInputs
+from storm_kernels.backends.contract import ConvCall, ConvFilter, ScanCall, ScanInputs
 from storm_kernels.backends.cpu import build, loader
 
 from ..support.extremes import check_enormous_decays
@@ -40,9 +40,9 @@ def options(**changes) -> dict:
 
 
 def forward_and_backward(directions, z, **changes) -> list[torch.Tensor]:
-    result = cpu.scan(directions, z, save_checkpoints=True, **options(**changes))
+    result = cpu.scan(ScanCall(directions, z, **options(**changes)), save_checkpoints=True)
     draw = torch.randn(result.out.shape, generator=torch.Generator().manual_seed(9)).to(result.out.dtype)
-    grads, grad_z, _ = cpu.scan_backward(draw, None, directions, z, result.checkpoints, needs=GRADIENTS, **options(**changes))
+    grads, grad_z, _ = cpu.scan_backward(draw, None, ScanCall(directions, z, **options(**changes)), result.checkpoints, needs=GRADIENTS)
     return [result.out, grad_z, *(t for one in grads for t in one)]
 
 
@@ -180,8 +180,8 @@ def test_bitwise_the_same_over_1000_reruns_and_any_number_of_threads(threads, dt
         results = forward_and_backward(pair, z)
         grads = tuple(torch.ones_like(z) for _ in filters)
         needs = frozenset({"x", "weight", "bias"})
-        grad_x, parameters, _ = cpu.conv_backward(grads, z, filters, silu=True, initial_state=None, cu_seqlens=None, needs=needs)
-        out = cpu.conv(z, filters, silu=True, initial_state=None, cu_seqlens=None)
+        grad_x, parameters, _ = cpu.conv_backward(grads, ConvCall(z, filters, silu=True, initial_state=None, cu_seqlens=None), needs=needs)
+        out = cpu.conv(ConvCall(z, filters, silu=True, initial_state=None, cu_seqlens=None))
         found = [*results, *out, grad_x, *(t for one in parameters for t in one)]
         first = first or found
         assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
@@ -193,7 +193,7 @@ def test_bitwise_the_same_alone_and_in_a_batch():
     out, grad_z, *grads = forward_and_backward((whole,), z)
     for i in range(3):
         one = ScanInputs(*(t[i : i + 1] if t.dim() > 2 else t for t in whole[:7]), False)
-        result = cpu.scan((one,), z[i : i + 1], save_checkpoints=False, **options())
+        result = cpu.scan(ScanCall((one,), z[i : i + 1], **options()), save_checkpoints=False)
         assert torch.equal(result.out, out[i : i + 1])
 
 
@@ -225,11 +225,11 @@ def test_empty_batches_and_sequences(batch, length, offsets):
     sequences = batch if offsets is None else len(offsets) - 1
     start = torch.randn(sequences, 9, 16)
     call = options(initial_state=start, cu_seqlens=cu_seqlens)
-    result = cpu.scan((inputs,), None, save_checkpoints=True, **call)
+    result = cpu.scan(ScanCall((inputs,), None, **call), save_checkpoints=True)
     empty = [i for i in range(sequences) if (length if offsets is None else offsets[i + 1] - offsets[i]) == 0]
     assert torch.equal(result.final_state[empty], start[empty])
     needs = (GRADIENTS - {"z"}) | {"initial_state"}
-    grads, _, grad_start = cpu.scan_backward(torch.ones_like(result.out), start, (inputs,), None, result.checkpoints, needs=needs, **call)
+    grads, _, grad_start = cpu.scan_backward(torch.ones_like(result.out), start, ScanCall((inputs,), None, **call), result.checkpoints, needs=needs)
     assert torch.equal(grad_start[empty], start[empty])
     assert all(torch.isfinite(t).all() for t in grads[0])
 

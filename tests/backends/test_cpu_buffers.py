@@ -8,7 +8,7 @@ import torch
 
 import storm_kernels as sk
 from storm_kernels.backends import cpu
-from storm_kernels.backends.contract import ConvFilter
+from storm_kernels.backends.contract import ConvCall, ConvFilter, ScanCall
 from storm_kernels.backends.cpu import loader, structs
 
 from .test_cpu import GRADIENTS, built, forward_and_backward, options, run_python, scan_inputs
@@ -27,7 +27,7 @@ def scan_call(short: str | None):
     """A gated scan of both directions and its backward pass, in which one buffer is short."""
     pair = [scan_inputs(2, 70, 9, dtype=torch.bfloat16, reverse=reverse) for reverse in (False, True)]
     z, grad = (torch.ones(2, 70, 9, dtype=torch.bfloat16) for _ in range(2))
-    checkpoints = cpu.scan(tuple(pair), z, save_checkpoints=True, **options()).checkpoints
+    checkpoints = cpu.scan(ScanCall(tuple(pair), z, **options()), save_checkpoints=True).checkpoints
     if short in ("z", "gradient of out", "checkpoints"):
         z, grad = (cut(z), grad) if short == "z" else (z, cut(grad))
         checkpoints = tuple(map(cut, checkpoints)) if short == "checkpoints" else checkpoints
@@ -35,8 +35,8 @@ def scan_call(short: str | None):
         i, name = int(short.endswith("_b")), short.removesuffix("_b")
         pair[i] = pair[i]._replace(**{name: cut(getattr(pair[i], name))})
     if short not in ("gradient of out", "checkpoints"):
-        cpu.scan(tuple(pair), z, save_checkpoints=False, **options())
-    cpu.scan_backward(grad, None, tuple(pair), z, checkpoints, needs=GRADIENTS, **options())
+        cpu.scan(ScanCall(tuple(pair), z, **options()), save_checkpoints=False)
+    cpu.scan_backward(grad, None, ScanCall(tuple(pair), z, **options()), checkpoints, needs=GRADIENTS)
 
 
 @built
@@ -60,9 +60,9 @@ def test_a_convolution_refuses_a_buffer_that_is_too_small(name):
     filters = tuple(filters[:1] if start is not None else filters)
     with pytest.raises(RuntimeError, match=rf"causal_conv1d.*: {name} is absent, or does not hold"):
         if name != "out":
-            cpu.conv(inputs, filters, silu=True, initial_state=start, cu_seqlens=None)
+            cpu.conv(ConvCall(inputs, filters, silu=True, initial_state=start, cu_seqlens=None))
         needs = frozenset({"x", "weight", "bias"})
-        cpu.conv_backward(grads[: len(filters)], inputs, filters, silu=True, initial_state=start, cu_seqlens=None, needs=needs)
+        cpu.conv_backward(grads[: len(filters)], ConvCall(inputs, filters, silu=True, initial_state=start, cu_seqlens=None), needs=needs)
 
 
 @built
@@ -70,22 +70,22 @@ def test_a_convolution_refuses_a_buffer_that_is_too_small(name):
 def test_what_the_backend_allocates_is_measured_too(dtype, monkeypatch):
     """Whatever makes an allocation too small: the call is refused, and the heap stays whole."""
     inputs, x = scan_inputs(2, 70, 9, dtype=dtype), torch.ones(2, 8, 5, dtype=dtype)
-    checkpoints = cpu.scan((inputs,), None, save_checkpoints=True, **options()).checkpoints
+    checkpoints = cpu.scan(ScanCall((inputs,), None, **options()), save_checkpoints=True).checkpoints
     grid, reduction, weight = sk.TokenGrid(2, 2, 2), sk.TokenReduction(2), ConvFilter(torch.ones(5, 4), None, False)
     empty, refused = torch.empty, "is absent, or does not hold"
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: cut(empty(*shape, **options)))
     for name in sorted(GRADIENTS - {"z"}):
         with pytest.raises(RuntimeError, match=f"gradient of {name} {refused}"):
-            cpu.scan_backward(inputs.u, None, (inputs,), None, checkpoints, needs=frozenset({name}), **options())
+            cpu.scan_backward(inputs.u, None, ScanCall((inputs,), None, **options()), checkpoints, needs=frozenset({name}))
     with pytest.raises(RuntimeError, match=f"checkpoints {refused}"):
-        cpu.scan((inputs,), None, save_checkpoints=True, **options())
+        cpu.scan(ScanCall((inputs,), None, **options()), save_checkpoints=True)
     with pytest.raises(RuntimeError, match=f"out {refused}"):
-        cpu.scan((inputs,), None, save_checkpoints=False, **options())
+        cpu.scan(ScanCall((inputs,), None, **options()), save_checkpoints=False)
     with pytest.raises(RuntimeError, match=f"out {refused}"):
-        cpu.conv(x, (weight,), silu=True, initial_state=None, cu_seqlens=None)
+        cpu.conv(ConvCall(x, (weight,), silu=True, initial_state=None, cu_seqlens=None))
     for name in ("x", "weight"):
         with pytest.raises(RuntimeError, match=f"gradient of {name} {refused}"):
-            cpu.conv_backward((x,), x, (weight,), silu=True, initial_state=None, cu_seqlens=None, needs=frozenset({name}))
+            cpu.conv_backward((x,), ConvCall(x, (weight,), silu=True, initial_state=None, cu_seqlens=None), needs=frozenset({name}))
     for call, name in ((cpu.reduce, "out"), (cpu.reduce_backward, "x")):
         with pytest.raises(RuntimeError, match=f"{name} {refused}"):
             call(x if name == "out" else x[:, :4], grid, reduction)
@@ -96,7 +96,7 @@ def test_offsets_that_leave_the_sequence_are_refused():
     inputs = scan_inputs(1, 70, 9)
     for offsets in ([0, 71], [0, 80, 70], [1, 70], [-5, 70]):
         with pytest.raises(RuntimeError, match="cu_seqlens is absent, or does not hold"):
-            cpu.scan((inputs,), None, save_checkpoints=False, **options(cu_seqlens=torch.tensor(offsets)))
+            cpu.scan(ScanCall((inputs,), None, **options(cu_seqlens=torch.tensor(offsets))), save_checkpoints=False)
 
 
 @built

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import storm_kernels as sk
 from storm_kernels.backends import cuda
-from storm_kernels.backends.contract import ScanInputs
+from storm_kernels.backends.contract import ScanCall, ScanInputs
 from storm_kernels.backends.cuda import launcher, source
 from storm_kernels.backends.cuda.gate import gate_backward, merge_directions
 from storm_kernels.backends.cuda.tokens import sum_terms
@@ -212,7 +212,7 @@ def test_checkpoints_have_the_shapes_that_are_announced(reduction, gated, count,
     directions = tuple(ScanInputs(x, x, torch.zeros(8, states), state, state, row, row, reverse) for reverse in (False, True)[:count])
     where = {"grid": grid, "reduction": reduction}
     options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None, **where}
-    found = cuda.scan(directions, x if gated else None, save_checkpoints=True, **options).checkpoints
+    found = cuda.scan(ScanCall(directions, x if gated else None, **options), save_checkpoints=True).checkpoints
     shapes = cuda.checkpoint_shapes(*x.shape, states, directions=count, sequences=0, gated=gated, **where)
     assert [tuple(t.shape) for t in found] == list(shapes)
     assert len({t.untyped_storage().data_ptr() for t in found}) == len(found)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import storm_kernels as sk
-from storm_kernels.backends.contract import ScanInputs
+from storm_kernels.backends.contract import ScanCall, ScanInputs
 from storm_kernels.backends.cuda import launcher, scan, scan_backward
 from storm_kernels.backends.cuda.scan import geometry
 from storm_kernels.backends.cuda.scan_backward import TWO_BLOCKS, plan_for, plans, shared_bytes
@@ -32,8 +32,8 @@ def compiled(arch: str, kernel: str = "scan_backward", *, states: int = 16, gate
     options |= {"grid": GRID, "reduction": REDUCTION} if reduced else {"grid": None, "reduction": None}
     z = x if gated else None
     with launcher.using(Recorder()) as recorder:
-        found = scan(both, z, save_checkpoints=True, **options)
-        scan_backward(found.out, None, both, z, found.checkpoints, needs=frozenset({"u", "delta", "A", "B", "C", "z"}), **options)
+        found = scan(ScanCall(both, z, **options), save_checkpoints=True)
+        scan_backward(found.out, None, ScanCall(both, z, **options), found.checkpoints, needs=frozenset({"u", "delta", "A", "B", "C", "z"}))
     ((name, defines),) = ((name, dict(defines)) for name, asked, defines in recorder.asked if asked == kernel)
     return defines, launcher.compile_cubin(name, defines, arch)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from storm_kernels.backends.contract import ConvFilter, ScanInputs
+from storm_kernels.backends.contract import ConvCall, ConvFilter, ScanCall, ScanInputs
 from storm_kernels.backends.cuda import (
     conv,
     conv_backward,
@@ -59,13 +59,13 @@ def variants(dtype: torch.dtype, reduction: bool, save: bool = True) -> dict:
     options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None}
     options |= {"grid": GRID, "reduction": REDUCTION} if reduction else {"grid": None, "reduction": None}
     with launcher.using(Recorder()) as asked:
-        found = scan(both, x, save_checkpoints=save, **options)
+        found = scan(ScanCall(both, x, **options), save_checkpoints=save)
         if not save:
             return asked.asked
-        scan_backward(found.out, None, both, x, found.checkpoints, needs=frozenset({"u", "delta", "A", "B", "C", "z"}), **options)
+        scan_backward(found.out, None, ScanCall(both, x, **options), found.checkpoints, needs=frozenset({"u", "delta", "A", "B", "C", "z"}))
         if not reduction:
-            conv(x, filters, silu=True, initial_state=None, cu_seqlens=None)
-            conv_backward((x, x), x, filters, silu=True, initial_state=None, cu_seqlens=None, needs=frozenset({"x", "weight"}))
+            conv(ConvCall(x, filters, silu=True, initial_state=None, cu_seqlens=None))
+            conv_backward((x, x), ConvCall(x, filters, silu=True, initial_state=None, cu_seqlens=None), needs=frozenset({"x", "weight"}))
         else:
             reduce(x, GRID, REDUCTION)
     return asked.asked
@@ -78,7 +78,7 @@ def one_scan(save: bool) -> dict:
     one = ScanInputs(x, x, torch.zeros(64, 16), state, state, torch.zeros(64), torch.zeros(64), False)
     options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None, "grid": None, "reduction": None}
     with launcher.using(Recorder()) as asked:
-        scan((one,), x, save_checkpoints=save, **options)
+        scan(ScanCall((one,), x, **options), save_checkpoints=save)
     return asked.asked
 
 
@@ -118,7 +118,7 @@ def forward_of(states: int, formats: tuple[torch.dtype, ...], reduction: bool) -
     options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None}
     options |= {"grid": GRID, "reduction": REDUCTION} if reduction else {"grid": None, "reduction": None}
     with launcher.using(Recorder()) as asked:
-        scan(both if reduction else both[:1], x, save_checkpoints=True, **options)
+        scan(ScanCall(both if reduction else both[:1], x, **options), save_checkpoints=True)
     return {key: shared for key, shared in asked.asked.items() if key[1] == "scan"}
 
 

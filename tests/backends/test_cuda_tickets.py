@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import storm_kernels as sk
 from storm_kernels.backends import cuda
-from storm_kernels.backends.contract import ScanInputs
+from storm_kernels.backends.contract import ScanCall, ScanInputs
 from storm_kernels.backends.cuda import launcher, tickets
 from storm_kernels.backends.cuda.scan import geometry
 
@@ -139,9 +139,9 @@ def asked(gpu: dict, tokens: int, channels: int, batch: int = 1, grid=None, redu
     state = torch.empty(batch, tokens, 1, 16, dtype=torch.bfloat16, device="meta")
     row, A = torch.empty(channels, device="meta"), torch.empty(channels, 16, device="meta")
     both = tuple(ScanInputs(x, x, A, state, state, row, row, reverse) for reverse in (False, True))
-    options = {"initial_state": None, "cu_seqlens": cu_seqlens, "grid": grid, "reduction": reduction, "save_checkpoints": False}
+    options = {"initial_state": None, "cu_seqlens": cu_seqlens, "grid": grid, "reduction": reduction}
     with launcher.using(Asked(**gpu)) as found:
-        cuda.scan(both, x, delta_softplus=True, **options)
+        cuda.scan(ScanCall(both, x, delta_softplus=True, **options), save_checkpoints=False)
     return found.found
 
 

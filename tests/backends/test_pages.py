@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import storm_kernels as sk
 from storm_kernels.backends.cpu import loader
@@ -80,6 +81,28 @@ def test_a_compiled_large_product():
     with torch.no_grad():
         x = torch.randn(1200, 24)
         torch.testing.assert_close(compiled(x), torch.nn.functional.linear(x, weight))
+
+
+class _Kept(torch.Tensor):
+    """A subclass that PyTorch's operations hand on."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_product_of_a_subclass_keeps_its_kind(dtype):
+    x, weight = torch.randn(1200, 24).to(dtype), torch.randn(1024, 24).to(dtype)
+    with torch.no_grad():
+        got = linear(x.as_subclass(_Kept), weight)
+    assert type(got) is _Kept
+    torch.testing.assert_close(got.as_subclass(torch.Tensor), torch.nn.functional.linear(x.float(), weight.float()).to(dtype))
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_product_is_traced_without_memory(dtype, mode):
+    x, weight = torch.randn(1200, 24).to(dtype), torch.randn(1024, 24).to(dtype)
+    with torch.no_grad():
+        traced = make_fx(lambda x, weight: linear(x, weight), tracing_mode=mode)(x, weight)
+        torch.testing.assert_close(traced(x, weight), linear(x, weight))
 
 
 def test_huge_pages_in_a_projector_change_no_result():

@@ -168,6 +168,15 @@ def test_ctrl_c_leaves_the_finished_rounds_and_a_report_that_stays_stopped(job, 
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
 
 
+def test_frames_by_the_second_of_a_part(job, tmp_path):
+    arguments = ("--fps", 5, "--start", 0.2, "--verify", "--variants", "vila", "--repeat", 1, "--out", tmp_path / "out")
+    assert job(*arguments) == 0
+    rows = load_rows(tmp_path / "out" / "results.json")
+    (outcome,) = summary.outcomes(rows)
+    assert outcome.frames == 2  # of the 0.4 s that are left of six frames, ten a second
+    assert next(row for row in rows if row["stage"] == "decode")["decoded_frames"] == CLIP_FRAMES
+
+
 def test_each_round_has_every_contender_once(job, tmp_path, monkeypatch):
     """They take turns: none has its second time before all had their first."""
     turns = []
@@ -294,6 +303,11 @@ def test_a_wrong_projector_is_not_timed(job, tmp_path, monkeypatch, capsys):
         (["--frames", ""], "''"),
         (["--frames", "1000000000"], "'1000000000' is not a whole number from 1 to 65536"),
         (["--frames", "9" * 5000], "is not a whole number"),
+        (["--frames", "8", "--fps", "5"], "--frames: '8' does not go with --fps"),
+        (["--fps", "0"], "--fps must be positive, got 0"),
+        (["--fps", "1e9"], "--frames must be at most 65536"),
+        (["--start", "99"], "--start must be before the end of the video"),
+        (["--start", "0.1", "--end", "0.05"], "--end must be after start = 0.1, got 0.05"),
         (["--size", "0"], "'0' is not encoder, file, a number of pixels or HEIGHTxWIDTH, each up to 8192"),
         (["--size", "3x4x5"], "'3x4x5'"),
         (["--preset", "storm-9b"], "'storm-9b' does not exist; there are: storm-7b, storm-8b"),

@@ -16,6 +16,7 @@ from ..support.transformers_models import (
     build,
     cache_of,
     close,
+    in_float64,
     kinds,
     mixer_cache,
     mixer_steps,
@@ -100,9 +101,10 @@ def test_adapters_on_every_layer_merge_and_unload(kind, first):
     assert learned.keys() == expected.keys() and any("lora_A" in name for name in learned)
     for name, grad in expected.items():
         assert (learned[name] - grad).abs().max() <= 2e-4 * grad.abs().max() + 1e-7, name
-    model, plain = model.merge_and_unload(), plain.merge_and_unload()
+    # Random adapters make the merged model so steep that the plain one, too, is twice the tolerance from the truth.
+    model, truth = model.merge_and_unload(), in_float64(plain.merge_and_unload())
     with torch.no_grad():
-        close(model(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
+        close(model(ids, use_cache=False).logits.double(), truth(ids, use_cache=False).logits.double())
     assert len(unpatch(model)) == len(mixers(base))
 
 

@@ -190,6 +190,7 @@ def test_one_huge_frame(tmp_path):
     last = content.rindex(b"\xff\xc0\x00\x11\x08")
     path.write_bytes(content[:last] + jpeg_sizes(content[last:], 65_000, 65_000))
     assert probe(path).frames == 9
-    for verify in (False, True):
-        with pytest.raises(StormVideoError, match=r"huge.avi: decoding stops at frame 8 of 9"):
-            sample_frames(path, 3, size=16, verify=verify)
+    with pytest.raises(StormVideoError, match=r"huge.avi: the frame at 0.320 s, or one that it is predicted from, cannot"):
+        sample_frames(path, 3, size=16)
+    with pytest.raises(StormVideoError, match=r"huge.avi: decoding stops at frame 8 of 9"):
+        sample_frames(path, 3, size=16, verify=True)

@@ -3,6 +3,7 @@
 The generations differ in the names of arguments and in what they support; what a test has to know about that is here.
 """
 
+import copy
 import inspect
 
 import pytest
@@ -66,6 +67,14 @@ def padding(side, ids):
     elif side == "right":
         mask[0, -4:] = 0
     return None if side == "none" else mask
+
+
+def in_float64(model):
+    """A copy that computes in float64, as far as its own code lets it."""
+    double = copy.deepcopy(model).double()
+    if hasattr(double, "set_experts_implementation"):
+        double.set_experts_implementation("eager")  # the grouped product of experts has no float64
+    return double
 
 
 def close(a, b, rounding=2e-5):

@@ -7,12 +7,13 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..contract import ConvFilter
+from ..contract import ConvCall, ConvGrads
 from .loader import library
 from .structs import CConv, CFilter, check, empty_like, floats, int64_offsets, rows, shape_struct, unit_innermost
 
 
-def conv(x: Tensor, filters: tuple[ConvFilter, ...], *, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+def conv(call: ConvCall) -> tuple[Tensor, ...]:
+    x, filters, silu, initial_state, cu_seqlens = call
     outs = tuple(empty_like(x) for _ in filters)
     if x.numel():
         offsets = int64_offsets(cu_seqlens)
@@ -21,16 +22,8 @@ def conv(x: Tensor, filters: tuple[ConvFilter, ...], *, silu: bool, initial_stat
     return outs
 
 
-def conv_backward(
-    grads: tuple[Tensor, ...],
-    x: Tensor,
-    filters: tuple[ConvFilter, ...],
-    *,
-    silu: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    needs: frozenset[str],
-) -> tuple[Tensor | None, tuple[tuple[Tensor | None, Tensor | None], ...], Tensor | None]:
+def conv_backward(grads: tuple[Tensor, ...], call: ConvCall, needs: frozenset[str]) -> ConvGrads:
+    x, filters, silu, initial_state, cu_seqlens = call
     grad_x = empty_like(x) if "x" in needs else None
     parameters = tuple((empty_like(f.weight) if "weight" in needs else None, empty_like(f.bias) if "bias" in needs else None) for f in filters)
     # zeros: the inputs before an empty sequence reach no output

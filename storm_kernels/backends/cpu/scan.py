@@ -7,8 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ...tokens import TokenGrid, TokenReduction
-from ..contract import ScanGrads, ScanInputs, ScanResult
+from ..contract import ScanBackwardResult, ScanCall, ScanGrads, ScanInputs, ScanResult
 from ..pages import empty
 from .loader import library
 from .structs import (
@@ -35,17 +34,8 @@ def checkpoint_shapes(batch: int, length: int, channels: int, states: int, *, di
     return ((chunks, states, channels),) * directions
 
 
-def scan(
-    directions: tuple[ScanInputs, ...],
-    z: Tensor | None,
-    *,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    grid: TokenGrid | None,
-    reduction: TokenReduction | None,
-    save_checkpoints: bool,
-) -> ScanResult:
+def scan(call: ScanCall, save_checkpoints: bool) -> ScanResult:
+    directions, z, delta_softplus, initial_state, cu_seqlens, grid, reduction = call
     u, states = directions[0].u, directions[0].A.shape[1]
     batch, length, channels = u.shape
     length_out = length if reduction is None else reduction.reduced(grid).tokens
@@ -91,19 +81,9 @@ def _scan_struct(directions, z, out, checkpoints, delta_softplus, initial_state,
 
 
 def scan_backward(
-    grad_out: Tensor,
-    grad_final_state: Tensor | None,
-    directions: tuple[ScanInputs, ...],
-    z: Tensor | None,
-    checkpoints: tuple[Tensor, ...],
-    *,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    grid: TokenGrid | None,
-    reduction: TokenReduction | None,
-    needs: frozenset[str],
-) -> tuple[tuple[ScanGrads, ...], Tensor | None, Tensor | None]:
+    grad_out: Tensor, grad_final_state: Tensor | None, call: ScanCall, checkpoints: tuple[Tensor, ...], needs: frozenset[str]
+) -> ScanBackwardResult:
+    directions, z, delta_softplus, initial_state, cu_seqlens, grid, reduction = call
     grads = tuple(_empty_grads(d, needs) for d in directions)
     grad_z = empty_like(z) if "z" in needs else None
     grad_initial = empty_like(initial_state) if "initial_state" in needs else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...tokens import TokenGrid, TokenReduction
-from ..contract import ConvFilter, ScanInputs
+from ..contract import ConvCall, ConvFilter, ScanCall, ScanInputs
 from .conv import LARGEST_TAPS, conv, conv_backward
 from .launcher import current
 from .scan import LARGEST_STATE, checkpoint_shapes, geometry, scan
@@ -64,15 +64,15 @@ def warmup(dtype: torch.dtype, *, d_state: int = 16, d_conv: int = 4, device: st
     state = torch.zeros(1, grid.tokens, 1, d_state, dtype=dtype, device=device)
     row = torch.zeros(channels, dtype=torch.float32, device=device)
     filters = tuple(ConvFilter(row[:, None].expand(-1, d_conv).contiguous(), row, reverse) for reverse in (False, True))
-    conv(x, filters, silu=True, initial_state=None, cu_seqlens=None)
+    convolution = ConvCall(x, filters, silu=True, initial_state=None, cu_seqlens=None)
+    conv(convolution)
     if backward:
-        options = {"silu": True, "initial_state": None, "cu_seqlens": None}
-        conv_backward((x, x), x, filters, needs=frozenset({"x", "weight", "bias"}), **options)
+        conv_backward((x, x), convolution, needs=frozenset({"x", "weight", "bias"}))
     A = torch.zeros(channels, d_state, dtype=torch.float32, device=device)
     directions = tuple(ScanInputs(x, x, A, state, state, row, row, reverse) for reverse in (False, True))
     for where, how in ((None, None), (grid, reduction)):
         options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None, "grid": where, "reduction": how}
-        found = scan(directions, x, save_checkpoints=backward, **options)
+        found = scan(ScanCall(directions, x, **options), save_checkpoints=backward)
         if backward:
             needs = frozenset({"u", "delta", "A", "B", "C", "D", "delta_bias", "z"})
-            scan_backward(found.out, None, directions, x, found.checkpoints, needs=needs, **options)
+            scan_backward(found.out, None, ScanCall(directions, x, **options), found.checkpoints, needs=needs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..contract import ConvFilter
+from ..contract import ConvCall, ConvFilter, ConvGrads
 from .launcher import THREADS, current
 from .tokens import FORMATS, sum_terms
 
@@ -68,8 +68,9 @@ def _blocks(values: dict) -> int:
     return values["batch"] * values["tiles"] * values["channel_blocks"]
 
 
-def conv(x: Tensor, filters: tuple[ConvFilter, ...], *, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+def conv(call: ConvCall) -> tuple[Tensor, ...]:
     """`Backend.conv`."""
+    x, filters, silu, initial_state, cu_seqlens = call
     outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in filters)
     none = [None] * len(filters)
     values = _values(x, _slots(filters, outs, none, none), silu=silu, initial_state=initial_state, cu_seqlens=cu_seqlens, tokens=_TOKENS)
@@ -77,17 +78,9 @@ def conv(x: Tensor, filters: tuple[ConvFilter, ...], *, silu: bool, initial_stat
     return outs
 
 
-def conv_backward(
-    grads: tuple[Tensor, ...],
-    x: Tensor,
-    filters: tuple[ConvFilter, ...],
-    *,
-    silu: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    needs: frozenset[str],
-) -> tuple[Tensor | None, tuple[tuple[Tensor | None, Tensor | None], ...], Tensor | None]:
+def conv_backward(grads: tuple[Tensor, ...], call: ConvCall, needs: frozenset[str]) -> ConvGrads:
     """`Backend.conv_backward`."""
+    x, filters, silu, initial_state, cu_seqlens = call
     batch, length, channels = x.shape
     taps = filters[0].weight.shape[1]
     empty = {"dtype": torch.float32, "device": x.device}

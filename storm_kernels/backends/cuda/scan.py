@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...tokens import TokenGrid, TokenReduction
-from ..contract import ScanInputs, ScanResult
+from ..contract import ScanCall, ScanInputs, ScanResult
 from . import tickets
 from .gate import merge_directions
 from .launcher import THREADS, current
@@ -110,7 +110,8 @@ def channel_blocks(one: ScanInputs) -> tuple[int, int]:
     return a_group, a_group * groups
 
 
-def setting(directions, z, *, delta_softplus, initial_state, cu_seqlens, grid, reduction) -> Setting:
+def setting(call: ScanCall) -> Setting:
+    directions, z, delta_softplus, initial_state, cu_seqlens, grid, reduction = call
     one = directions[0]
     batch, length, channels = one.u.shape
     where = None if reduction is None else token_map(grid, reduction, one.u.device)
@@ -190,22 +191,13 @@ def launch_together(directions: tuple[ScanInputs, ...]) -> tuple[tuple[int, ...]
     return ((0, 1),) if len(alike) == 1 else ((0,), (1,))
 
 
-def scan(
-    directions: tuple[ScanInputs, ...],
-    z: Tensor | None,
-    *,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    grid: TokenGrid | None,
-    reduction: TokenReduction | None,
-    save_checkpoints: bool,
-) -> ScanResult:
+def scan(call: ScanCall, save_checkpoints: bool) -> ScanResult:
     """`Backend.scan`. Two directions without a reduction leave their gate to the kernel that adds them up."""
+    directions, z, delta_softplus, initial_state, cu_seqlens, grid, reduction = call
     u, states, count = directions[0].u, directions[0].A.shape[1], len(directions)
     merged = count == 2 and reduction is None
     z, z_of_sum = (None, z) if merged else (z, None)
-    set_ = setting(directions, z, delta_softplus=delta_softplus, initial_state=initial_state, cu_seqlens=cu_seqlens, grid=grid, reduction=reduction)
+    set_ = setting(call._replace(z=z))
     empty = {"dtype": torch.float32, "device": u.device}
     packed, kept = 0 if cu_seqlens is None else set_.sequences, {"gated": z is not None, "grid": grid, "reduction": reduction}
     shapes = checkpoint_shapes(*u.shape, states, directions=count, sequences=packed, **kept) if save_checkpoints else ()

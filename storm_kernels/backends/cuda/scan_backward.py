@@ -27,8 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...tokens import TokenGrid, TokenReduction
-from ..contract import ScanGrads, ScanInputs
+from ..contract import ScanBackwardResult, ScanCall, ScanGrads, ScanInputs
 from .gate import gate_backward
 from .launcher import THREADS, current
 from .scan import Geometry, Setting, channel_blocks, defines, direction_values, geometry, launch_together, setting
@@ -130,22 +129,11 @@ class _Partials:
 
 
 def scan_backward(
-    grad_out: Tensor,
-    grad_final_state: Tensor | None,
-    directions: tuple[ScanInputs, ...],
-    z: Tensor | None,
-    checkpoints: tuple[Tensor, ...],
-    *,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    grid: TokenGrid | None,
-    reduction: TokenReduction | None,
-    needs: frozenset[str],
-) -> tuple[tuple[ScanGrads, ...], Tensor | None, Tensor | None]:
+    grad_out: Tensor, grad_final_state: Tensor | None, call: ScanCall, checkpoints: tuple[Tensor, ...], needs: frozenset[str]
+) -> ScanBackwardResult:
     """`Backend.scan_backward`."""
-    options = {"delta_softplus": delta_softplus, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    set_ = setting(directions, None, **options, grid=None, reduction=None)
+    directions, z, delta_softplus, initial_state, cu_seqlens, grid, reduction = call
+    set_ = setting(call._replace(z=None, grid=None, reduction=None))
     gy, dz = grad_out, None
     if z is not None or reduction is not None:
         y = None if z is None else checkpoints[-1]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import reference
 from ...tokens import TokenGrid, TokenReduction
-from ..contract import ConvFilter, ScanGrads, ScanInputs, ScanResult
+from ..contract import ConvCall, ConvFilter, ConvGrads, ScanBackwardResult, ScanCall, ScanGrads, ScanInputs, ScanResult
 
 NAME = "torch"
 
@@ -30,12 +30,13 @@ def checkpoint_shapes(batch: int, length: int, channels: int, states: int, **opt
     return ()
 
 
-def scan(directions: tuple[ScanInputs, ...], z: Tensor | None, *, save_checkpoints: bool, **options) -> ScanResult:
-    out, final_state = _scan(directions, z, **options)
+def scan(call: ScanCall, save_checkpoints: bool) -> ScanResult:
+    out, final_state = _scan(call)
     return ScanResult(out.contiguous(), final_state, ())
 
 
-def _scan(directions, z, *, delta_softplus, initial_state, cu_seqlens, grid, reduction) -> tuple[Tensor, Tensor | None]:
+def _scan(call: ScanCall) -> tuple[Tensor, Tensor | None]:
+    directions, z, delta_softplus, initial_state, cu_seqlens, grid, reduction = call
     shared = {"delta_softplus": delta_softplus, "cu_seqlens": cu_seqlens, "grid": grid, "reduction": reduction}
     plain = [reference.Direction(*direction[:7]) for direction in directions]
     if len(directions) == 2:
@@ -47,22 +48,17 @@ def _scan(directions, z, *, delta_softplus, initial_state, cu_seqlens, grid, red
 
 
 def scan_backward(
-    grad_out: Tensor,
-    grad_final_state: Tensor | None,
-    directions: tuple[ScanInputs, ...],
-    z: Tensor | None,
-    checkpoints: tuple[Tensor, ...],
-    *,
-    needs: frozenset[str],
-    initial_state: Tensor | None,
-    **options,
-) -> tuple[tuple[ScanGrads, ...], Tensor | None, Tensor | None]:
+    grad_out: Tensor, grad_final_state: Tensor | None, call: ScanCall, checkpoints: tuple[Tensor, ...], needs: frozenset[str]
+) -> ScanBackwardResult:
     leaves = _Leaves(needs)
-    copies = tuple(ScanInputs(*(leaves.add(name, t) for name, t in zip(ScanGrads._fields, one[:7], strict=True)), one.reverse) for one in directions)
-    gate, start = leaves.add("z", z), leaves.add("initial_state", initial_state)
+    copies = tuple(
+        ScanInputs(*(leaves.add(name, t) for name, t in zip(ScanGrads._fields, one[:7], strict=True)), one.reverse) for one in call.directions
+    )
+    gate, start = leaves.add("z", call.z), leaves.add("initial_state", call.initial_state)
+    call = call._replace(directions=copies, z=gate, initial_state=start)
 
     def outputs():
-        out, final_state = _scan(copies, gate, initial_state=start, **options)
+        out, final_state = _scan(call)
         return (out,) if grad_final_state is None else (out, final_state)
 
     found = leaves.gradients(outputs, (grad_out,) if grad_final_state is None else (grad_out, grad_final_state))
@@ -70,26 +66,19 @@ def scan_backward(
     return per_direction, found(gate), found(start)
 
 
-def conv(x: Tensor, filters: tuple[ConvFilter, ...], *, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+def conv(call: ConvCall) -> tuple[Tensor, ...]:
+    x, filters, silu, initial_state, cu_seqlens = call
     options = {"activation": "silu" if silu else None, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     with torch.autocast(x.device.type, enabled=False):  # which would round a convolution's operands
         return tuple(reference.causal_conv1d(x, one.weight, one.bias, reverse=one.reverse, **options).contiguous() for one in filters)
 
 
-def conv_backward(
-    grads: tuple[Tensor, ...],
-    x: Tensor,
-    filters: tuple[ConvFilter, ...],
-    *,
-    silu: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    needs: frozenset[str],
-) -> tuple[Tensor | None, tuple[tuple[Tensor | None, Tensor | None], ...], Tensor | None]:
+def conv_backward(grads: tuple[Tensor, ...], call: ConvCall, needs: frozenset[str]) -> ConvGrads:
+    x, filters, silu, initial_state, cu_seqlens = call
     leaves = _Leaves(needs)
     inputs, start = leaves.add("x", x), leaves.add("initial_state", initial_state)
     copies = tuple(ConvFilter(leaves.add("weight", one.weight), leaves.add("bias", one.bias), one.reverse) for one in filters)
-    found = leaves.gradients(lambda: conv(inputs, copies, silu=silu, initial_state=start, cu_seqlens=cu_seqlens), grads)
+    found = leaves.gradients(lambda: conv(ConvCall(inputs, copies, silu, start, cu_seqlens)), grads)
     return found(inputs), tuple((found(one.weight), found(one.bias)) for one in copies), found(start)
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import ConvFilter
+from ..contract import ConvCall, ConvGrads
 from .configs import CONV, CONV_BACKWARD, CONV_STATE
 from .launch import launch
 from .math import cast, product, sigmoid
@@ -219,8 +219,9 @@ def _owners(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
     return torch.searchsorted(cu_seqlens, torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype), right=True) - 1
 
 
-def conv(x: Tensor, filters: tuple[ConvFilter, ...], *, silu: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+def conv(call: ConvCall) -> tuple[Tensor, ...]:
     """`contract.Backend.conv`."""
+    x, filters, silu, initial_state, cu_seqlens = call
     batch, length, channels = x.shape
     outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in filters)
     launch(
@@ -244,17 +245,9 @@ def conv(x: Tensor, filters: tuple[ConvFilter, ...], *, silu: bool, initial_stat
     return outs
 
 
-def conv_backward(
-    grads: tuple[Tensor, ...],
-    x: Tensor,
-    filters: tuple[ConvFilter, ...],
-    *,
-    silu: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    needs: frozenset[str],
-) -> tuple[Tensor | None, tuple[tuple[Tensor | None, Tensor | None], ...], Tensor | None]:
+def conv_backward(grads: tuple[Tensor, ...], call: ConvCall, needs: frozenset[str]) -> ConvGrads:
     """`contract.Backend.conv_backward`."""
+    x, filters, silu, initial_state, cu_seqlens = call
     batch, length, channels = x.shape
     width = filters[0].weight.shape[1]
     tiles = batch * triton.cdiv(length, CONV_BACKWARD.constants["BLOCK_T"])

@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ...tokens import TokenGrid, TokenReduction
-from ..contract import ScanInputs, ScanResult
+from ..contract import ScanCall, ScanResult
 from .configs import SCAN_FORWARD
 from .launch import launch
 from .math import cast, sigmoid
@@ -173,18 +172,9 @@ def reduce_mode(grid: TokenGrid | None, reduction: TokenReduction | None) -> str
     return "apart" if alone else "any"
 
 
-def scan(
-    directions: tuple[ScanInputs, ...],
-    z: Tensor | None,
-    *,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    grid: TokenGrid | None,
-    reduction: TokenReduction | None,
-    save_checkpoints: bool,
-) -> ScanResult:
+def scan(call: ScanCall, save_checkpoints: bool) -> ScanResult:
     """`contract.Backend.scan`."""
+    directions, z, delta_softplus, initial_state, cu_seqlens, grid, reduction = call
     first, both = directions[0], len(directions) == 2
     shape, dtype, device = Shape.of(first, cu_seqlens), first.u.dtype, first.u.device
     out_length = reduction.reduced(grid).tokens if reduction else shape.length

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...tokens import TokenGrid, TokenReduction
-from ..contract import ScanGrads, ScanInputs
+from ..contract import ScanBackwardResult, ScanCall, ScanGrads, ScanInputs
 from .configs import SCAN_BACKWARD
 from .launch import launch
 from .reduce import combine, inverse_counts, token_places
@@ -146,20 +146,10 @@ def backward_kernel(
 
 
 def scan_backward(
-    grad_out: Tensor,
-    grad_final_state: Tensor | None,
-    directions: tuple[ScanInputs, ...],
-    z: Tensor | None,
-    checkpoints: tuple[Tensor, ...],
-    *,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    grid: TokenGrid | None,
-    reduction: TokenReduction | None,
-    needs: frozenset[str],
-) -> tuple[tuple[ScanGrads, ...], Tensor | None, Tensor | None]:
+    grad_out: Tensor, grad_final_state: Tensor | None, call: ScanCall, checkpoints: tuple[Tensor, ...], needs: frozenset[str]
+) -> ScanBackwardResult:
     """`contract.Backend.scan_backward`."""
+    directions, z, delta_softplus, initial_state, cu_seqlens, grid, reduction = call
     first, constants = directions[0], SCAN_BACKWARD.constants
     shape, device = Shape.of(first, cu_seqlens), first.u.device
     programs = len(directions) * shape.programs(constants["BLOCK_E"])

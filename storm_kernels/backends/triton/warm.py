@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...tokens import TokenGrid, TokenReduction
-from ..contract import ConvFilter, ScanInputs
+from ..contract import ConvCall, ConvFilter, ScanCall, ScanInputs
 from .conv import conv, conv_backward
 from .launch import Launch, recorded
 from .norm import norm, norm_backward
@@ -43,14 +43,14 @@ def model_launches(
     hidden, channel, state = _meta(length, d_model, dtype=dtype), _meta(d_inner), _meta(1, length, 1, d_state, dtype=dtype)
     one = ScanInputs(activation, activation, _meta(d_inner, d_state), state, state, channel, channel, False)
     directions = (one, one._replace(reverse=True))[: 1 + bidirectional]
-    conv_options = {"silu": True, "initial_state": None, "cu_seqlens": None}
+    convolution = ConvCall(x, filters, silu=True, initial_state=None, cu_seqlens=None)
     with recorded() as launches:
         norm(hidden, hidden, _meta(d_model), _meta(d_model), 1e-5)
-        conv(x, filters, **conv_options)
+        conv(convolution)
         if backward:
             rows = _meta(length)
             norm_backward(hidden, hidden, hidden, _meta(d_model), rows, rows)
-            conv_backward((activation,) * len(filters), x, filters, **conv_options, needs=frozenset(("x", "weight", "bias")))
+            conv_backward((activation,) * len(filters), convolution, needs=frozenset(("x", "weight", "bias")))
         for r in (None, reduction) if reduction is not None else (None,):
             _scan_launches(directions, grid, r, backward)
         if reduction is not None:
@@ -65,10 +65,11 @@ def _scan_launches(directions: tuple[ScanInputs, ...], grid: TokenGrid, reductio
     options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None, "grid": grid if reduction else None, "reduction": reduction}
     kept = reduction.kept(grid).tokens if reduction else grid.tokens
     z = u.new_empty(1, kept, u.shape[2])
-    out = scan(directions, z, **options, save_checkpoints=backward).out
+    call = ScanCall(directions, z, **options)
+    out = scan(call, save_checkpoints=backward).out
     if backward:
         shapes = checkpoint_shapes(1, grid.tokens, *A.shape, directions=len(directions), sequences=0)
-        scan_backward(out, None, directions, z, tuple(_meta(*shape) for shape in shapes), **options, needs=SCAN_NEEDS)
+        scan_backward(out, None, call, tuple(_meta(*shape) for shape in shapes), needs=SCAN_NEEDS)
 
 
 def conv_state_launch(channels: int, width: int, dtype: torch.dtype) -> Launch:
@@ -76,7 +77,7 @@ def conv_state_launch(channels: int, width: int, dtype: torch.dtype) -> Launch:
     x, state = _meta(1, 64, channels, dtype=dtype), _meta(1, channels, width - 1)
     filters = (ConvFilter(_meta(channels, width), _meta(channels), False),)
     with recorded() as launches:
-        conv_backward((x,), x, filters, silu=True, initial_state=state, cu_seqlens=None, needs=frozenset(("initial_state",)))
+        conv_backward((x,), ConvCall(x, filters, silu=True, initial_state=state, cu_seqlens=None), needs=frozenset(("initial_state",)))
     return launches[-1]
 
 

@@ -59,6 +59,16 @@ struct WarpSums {
     __align__(16) float BC[GROUP][2 * STATES];                 // dB and dC, summed over the warp's channels
 };
 
+// A pair's bias and D lie together, for one load, but on sm_100: there the pair of them spills a register.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool TOGETHER = false;
+#else
+constexpr bool TOGETHER = true;
+#endif
+__device__ __forceinline__ int term_at(int which, int c) {
+    return TOGETHER ? c / PAIR * 2 * PAIR + which * PAIR + c % PAIR : which * BLOCK_CHANNELS + c;
+}
+
 struct Shared {
     __align__(16) float saved[GROUPS][RUNS][THREADS][RUN];     // states before each group: a thread reads back what it wrote
     __align__(16) float4 step[CHUNK][BLOCK_CHANNELS / PAIR];   // a pair's log2(e) delta, and its delta u
@@ -67,7 +77,7 @@ struct Shared {
     __align__(16) float channel[BATCH][THREADS][2 * PAIR];      // each lane's part of g . B and (g a h_{l-1}) . A
     __align__(16) WarpSums warp[WARPS];
     __align__(16) float gy[BATCH][BLOCK_CHANNELS];             // dL/dy
-    __align__(16) float terms[BLOCK_CHANNELS / PAIR][2][PAIR];  // a pair's bias, and its D
+    __align__(16) float terms[2 * BLOCK_CHANNELS];             // each channel's bias and D, at term_at()
     __align__(16) float row_sums[THREADS][2 * PAIR];           // a chunk's share of each lane's gradients of D and the bias
     Sum dD[PAIR][THREADS];                                     // each lane's own, like the bias's
     Sum dbias[PAIR][THREADS];

@@ -42,7 +42,7 @@ struct Elements {
 __device__ __forceinline__ void prepare_steps(Shared& shared, const Elements& e, const Offsets& at, const Steps& steps, int batches) {
     Column<U_T> us = e.u;
     Column<DELTA_T> deltas = e.delta;
-    const float2 bias = load_pair(beyond(shared.terms[0][0], at.pair));
+    const float2 bias = load_pair(beyond(shared.terms, TOGETHER ? at.pair : at.pair / 2));
     us.move(-batches * steps.u);
     deltas.move(-batches * steps.delta);
 #pragma unroll 4
@@ -115,15 +115,15 @@ __device__ __forceinline__ void write_gradients(Shared& shared, const Elements& 
         sums = j ? make_float4(sums.x + part.x, sums.y + part.y, sums.z + part.z, sums.w + part.w) : part;
     }
     const float2 u = unpacked(x.u), raw = unpacked(x.delta), gy = load_pair(beyond(shared.gy[0], at.step / 2));
-    const float4 terms = *(const float4*)beyond(shared.terms[0][0], at.pair);
+    const float2 bias = load_pair(beyond(shared.terms, TOGETHER ? at.pair : at.pair / 2)), skip = load_pair(beyond(shared.terms + term_at(1, 0), TOGETHER ? at.pair : at.pair / 2));
     const float2 rate = *(const float2*)beyond(shared.step[t], at.step), delta = make_float2(rate.x * LN2, rate.y * LN2);
     float2 ddelta = make_float2(fmaf(sums.x, u.x, sums.z), fmaf(sums.y, u.y, sums.w));
-    if (SOFTPLUS) ddelta = make_float2(ddelta.x * sigmoid(raw.x + terms.x), ddelta.y * sigmoid(raw.y + terms.y));
+    if (SOFTPLUS) ddelta = make_float2(ddelta.x * sigmoid(raw.x + bias.x), ddelta.y * sigmoid(raw.y + bias.y));
     float4& rows = *(float4*)beyond(shared.row_sums[0], at.own);
     if (!SOFTPLUS && count < 1) ddelta.x = 0.0f;
     if (!SOFTPLUS && count < 2) ddelta.y = 0.0f;
     rows = make_float4(fmaf(gy.x, u.x, rows.x), fmaf(gy.y, u.y, rows.y), rows.z + ddelta.x, rows.w + ddelta.y);
-    e.du.write(make_float2(fmaf(sums.x, delta.x, terms.z * gy.x), fmaf(sums.y, delta.y, terms.w * gy.y)), count);
+    e.du.write(make_float2(fmaf(sums.x, delta.x, skip.x * gy.x), fmaf(sums.y, delta.y, skip.y * gy.y)), count);
     e.ddelta.write(ddelta, count);
 }
 

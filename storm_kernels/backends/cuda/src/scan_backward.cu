@@ -102,8 +102,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const __g
     for (int i = 0; i < ITEMS; i++)
         dA_sums[i / RUN * RUN * THREADS + i % RUN] = dA_sums[(ITEMS + i / RUN * RUN) * THREADS + i % RUN] = 0.0f;
     for (int c = threadIdx.x; c < BLOCK_CHANNELS; c += THREADS) {
-        shared.terms[c / PAIR][0][c % PAIR] = c < s.channels && d.delta_bias ? d.delta_bias[s.channel + c] : 0.0f;
-        shared.terms[c / PAIR][1][c % PAIR] = c < s.channels && d.D ? d.D[s.channel + c] : 0.0f;
+        shared.terms[term_at(0, c)] = c < s.channels && d.delta_bias ? d.delta_bias[s.channel + c] : 0.0f;
+        shared.terms[term_at(1, c)] = c < s.channels && d.D ? d.D[s.channel + c] : 0.0f;
     }
     if (threadIdx.x == 0) {
         shared.B_rows = d.B + s.batch * d.B_batch + s.token(0) * d.B_row + s.group * d.B_group;
