@@ -119,11 +119,14 @@ def test_cuda_with_tickets(name, monkeypatch):
     assert not differing
 
 
-# Of other cases errors as large as the PTX manual allows take up to 1.3 of the bound, which is that of exact functions.
-@pytest.mark.parametrize("name", ["sampled", "convolution"])
+# Judged beside a reference whose functions err as much. In other cases a final state, or a row of A's gradient, takes up to 1.9 of that bound.
+APPROXIMATE = ("sampled", "reduced, one state", "reduced, many states", "200 states, whole blocks", "512 states, whole blocks", "convolution, packed")
+
+
+@pytest.mark.parametrize("name", APPROXIMATE)
 def test_cuda_with_the_errors_that_approximate_functions_may_have(name):
     with launcher.using(OnPtx(options=Options(noise=1, seed=3, at_once=2))):
-        check(CUDA[name], "cuda")
+        check(CUDA[name], "cuda", approximate=True)
 
 
 # Triton's scan has no variants by alignment of channels to blocks: fewer cases, on each architecture.
