@@ -7,7 +7,7 @@ that came from the start of the file. Where that is not certain, `Untrusted` sen
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -79,39 +79,39 @@ def by_groups(
     """
     decoded, done = 0, 0
     while done < len(wanted):
-        group = times.group(wanted[done])
-        container.seek(times.keys[group].seek, stream=stream)
-        for frame in _from_key(container, stream, times.keys[group], lambda: _seconds(times, wanted[done]), path):  # noqa: B023
-            decoded += 1
-            if frame.pts is None or frame.pts > wanted[done]:
+        key = times.keys[times.group(wanted[done])]
+        container.seek(key.seek, stream=stream)
+        frames = _from_key(container, stream, key)
+        while done < len(wanted):
+            try:
+                frame = next(frames, None)
+            except av.FFmpegError as error:
+                where = f"the frame at {_seconds(times, wanted[done]):.3f} s, or one that it is predicted from"
+                raise StormVideoError(f"{path}: {where}, cannot be decoded: {error.strerror}") from error
+            if frame is None or frame.pts is None or frame.pts > wanted[done]:
                 raise Untrusted
+            decoded += 1
             if frame.pts < wanted[done]:
                 continue
             if frame.is_corrupt:
                 raise StormVideoError(f"{path}: the frame at {_seconds(times, wanted[done]):.3f} s is damaged")
             yield decoded, frame
             done += 1
-            if done == len(wanted) or times.skipped(wanted[done - 1], wanted[done]) > WORTH_SEEKING:
+            if done < len(wanted) and times.skipped(wanted[done - 1], wanted[done]) > WORTH_SEEKING:
                 break
-        else:
-            raise Untrusted
 
 
-def _from_key(
-    container: av.container.InputContainer, stream: av.VideoStream, key: Key, where: Callable[[], float], path: Path
-) -> Iterator[av.VideoFrame]:
+def _from_key(container: av.container.InputContainer, stream: av.VideoStream, key: Key) -> Iterator[av.VideoFrame]:
     """The frames from the key frame on. Those before it are left out: pictures that are shown before their key frame may be predicted from what
     was not decoded, and fail."""
     begun = False
     for packet in container.demux(stream):
         try:
             frames = packet.decode()
-        except av.FFmpegError as error:
-            if not begun:
-                continue
-            raise StormVideoError(
-                f"{path}: the frame at {where():.3f} s, or one that it is predicted from, cannot be decoded: {error.strerror}"
-            ) from error
+        except av.FFmpegError:
+            if begun:
+                raise
+            continue
         for frame in frames:
             begun = begun or _begins(frame, key)
             if begun:

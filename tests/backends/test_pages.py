@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from storm_kernels.nn.linear import linear
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 OFFERED = ENABLED.exists() and "[never]" not in ENABLED.read_text()
+SOURCE = Path(sk.__file__).parent / "backends/cpu/src/common.cpp"
 needs_huge_pages = pytest.mark.skipif(not OFFERED, reason="this system brings no huge pages")
 CPU = torch.device("cpu")
 
@@ -37,6 +39,11 @@ x, weight = torch.ones(2048, 64), torch.ones(8192, 64)
 scan(64), linear(x, weight[:64])
 print(faults(lambda: empty((2**24,), torch.float32, torch.device("cpu")).fill_(1.0)), faults(lambda: scan(8192)), faults(lambda: linear(x, weight)))
 """
+
+
+def test_python_and_cpp_call_the_same_results_large():
+    megabytes = int(re.search(r"LARGE = size_t\((\d+)\) << 20;", SOURCE.read_text(encoding="utf-8"))[1])
+    assert megabytes * 2**20 == LEAST_BYTES
 
 
 @needs_huge_pages
