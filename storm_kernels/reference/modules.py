@@ -263,18 +263,29 @@ class ReferenceTemporalProjector(nn.Module):
         if unknown is not None and all(p.kind is not p.VAR_KEYWORD for p in of_mixer.values()):
             raise TypeError(f"{cls.__name__} has no option {described(unknown)}; its options are {', '.join(known)}")
 
-    def forward(self, features: Tensor, reduction: TokenReduction | None = None, lengths: Sequence[int] | Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        reduction: TokenReduction | None = None,
+        lengths: Sequence[int] | Tensor | None = None,
+        packed: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
         """features (batch, T, h, w, vision_width) -> (batch, tokens, D), averaged and sampled as ``reduction`` says, by default not at all.
 
         ``lengths`` (batch,), a list, an array or a tensor, gives each video's number of frames where the batch is padded at the end; each video
-        then comes out as if it ran alone, followed by zeros.
+        then comes out as if it ran alone, followed by zeros. ``packed`` (videos,) gives it where the videos follow one another in a batch of 1;
+        their tokens then do so too, each video's as if it ran alone.
 
         Raises:
             TypeError, ValueError: an argument of the wrong type, shape or dtype, named.
         """
         reduction = reducing(reduction)
         tokens, grid = self.embed(features)
-        return run_padded(self.mix, tokens, grid, reduction, lengths)
+        if packed is None:
+            return run_padded(self.mix, tokens, grid, reduction, lengths)
+        if lengths is not None:
+            raise ValueError("lengths and packed cannot be combined: videos are padded or follow one another")
+        return torch.cat(_mix_packed(self.mix, tokens, packed_grids(tokens, grid, packed), reduction), 1)
 
     def embed(self, features: Tensor) -> tuple[Tensor, TokenGrid]:
         """Downsample and project: (batch, T, h, w, vision_width) -> (batch, T*H*W, D) and its grid (STORM eq. 3)."""
@@ -303,24 +314,41 @@ def run_padded(mix, x: Tensor, grid: TokenGrid, reduction: TokenReduction | None
     """Run ``mix`` over whole videos x (batch, T*N, D), or, with ``lengths`` in frames, over the valid tokens packed one after the other."""
     if lengths is None:
         return mix(x, grid, reduction, None)
-    lengths = _frame_counts(lengths)
+    lengths = _frame_counts("lengths", lengths)
     if len(lengths) != x.shape[0]:
         raise ValueError(f"lengths must name one number of frames for each of the {x.shape[0]} videos, got {len(lengths)}")
     for i, frames in enumerate(lengths):
         if not 1 <= frames <= grid.frames:
             raise ValueError(f"lengths must be between 1 and {grid.frames}, the frames of the batch, got {described(frames)} for lengths[{i}]")
-    tokens = [n * grid.tokens_per_frame for n in lengths]
-    packed = torch.cat([video[:n] for video, n in zip(x, tokens, strict=True)])
+    grids = [TokenGrid(n, grid.height, grid.width) for n in lengths]
+    packed = torch.cat([video[: own.tokens] for video, own in zip(x, grids, strict=True)])
+    return nn.utils.rnn.pad_sequence([video[0] for video in _mix_packed(mix, packed[None], grids, reduction)], batch_first=True)
+
+
+def packed_grids(x: Tensor, grid: TokenGrid, packed: Sequence[int] | Tensor) -> list[TokenGrid]:
+    """The grid of each video of x (1, L, D), whose ``packed`` frames make up ``grid`` together; raise, by name, where they do not."""
+    lengths = _frame_counts("packed", packed)
+    if x.shape[0] != 1:
+        raise ValueError(f"with packed the batch must be 1, got {x.shape[0]}")
+    grids = [TokenGrid(positive_int(f"packed[{i}]", n), grid.height, grid.width) for i, n in enumerate(lengths)]
+    if sum(lengths) != grid.frames:
+        raise ValueError(f"packed must add up to the {grid.frames} frames of features, got {sum(lengths)} in {len(lengths)} videos")
+    return grids
+
+
+def _mix_packed(mix, x: Tensor, grids: list[TokenGrid], reduction: TokenReduction | None) -> list[Tensor]:
+    """Run ``mix`` over videos one after the other, x (1, L, D) -> each video's reduced tokens (1, L', D). One alone is reduced by ``mix`` itself."""
+    if len(grids) == 1:
+        return [mix(x, grids[0], reduction, None)]
+    tokens = [own.tokens for own in grids]
     bounds = torch.tensor([0, *tokens], dtype=torch.int64, device=x.device).cumsum(0)
-    mixed = mix(packed[None], None, None, bounds)[0].split(tokens)
-    grids = (TokenGrid(n, grid.height, grid.width) for n in lengths)
-    reduced = [reduce_tokens(video[None], own, reduction)[0] for video, own in zip(mixed, grids, strict=True)]
-    return nn.utils.rnn.pad_sequence(reduced, batch_first=True)
+    mixed = mix(x, None, None, bounds).split(tokens, 1)
+    return [reduce_tokens(video, own, reduction) for video, own in zip(mixed, grids, strict=True)]
 
 
-def _frame_counts(lengths: object) -> list[int]:
-    """``lengths`` as a list of int. A tensor is read in one go: on a GPU each number by itself would wait for the device."""
+def _frame_counts(name: str, lengths: object) -> list[int]:
+    """``lengths`` as a list of int; the argument's ``name`` is for errors. A tensor is read in one go: on a GPU each number by itself would wait for the device."""
     values = lengths.tolist() if hasattr(lengths, "tolist") else lengths
     if not isinstance(values, Iterable):
-        raise TypeError(f"lengths must be a sequence of integers, one a video, got {described(lengths)}")
-    return [integer(f"lengths[{i}]", n) for i, n in enumerate(values)]
+        raise TypeError(f"{name} must be a sequence of integers, one a video, got {described(lengths)}")
+    return [integer(f"{name}[{i}]", n) for i, n in enumerate(values)]
