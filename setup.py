@@ -48,6 +48,7 @@ setup(
         "storm_kernels": ["py.typed"],
         "storm_kernels.backends.cpu": ["src/*.cpp", "src/*.h"],
         "storm_kernels.backends.cuda": ["src/*.cu", "src/*.cuh"],
+        "storm_model": ["templates/*.jinja"],
         "storm_benchmarks.e2e": ["report.html.jinja"],
     },
     cmdclass={"build_ext": BuildLibrary},

@@ -23,7 +23,8 @@ from storm_kernels.tokens import TokenReduction
 
 from .config import LanguageConfig, ModelConfig, Variant, VisionConfig
 from .hub_config import language_config, vision_config
-from .parts import FLOATS, CheckpointError
+from .loading import CheckpointError
+from .parts import FLOATS
 from .storm import VideoModel
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from storm_kernels.tokens import TokenGrid, TokenReduction, positive_int
 
-# Far past the paper's 512 frames and 4 x 2 x 2 reduction; what is larger is a slip of the keyboard, and an error before anything is allocated.
-MAX_FRAMES = 65_536
-MAX_REDUCTION = 65_536
+from .configuration_storm import MAX_REDUCTION, token_grid
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,7 @@ class ModelConfig:
 
     def token_grid(self, frames: int) -> TokenGrid:
         """Tokens of a video after the 2x2 downsample (odd sides are padded), before the reduction."""
-        side = -(-self.vision.patches_per_side // 2)
-        return TokenGrid(check_frames(frames), side, side)
+        return token_grid(frames, self.vision.image_size, self.vision.patch_size)
 
 
 def _divides(owner: str, name: str, value: int, of_name: str, of: int) -> None:
@@ -175,14 +172,6 @@ VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _VARIANTS}
 def variant(name: str) -> Variant:
     """The variant of that name; a ValueError lists those that exist."""
     return _look_up("variant", name, VARIANTS)
-
-
-def check_frames(frames: object) -> int:
-    """``frames`` if it is an integer from 1 to MAX_FRAMES; otherwise an error with its value."""
-    positive_int("frames", frames)
-    if frames > MAX_FRAMES:
-        raise ValueError(f"frames must be at most {MAX_FRAMES}, got {frames}")
-    return frames
 
 
 def _look_up(what: str, name: object, table: dict):

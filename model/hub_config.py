@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import LlamaConfig, Qwen2Config, SiglipVisionConfig
 
 from .config import LanguageConfig, VisionConfig
-from .parts import CheckpointError
+from .loading import CheckpointError
 
 _LANGUAGE_CLASSES = {"qwen2": Qwen2Config, "llama": LlamaConfig}
 

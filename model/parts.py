@@ -28,7 +28,3 @@ def seeded(seed: int, device: torch.device, *, blank: bool = False) -> Iterator[
     with torch.random.fork_rng(devices=devices), device, no_init_weights() if blank else nullcontext():
         torch.manual_seed(seed)
         yield
-
-
-class CheckpointError(ValueError):
-    """A saved model that cannot be used; the message names the file or folder and the tensor or field."""

@@ -9,7 +9,7 @@ from numbers import Real
 
 from storm_kernels.tokens import described, positive_int
 
-from .config import check_frames
+from .configuration_storm import check_frames
 
 # Times are compared in seconds; a frame's own time, computed in two ways, differs by less.
 _NEAR = 1e-9

@@ -11,11 +11,13 @@ from storm_kernels.reference import ReferenceTemporalProjector
 from storm_kernels.tokens import positive_int
 
 from .arithmetic import arithmetic
-from .config import ModelConfig, Variant, check_frames
+from .config import ModelConfig, Variant
+from .configuration_storm import check_frames
 from .language import CACHE, build_language
 from .parts import check_dtype, seeded
-from .projector import BaselineProjector
-from .vision import FRAME_BATCH, build_vision
+from .pixels import FRAME_BATCH
+from .projector import VilaProjector
+from .vision import build_vision
 
 PROJECTORS = ("reference", "fused")
 
@@ -81,7 +83,7 @@ class VideoModel(nn.Module):
         factory = {"device": self.device, "dtype": self.dtype}
         with seeded(self.seed + 2, self.device):
             if not self.variant.temporal:
-                return BaselineProjector(*widths, **factory)
+                return VilaProjector(*widths, **factory)
             cls = storm_kernels.TemporalProjector if self.projector_kind == "fused" else ReferenceTemporalProjector
             return cls(*widths, layers=self.config.projector_layers, bidirectional=self.config.bidirectional, **factory)
 

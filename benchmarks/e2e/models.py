@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from storm_model.arithmetic import arithmetic
 from storm_model.config import ModelConfig, Variant
+from storm_model.pixels import preprocess
 from storm_model.storm import VideoModel
-from storm_model.vision import preprocess
 from torch import Tensor
 
 from storm_kernels.tokens import TokenReduction

@@ -11,6 +11,7 @@ from pathlib import Path
 import filelock
 import torch
 from storm_model import config as models
+from storm_model.configuration_storm import MAX_FRAMES
 from storm_model.video import StormVideoError, bikes_clip
 
 from .. import environment
@@ -44,7 +45,7 @@ def frames(text: str | None, clip: Clip) -> tuple[int, ...]:
             raise BadRequest(f"--frames: {text!r} does not go with --fps, which gives {clip.frames_by_fps} frames")
         return (clip.frames_by_fps,)
     text = FRAMES if text is None else text
-    return tuple(sorted({whole_number("frames", part, models.MAX_FRAMES) for part in text.split(",")}))
+    return tuple(sorted({whole_number("frames", part, MAX_FRAMES) for part in text.split(",")}))
 
 
 def whole_number(option: str, text: str, most: int) -> int:

@@ -71,7 +71,9 @@ class ReferenceMixer(nn.Module):
         for suffix in self.suffixes:
             conv = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **factory)
             dt_proj = nn.Linear(self.dt_rank, self.d_inner, **factory)
-            _init_dt(dt_proj, self.dt_rank, dt_min, dt_max, dt_init_floor)
+            nn.init.uniform_(dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            dt_proj.bias = nn.Parameter(initial_dt_bias(self.d_inner, dt_min, dt_max, dt_init_floor, dt_proj.weight.device))
+            dt_proj.bias._no_reinit = True
             rows = torch.arange(1, d_state + 1, dtype=torch.float32, device=device).expand(self.d_inner, -1)
             self.add_module(f"conv1d{suffix}", conv)
             self.add_module(f"x_proj{suffix}", nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **factory))
@@ -193,13 +195,11 @@ def decay(A_log: Tensor) -> Tensor:
     return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
 
 
-def _init_dt(dt_proj: nn.Linear, dt_rank: int, dt_min: float, dt_max: float, floor: float) -> None:
-    """Start softplus(bias) log-uniform in [dt_min, dt_max]; the bias is float32 (arXiv 2312.00752, 3.6)."""
-    nn.init.uniform_(dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
+def initial_dt_bias(channels: int, dt_min: float = 0.001, dt_max: float = 0.1, floor: float = 1e-4, device: torch.device | None = None) -> Tensor:
+    """A bias of dt_proj whose softplus is log-uniform in [dt_min, dt_max]: (channels,) float32 (arXiv 2312.00752, 3.6)."""
     low, high = math.log(dt_min), math.log(dt_max)
-    dt = torch.exp(torch.rand(dt_proj.out_features, dtype=torch.float32, device=dt_proj.weight.device) * (high - low) + low).clamp(min=floor)
-    dt_proj.bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-    dt_proj.bias._no_reinit = True
+    dt = torch.exp(torch.rand(channels, dtype=torch.float32, device=device) * (high - low) + low).clamp(min=floor)
+    return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
 
 
 class MixerLayer(nn.Module):
@@ -347,7 +347,7 @@ def _mix_packed(mix, x: Tensor, grids: list[TokenGrid], reduction: TokenReductio
 
 
 def _frame_counts(name: str, lengths: object) -> list[int]:
-    """``lengths`` as a list of int; the argument's ``name`` is for errors. A tensor is read in one go: on a GPU each number by itself would wait for the device."""
+    """``lengths`` as a list of int, named ``name`` in errors. A tensor is read in one go: on a GPU each number would wait for the device."""
     values = lengths.tolist() if hasattr(lengths, "tolist") else lengths
     if not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a sequence of integers, one a video, got {described(lengths)}")

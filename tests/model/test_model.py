@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("transformers", reason="the extra `model` is not installed")
 
 from storm_model.config import VARIANTS, LanguageConfig, ModelConfig, Variant, VisionConfig, preset, variant
-from storm_model.projector import BaselineProjector
+from storm_model.pixels import FRAME_BATCH, preprocess
+from storm_model.projector import VilaProjector
 from storm_model.storm import VideoModel
-from storm_model.vision import FRAME_BATCH, build_vision, preprocess
+from storm_model.vision import build_vision
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from storm_kernels import TokenReduction
@@ -62,15 +63,15 @@ def test_tower_is_transformers_hidden_state(feature_layer):
 def test_baseline_projector_is_spec(reduction):
     """Against einops and explicit blocks of tokens."""
     torch.manual_seed(0)
-    projector = BaselineProjector(8, 12).double()
+    projector = VilaProjector(8, 12).double()
     features = torch.randn(1, 7, 5, 5, 8, dtype=torch.float64)
     padded = F.pad(features, (0, 0, 0, 1, 0, 1))
     blocks = einops.rearrange(padded, "b t (h y) (w x) c -> b t h w (y x c)", y=2, x=2)
     normed = (blocks - blocks.mean(-1, keepdim=True)) / (blocks.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    normed = normed * projector.norm.weight + projector.norm.bias
-    hidden = normed @ projector.proj.weight.T + projector.proj.bias
+    normed = normed * projector.layers[1].weight + projector.layers[1].bias
+    hidden = normed @ projector.layers[2].weight.T + projector.layers[2].bias
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
-    tokens = hidden @ projector.out.weight.T + projector.out.bias
+    tokens = hidden @ projector.layers[4].weight.T + projector.layers[4].bias
     k, p, s = reduction.temporal_pool, reduction.spatial_pool, reduction.temporal_stride
     pooled = [
         tokens[0, t : t + k, i : i + p, j : j + p].reshape(-1, 12).mean(0)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from storm_model.config import preset, variant
+from storm_model.pixels import preprocess
 from storm_model.storm import VideoModel
 from storm_model.video import sample_frames
-from storm_model.vision import preprocess
 
 import storm_kernels as sk
 

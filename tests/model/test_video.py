@@ -200,8 +200,8 @@ def test_same_seed_and_clip_give_the_same_tokens_twice(bikes):
     """File to tokens, everything made anew each time."""
     pytest.importorskip("transformers", reason="the extra `model` is not installed")
     from storm_model.config import preset, variant
+    from storm_model.pixels import preprocess
     from storm_model.storm import VideoModel
-    from storm_model.vision import preprocess
 
     mini = preset("storm-mini")
     short = dataclasses.replace(mini, language=dataclasses.replace(mini.language, layers=1), vision=dataclasses.replace(mini.vision, layers=2))

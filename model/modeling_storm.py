@@ -1,0 +1,399 @@
+"""STORM (arXiv 2503.04130) and its VILA baseline (arXiv 2412.04468) as transformers models: vision tower, projector,
+language model.
+
+A video is encoded a few frames at a time. All videos of a call go through the projector together, one after the other
+(`packed`), each reduced as if it were alone. Its tokens then take the place of the prompt's placeholders.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from storm_kernels.profiling import stage
+from storm_kernels.reference import ReferenceMixer
+from storm_kernels.reference.modules import initial_dt_bias
+from storm_kernels.tokens import TokenReduction, described
+
+from .configuration_storm import StormConfig, checked_reduction
+from .context import check_context
+from .loading import check_loaded, refuse_pickles
+from .pixels import FRAME_BATCH
+from .projector import build_projector
+
+logger = logging.get_logger(__name__)
+
+# What this transformers calls a language model's cache: 5.24 renamed it, and 5.40 drops the older name.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+class StormPreTrainedModel(PreTrainedModel):
+    """What both classes tell transformers about themselves."""
+
+    config: StormConfig
+    config_class = StormConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MixerLayer", "VilaProjector"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # Regular expressions of the mixer's parameters whose rounding would move every later state (docs/spec.md).
+    _keep_in_fp32_modules_strict = [
+        r"\.mixer\.A_log$",
+        r"\.mixer\.A_b_log$",
+        r"\.mixer\.D$",
+        r"\.mixer\.D_b$",
+        r"\.mixer\.dt_proj\.bias$",
+        r"\.mixer\.dt_proj_b\.bias$",
+    ]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ReferenceMixer):
+            _init_mixer(module)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
+        """As every transformers model, but strict: a tensor that is missing, left over, of another shape or not finite
+        is an error that names it, and pickles are never opened.
+
+        Raises:
+            CheckpointError: the weights are not this model's.
+        """
+        folder = pretrained_model_name_or_path
+        refuse_pickles(folder, kwargs.pop("use_safetensors", None))
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = super().from_pretrained(folder, *args, **kwargs)
+        check_loaded(folder, info, model)
+        if model.config.random_parts:
+            logger.warning(random_notice(model.config))
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As every transformers model; the parts' dtypes are written too, so that a model that is loaded and saved again
+        gives the same bytes."""
+        for part in (self.config.vision_config, self.config.text_config):
+            part.dtype = self.dtype
+        super().save_pretrained(*args, **kwargs)
+
+
+class StormModel(StormPreTrainedModel):
+    """Vision tower, projector and language model without its head.
+
+    Example:
+        >>> # model = StormModel(StormConfig(vision_config=..., text_config=...))
+        >>> # model.get_video_features(pixels)["pooler_output"][0].shape  # (tokens, D) of the first video
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
+    def __init__(self, config: StormConfig):
+        super().__init__(config)
+        tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = getattr(tower, "vision_model", tower)  # some releases nest the tower once more
+        # The projector reads the last layer's output as it is. A norm that is not used would have no gradient.
+        self.vision_tower.post_layernorm = nn.Identity()
+        self.projector = build_projector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: Tensor | list[Tensor],
+        video_reductions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """The tokens of each video, in ``pooler_output``: a list of (tokens, D), one a video.
+
+        Args:
+            pixel_values_videos: (n, T, 3, S, S), (T, 3, S, S) for one video, or a list of n tensors (T, 3, S, S).
+            video_reductions: (n, 3): temporal_pool, spatial_pool, temporal_stride of each; by default the config's.
+
+        Raises:
+            TypeError, ValueError: pixels of another shape, or as many reductions as there are not videos; named.
+        """
+        videos = self._checked("pixel_values_videos", pixel_values_videos)
+        reductions = self._reductions("video_reductions", video_reductions, len(videos))
+        features = self.encode(videos[0] if len(videos) == 1 else torch.cat(videos))
+        return BaseModelOutputWithPooling(pooler_output=self.project(features, [len(v) for v in videos], reductions))
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, image_reductions: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """As :meth:`get_video_features`, for images (n, 3, S, S): each is a video of one frame."""
+        images = self._checked("pixel_values", pixel_values.unsqueeze(1))
+        reductions = self._reductions("image_reductions", image_reductions, len(images))
+        return BaseModelOutputWithPooling(pooler_output=self.project(self.encode(pixel_values), [1] * len(images), reductions))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """pixels (T, 3, S, S) -> image tokens (T, h, w, Dv), a few frames at a time so that activations do not grow."""
+        with stage("vision"):
+            pixels = pixels.to(self.vision_tower.dtype)
+            parts = [self.vision_tower(pixel_values=part).last_hidden_state for part in pixels.split(FRAME_BATCH)]
+            tokens = parts[0] if len(parts) == 1 else torch.cat(parts)
+            side = math.isqrt(tokens.shape[1])
+            return tokens.unflatten(1, (side, side))
+
+    def project(self, features: Tensor, frames: list[int], reductions: list[TokenReduction]) -> list[Tensor]:
+        """Image tokens of all videos (sum of ``frames``, h, w, Dv) -> (tokens, D) of each. Those with one reduction go
+        through the projector in one packed call."""
+        videos: list[Tensor | None] = [None] * len(frames)
+        parts = features.split(frames)
+        for reduction in dict.fromkeys(reductions):
+            places = [i for i, own in enumerate(reductions) if own == reduction]
+            packed = features if len(places) == len(frames) else torch.cat([parts[i] for i in places])
+            lengths = [frames[i] for i in places]
+            with stage("projector"):
+                tokens = self._project(packed[None], reduction, lengths)
+            sizes = [reduction.reduced(self.config.token_grid(n)).tokens for n in lengths]
+            for place, video in zip(places, tokens[0].split(sizes), strict=True):
+                videos[place] = video
+        return videos
+
+    def _project(self, features: Tensor, reduction: TokenReduction, lengths: list[int]) -> Tensor:
+        packed = lengths if len(lengths) > 1 else None
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(self.projector.__call__, features, reduction, packed=packed)
+        return self.projector(features, reduction, packed=packed)
+
+    def get_placeholder_mask(self, input_ids: Tensor, modality: str, features: list[Tensor]) -> Tensor:
+        """(batch, length) bool: where the features of "image" or "video" go; raise unless there are as many places."""
+        mask = input_ids == getattr(self.config, f"{modality}_token_id")
+        places, tokens = int(mask.sum()), sum(len(own) for own in features)
+        if places != tokens:
+            raise ValueError(
+                f"input_ids have {places} placeholders of {modality}s, but the {len(features)} {modality}s given have {tokens} "
+                "tokens; the processor has to count with the same reduction, and a placeholder needs its video"
+            )
+        return mask
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | list[Tensor] | None = None,
+        image_reductions: Tensor | None = None,
+        video_reductions: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """The language model over the prompt, whose placeholders the videos' tokens replace.
+
+        Args:
+            input_ids (batch, length); pixels and reductions as :meth:`get_video_features` takes them.
+            mm_encoder_outputs: {"video": ..., "image": ...} of :meth:`get_video_features`, instead of pixels: what was
+                encoded once serves further questions.
+            kwargs: the language model's own (its cache, use_cache, output_hidden_states, ...).
+
+        Raises:
+            ValueError: placeholders without videos or the reverse, or a prompt longer than the context.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of them")
+        pixels = {"image": (pixel_values, image_reductions), "video": (pixel_values_videos, video_reductions)}
+        if inputs_embeds is None:
+            if any(given is not None for given, _ in pixels.values()):
+                check_context(self.config, input_ids, pixel_values_videos, video_reductions)
+            inputs_embeds = self._filled(input_ids, pixels, mm_encoder_outputs or {})
+        elif mm_encoder_outputs or any(given is not None for given, _ in pixels.values()):
+            raise ValueError("pixels and their features need input_ids, which say where they go, not inputs_embeds")
+        with stage("prefill" if inputs_embeds.shape[1] > 1 else "token"):
+            return self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+
+    def _filled(self, input_ids: Tensor, pixels: dict[str, tuple], known: dict[str, BaseModelOutputWithPooling]) -> Tensor:
+        """The embeddings of the prompt, with the tokens of images and videos in their places."""
+        embeds = self.get_input_embeddings()(input_ids)
+        for modality, (given, reductions) in pixels.items():
+            if given is not None and known.get(modality) is not None:
+                raise ValueError(f"give the {modality}s' pixels or their features, not both")
+            if given is not None:
+                get = self.get_video_features if modality == "video" else self.get_image_features
+                features = list(get(given, reductions, return_dict=True).pooler_output)
+            elif known.get(modality) is not None:
+                features = [own.flatten(0, -2) for own in known[modality].pooler_output]
+            elif input_ids.shape[1] == 1:  # a token that was just written; there is nothing to fill
+                continue
+            else:
+                features = []
+            mask = self.get_placeholder_mask(input_ids, modality, features)
+            if features:
+                tokens = torch.cat([own.to(embeds.device, embeds.dtype) for own in features])
+                embeds = embeds.masked_scatter(mask.unsqueeze(-1).to(embeds.device), tokens)
+        return embeds
+
+    def _checked(self, name: str, given: Any) -> list[Tensor]:
+        videos = [given] if isinstance(given, Tensor) and given.dim() == 4 else list(given)
+        size = self.config.vision_config.image_size
+        for video in videos:
+            if not isinstance(video, Tensor) or video.dim() != 4 or video.shape[1:] != (3, size, size) or not len(video):
+                raise ValueError(f"{name} must be videos of shape (T, 3, {size}, {size}), got {described(video)}")
+        return videos
+
+    def _reductions(self, name: str, given: Tensor | None, n: int) -> list[TokenReduction]:
+        if given is None:
+            return [self.config.reduction] * n
+        if tuple(given.shape) != (n, 3):
+            raise ValueError(f"{name} must have the shape ({n}, 3), got {tuple(given.shape)}")
+        return [checked_reduction(*sizes) for sizes in given.tolist()]
+
+
+class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
+    """STORM or VILA with the language model's head: videos and a question in, an answer out.
+
+    Example:
+        >>> # model = StormForConditionalGeneration.from_pretrained(folder, dtype="auto")
+        >>> # model.generate(**inputs, max_new_tokens=64)
+    """
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: StormConfig):
+        super().__init__(config)
+        self.model = StormModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        embedding = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_video_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See :meth:`StormModel.get_video_features`."""
+        return self.model.get_video_features(*args, **kwargs)
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See :meth:`StormModel.get_image_features`."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | list[Tensor] | None = None,
+        image_reductions: Tensor | None = None,
+        video_reductions: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """See :meth:`StormModel.forward`.
+
+        Args:
+            labels (batch, length): what to predict, -100 where nothing is; gives ``loss``.
+            logits_to_keep: the last so many positions' logits are made (0: all), or those of these indices.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_reductions=image_reductions,
+            video_reductions=video_reductions,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+            self._note_training()
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
+        )
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any):
+        """As every transformers model; a prompt longer than the context is an error before anything is encoded."""
+        input_ids = kwargs.get("input_ids", inputs)
+        if input_ids is not None:
+            check_context(self.config, input_ids, kwargs.get("pixel_values_videos"), kwargs.get("video_reductions"))
+        return super().generate(inputs, *args, **kwargs)
+
+    def _expand_multimodal_outputs(self, input_ids: Tensor, mm_encoder_output: dict, *args: Any, **kwargs: Any) -> dict:
+        """Beams repeat a video's features in place: in a copy, so that the caller's serve the next question too."""
+        copied = {modality: copy.copy(output) for modality, output in mm_encoder_output.items()}
+        return super()._expand_multimodal_outputs(input_ids, copied, *args, **kwargs)
+
+    def _note_training(self) -> None:
+        """Parts whose weights a training step is about to change are random no longer."""
+        if self.training and torch.is_grad_enabled() and self.config.random_parts:
+            frozen = [part for part in self.config.random_parts if not _trains(self.model.get_submodule(part))]
+            self.config.random_parts = frozen or None
+
+
+def random_notice(config: StormConfig) -> str:
+    """One sentence for whoever is about to believe such a model."""
+    return f"random weights in {', '.join(config.random_parts)}: never trained, so what this model answers means nothing"
+
+
+def _trains(module: nn.Module) -> bool:
+    return all(parameter.requires_grad for parameter in module.parameters())
+
+
+def _init_mixer(mixer: ReferenceMixer) -> None:
+    """The start of a mixer, as its own constructor makes it; transformers has made it on the meta device, without values."""
+    projections = [mixer.in_proj, mixer.out_proj]
+    for suffix in mixer.suffixes:
+        conv, dt_proj = getattr(mixer, f"conv1d{suffix}"), getattr(mixer, f"dt_proj{suffix}")
+        projections += [conv, getattr(mixer, f"x_proj{suffix}")]
+        init.uniform_(dt_proj.weight, -(mixer.dt_rank**-0.5), mixer.dt_rank**-0.5)
+        init.copy_(dt_proj.bias, initial_dt_bias(mixer.d_inner, device=dt_proj.bias.device))
+        rows = torch.arange(1, mixer.d_state + 1, dtype=torch.float32, device=mixer.D.device)
+        init.copy_(mixer.A_b_log if suffix else mixer.A_log, rows.log().expand(mixer.d_inner, -1))
+        init.ones_(getattr(mixer, f"D{suffix}"))
+    for projection in projections:
+        init.kaiming_uniform_(projection.weight, a=math.sqrt(5))
+        if projection.bias is not None:
+            bound = 1 / math.sqrt(projection.weight[0].numel())
+            init.uniform_(projection.bias, -bound, bound)
