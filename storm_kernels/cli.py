@@ -1,7 +1,8 @@
 """``storm-kernels info [--json]``: which backend runs what here, and why. ``storm-kernels verify``: that what runs is
 right.
 
-``storm-kernels profile`` times a video through the complete model, ``storm-kernels bench SUBJECT`` one operation.
+``storm-kernels ask VIDEO QUESTION --model DIR`` answers a question about a video. ``storm-kernels profile`` times a
+video through the complete model, ``storm-kernels bench SUBJECT`` one operation.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     the output to its end."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["profile"]:
-        return _of_benchmarks("storm-kernels profile", "e2e.__main__", arguments[1:])
+        return _of_package("storm-kernels profile", "storm_benchmarks.e2e.__main__", arguments[1:])
+    if arguments[:1] == ["ask"]:
+        return _of_package("storm-kernels ask", "storm_model.ask", arguments[1:])
     if arguments[:1] == ["bench"]:
         return _bench(arguments[1:])
     parser = argparse.ArgumentParser(
@@ -43,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     info = commands.add_parser("info", help="one row for each operation and backend: available, chosen, reason, how to fix")
     info.add_argument("--json", action="store_true", help="as JSON")
     commands.add_parser("verify", help="compare every available backend with the float64 reference, in under 30 s")
+    commands.add_parser("ask", help="a question about a video, to a model in a folder: storm-kernels ask --help")
     commands.add_parser(
         "profile",
         help="a video through the complete model, timed by stage: storm-kernels profile --help",
@@ -129,13 +133,13 @@ def _bench(arguments: list[str]) -> int:
     )
     parser.add_argument("subject", choices=SUBJECTS)
     subject = parser.parse_args(arguments[:1]).subject
-    return _of_benchmarks(f"storm-kernels bench {subject}", subject, arguments[1:])
+    return _of_package(f"storm-kernels bench {subject}", f"storm_benchmarks.{subject}", arguments[1:])
 
 
-def _of_benchmarks(prog: str, module: str, arguments: list[str]) -> int:
-    """Hand the arguments to a module of storm_benchmarks, whose packages need not be installed."""
+def _of_package(prog: str, module: str, arguments: list[str]) -> int:
+    """Hand the arguments to a module of storm_model or storm_benchmarks, whose packages need not be installed."""
     try:
-        found = importlib.import_module(f"storm_benchmarks.{module}")
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         print(f"error: {prog} needs {error.name}, which is not installed: pip install '{EXTRAS}'", file=sys.stderr)
         return 2
