@@ -76,7 +76,7 @@ class _Sizes:
         """(n, 3) int64: temporal_pool, spatial_pool and temporal_stride of each of n videos or images."""
         chosen = [getattr(self, name) if options.get(name) is None else options[name] for name in REDUCTION]
         checked_reduction(*chosen)
-        return torch.tensor([chosen] * n, dtype=torch.int64)
+        return torch.tensor([chosen] * n, dtype=torch.int64, device="cpu")
 
 
 class StormVideoProcessor(_Sizes, VideoProcessorMixin):
