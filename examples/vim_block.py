@@ -6,8 +6,8 @@ from storm_kernels.interop import install
 
 print(install())  # before the imports that it serves: the linter wants those first (E402)
 
-from mamba_ssm.modules.mamba_simple import Mamba  # noqa: E402
-from mamba_ssm.ops.triton.layernorm import RMSNorm, rms_norm_fn  # noqa: E402
+from mamba_ssm.modules.mamba_simple import Mamba  # noqa: E402  after install(), which serves it
+from mamba_ssm.ops.triton.layernorm import RMSNorm, rms_norm_fn  # noqa: E402  after install(), which serves it
 
 
 class Block(torch.nn.Module):
