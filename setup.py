@@ -1,6 +1,8 @@
-"""What is installed, and under which names: storm_kernels, and the folders model/ and benchmarks/ as storm_model and storm_benchmarks.
+"""What is installed, and under which names: storm_kernels, and the folders model/ and benchmarks/
+as storm_model and storm_benchmarks.
 
-Builds the C++ library of the "cpu" backend on installation. Without a compiler the installation still succeeds, without that backend.
+Builds the C++ library of the "cpu" backend on installation. Without a compiler the installation
+still succeeds, without that backend.
 """
 
 import importlib.util

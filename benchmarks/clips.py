@@ -1,5 +1,5 @@
-"""Video clips for storm_benchmarks.decode, made by PyAV: any length and key-frame distance out of one short piece,
-whose frames are known."""
+"""Video clips for storm_benchmarks.decode, made by PyAV: any length and key-frame distance out of
+one short piece, whose frames are known."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from storm_model.video import bikes_clip
 
 FPS = 25
-# Frames that are encoded for a clip of another size than the bikes': ten seconds of 1080p take some seconds to encode.
+# Frames that are encoded for a clip of another size than the bikes': ten seconds of 1080p take some
+# seconds to encode.
 PIECE_FRAMES = 250
 
 

@@ -1,6 +1,7 @@
 """The causal depthwise convolution with SiLU, both directions from one read of x, against copying the same bytes.
 
-python -m storm_benchmarks.conv --lengths 2048,16384 --channels 1536 --out benchmarks/results/conv.json
+python -m storm_benchmarks.conv --lengths 2048,16384 --channels 1536 --out
+benchmarks/results/conv.json
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ def main(
     """Time the bidirectional causal convolution."""
     device = device or subject.default_device()
     wanted = subject.names("modes", modes, subject.MODES)
-    shapes = [(length, width) for width in subject.numbers("channels", channels) for length in subject.numbers("lengths", lengths)]
+    shapes = [
+        (length, width)
+        for width in subject.numbers("channels", channels)
+        for length in subject.numbers("lengths", lengths)
+    ]
     kinds = [subject.DTYPES[name] for name in subject.names("dtypes", dtypes, subject.DTYPES)]
     rows = subject.open_rows(out)
     subject.say_environment(device)
@@ -49,7 +54,13 @@ def main(
 
 def operands(length: int, channels: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(0)
-    shapes = {"x": (1, length, channels), "weight": (channels, TAPS), "bias": (channels,), "weight_b": (channels, TAPS), "bias_b": (channels,)}
+    shapes = {
+        "x": (1, length, channels),
+        "weight": (channels, TAPS),
+        "bias": (channels,),
+        "weight_b": (channels, TAPS),
+        "bias_b": (channels,),
+    }
     made = {name: torch.randn(*shape, generator=draw) for name, shape in shapes.items()}
     return {name: t.to(device, dtype if name == "x" else None) for name, t in made.items()}
 
@@ -93,7 +104,9 @@ def _check(functions: dict, given: dict[str, Tensor]) -> dict[str, dict]:
         return torch.stack(reference.bidirectional_causal_conv1d(**cast, activation="silu"))
 
     same, truth = plain(given), plain({name: t.double() for name, t in given.items()})
-    checked = {name: harness.verify(f"conv on {name}", torch.stack(f(**given)), same, truth) for name, f in functions.items()}
+    checked = {
+        name: harness.verify(f"conv on {name}", torch.stack(f(**given)), same, truth) for name, f in functions.items()
+    }
     return checked | {"torch F.conv1d": subject.same_work("torch F.conv1d", torch.stack(torch_conv1d(**given)), truth)}
 
 

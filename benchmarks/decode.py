@@ -3,11 +3,12 @@
     python -m storm_benchmarks.decode --clips bikes --lengths 10,600,3600 --frames 32
     python -m storm_benchmarks.decode --clips 1080p --keys 12,50 --lengths 600 --frames 8 --rounds 1
 
-Clips are made here, by PyAV (clips.py): the bikes clip, or the same at 1920x1080 with another distance of key frames,
-looped by copying packets. The frames are at even distances, the first and the last included. Before it is timed,
-every reader's frames are held against a whole decode: ours and PyAV's have to be equal to the bit; others convert
-colours in their own way, and have to be nearer to the right frame than to its neighbours. The limit is PyAV decoding
-and converting as many frames in a row from the start of the clip: what is left if finding them cost nothing.
+Clips are made here, by PyAV (clips.py): the bikes clip, or the same at 1920x1080 with another
+distance of key frames, looped by copying packets. The frames are at even distances, the first and
+the last included. Before it is timed, every reader's frames are held against a whole decode: ours
+and PyAV's have to be equal to the bit; others convert colours in their own way, and have to be
+nearer to the right frame than to its neighbours. The limit is PyAV decoding and converting as many
+frames in a row from the start of the clip: what is left if finding them cost nothing.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ def measurement(clip: Clip, count: int, linear: bool) -> Measurement:
     indices = [number * (clip.frames - 1) // max(count - 1, 1) for number in range(count)]
     right = clip.truth(indices)
     beside = {step: clip.truth([min(max(index + step, 0), clip.frames - 1) for index in indices]) for step in (-1, 1)}
-    checked = {name: _check(name, reader(clip.path, indices), right, beside, clip, indices) for name, reader in found.items()}
+    checked = {
+        name: _check(name, reader(clip.path, indices), right, beside, clip, indices) for name, reader in found.items()
+    }
     calls = {name: partial(reader, clip.path, indices) for name, reader in found.items()}
     height, width = right.shape[1:3]
     shape = f"clip={clip.name} {width}x{height} seconds={clip.frames // FPS} keys={clip.keys} frames={count}"
@@ -100,7 +103,9 @@ def _check(name: str, got: Frames, right: Frames, beside: dict[int, Frames], cli
         for step, others in beside.items():
             same = np.array_equal(others[number], right[number])
             if not same and _rms(got[number], others[number]) <= error:
-                raise CheckFailed(f"decode by {name}: frame {index} of {clip.path.name} is nearer to frame {index + step}")
+                raise CheckFailed(
+                    f"decode by {name}: frame {index} of {clip.path.name} is nearer to frame {index + step}"
+                )
     return {"error": float(np.mean([_rms(one, truth) ** 2 for one, truth in zip(got, right, strict=True)]) ** 0.5)}
 
 

@@ -60,7 +60,9 @@ def commit() -> str:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return subprocess.run(
+        ["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=10
+    ).stdout.strip()
 
 
 def now() -> str:
@@ -69,8 +71,8 @@ def now() -> str:
 
 
 def load() -> float | None:
-    """Processes that wanted a core in the last minute, this one included: above the core count, timings are noisy.
-    None where unknown."""
+    """Processes that wanted a core in the last minute, this one included: above the core count,
+    timings are noisy. None where unknown."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
@@ -80,8 +82,8 @@ def cores() -> int:
 
 
 def core_seconds() -> tuple[float, float] | None:
-    """Seconds that this process's threads have (run, waited for a core), as Linux counts them for each living thread;
-    None where it does not.
+    """Seconds that this process's threads have (run, waited for a core), as Linux counts them for
+    each living thread; None where it does not.
 
     The difference of two calls says whether somebody else used the cores meanwhile.
     """

@@ -1,8 +1,8 @@
 """Check, time, rate, record: what every benchmark here shares.
 
-Format of a results file (``benchmarks/results/*.json``, ``results.json`` of `storm_benchmarks.e2e`): a JSON list with
-one object a line, one object a measurement. Each row is complete in itself, so files can be joined, cut and filtered.
-Columns of every row:
+Format of a results file (``benchmarks/results/*.json``, ``results.json`` of
+`storm_benchmarks.e2e`): a JSON list with one object a line, one object a measurement. Each row is
+complete in itself, so files can be joined, cut and filtered. Columns of every row:
 
     op, backend, mode   what ran: "scan", "cpu" (or a peer's name, or "torch": the plain reference), "forward" | "backward" | "both"
     shape, dtype        "batch=1 tokens=2048 channels=1536 states=16"; "float32"
@@ -11,11 +11,12 @@ Columns of every row:
     held_bytes          what was held before: on a GPU torch's allocations, on a CPU the resident memory of the process
     device, versions, commit, time, load   see environment.py; `load` above the core count means noisy timings
 
-Columns of some rows: `work`, `unit` and `rate` (work a second: "items", "bytes", "FLOP"), `limit` (the name of the
-loop or limit it is held against), `limit_ms` (that loop's p50 in the same run), `of_limit` (limit_ms / p50_ms),
-`error` and `error_plain` (rms error against float64 of what was timed, and of the plain reference in the same
-precision). `storm_benchmarks.e2e` adds its own, listed there. One process writes a file; files are replaced
-atomically, so a kill leaves the old or the new one.
+Columns of some rows: `work`, `unit` and `rate` (work a second: "items", "bytes", "FLOP"), `limit`
+(the name of the loop or limit it is held against), `limit_ms` (that loop's p50 in the same run),
+`of_limit` (limit_ms / p50_ms), `error` and `error_plain` (rms error against float64 of what was
+timed, and of the plain reference in the same precision). `storm_benchmarks.e2e` adds its own,
+listed there. One process writes a file; files are replaced atomically, so a kill leaves the old or
+the new one.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Rows:
     """The rows of one results file. Rows that were in the file stay; every `append` replaces the file at once."""
 
     def __init__(self, path: Path):
-        """Raises OSError if ``path`` cannot be written, ValueError if it holds something else than rows: before any
-        long work."""
+        """Raises OSError if ``path`` cannot be written, ValueError if it holds something else than
+        rows: before any long work."""
         self.path = Path(path)
         self.rows: list[Row] = load_rows(self.path) if self.path.exists() else []
         self.save()
@@ -52,8 +53,8 @@ class Rows:
         self.put(len(self.rows), *rows)
 
     def put(self, place: int, *rows: Row) -> None:
-        """Write ``rows`` instead of all that stand from ``place`` on: a measurement that grows is written again after
-        each round."""
+        """Write ``rows`` instead of all that stand from ``place`` on: a measurement that grows is
+        written again after each round."""
         self.rows[place:] = rows
         self.save()
 
@@ -74,8 +75,8 @@ def load_rows(path: Path) -> list[Row]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace ``path``: whoever reads it, or finds it after a kill, sees the old content or the new. A folder that
-    has gone is made again.
+    """Replace ``path``: whoever reads it, or finds it after a kill, sees the old content or the
+    new. A folder that has gone is made again.
 
     Raises:
         OSError: it cannot be written; ``filename`` is ``path``, and what was there before is there still.
@@ -107,8 +108,8 @@ def row(
     device: str,
     **more: object,
 ) -> Row:
-    """One complete row; ``more`` are further columns, `peak_bytes` and `held_bytes` among them. None-valued columns
-    are kept as null."""
+    """One complete row; ``more`` are further columns, `peak_bytes` and `held_bytes` among them.
+    None-valued columns are kept as null."""
     p20, p50, p80 = percentiles(samples_ms)
     what = {"op": op, "backend": backend, "mode": mode, "shape": shape, "dtype": str(dtype).removeprefix("torch.")}
     timing = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "samples": len(samples_ms)}
@@ -131,13 +132,15 @@ def percentiles(samples: Iterable[float]) -> tuple[float, float, float]:
     return round(cuts[1], 4), round(cuts[4], 4), round(cuts[7], 4)
 
 
-def time_rounds(contenders: dict[str, Callable[[], object]], device: str, *, rounds: int = 5, slice_ms: float = 40.0) -> dict[str, list[float]]:
+def time_rounds(
+    contenders: dict[str, Callable[[], object]], device: str, *, rounds: int = 5, slice_ms: float = 40.0
+) -> dict[str, list[float]]:
     """Milliseconds of single calls of each contender.
 
-    They take turns, so that whatever disturbs the machine disturbs all: in each round each one runs for ``slice_ms``
-    or once, whichever is longer. Two calls of each come first and do not count (compilation, first allocation); one
-    where it takes over a second. On a CPU caches are as the previous call left them; on a GPU the L2 cache is
-    overwritten before each call.
+    They take turns, so that whatever disturbs the machine disturbs all: in each round each one runs
+    for ``slice_ms`` or once, whichever is longer. Two calls of each come first and do not count
+    (compilation, first allocation); one where it takes over a second. On a CPU caches are as the
+    previous call left them; on a GPU the L2 cache is overwritten before each call.
     """
     sample = _gpu_sampler(device) if device.startswith("cuda") else _cpu_samples
     estimates = {}
@@ -178,12 +181,12 @@ def _gpu_sampler(device: str) -> Callable[[Callable[[], object], int], list[floa
 
 
 class MemoryMeter:
-    """``with MemoryMeter(device) as memory: ...`` then ``memory.columns()``: `peak_bytes` above `held_bytes`, both
-    None where unknown.
+    """``with MemoryMeter(device) as memory: ...`` then ``memory.columns()``: `peak_bytes` above
+    `held_bytes`, both None where unknown.
 
-    On a GPU these are torch's own counts. On Linux they are the resident memory of the process and its high-water
-    mark, so memory that was freed but not given back, then used again, does not show: freed heap is given back first.
-    With ``measures=False`` it does nothing.
+    On a GPU these are torch's own counts. On Linux they are the resident memory of the process and
+    its high-water mark, so memory that was freed but not given back, then used again, does not
+    show: freed heap is given back first. With ``measures=False`` it does nothing.
     """
 
     def __init__(self, device: str, measures: bool = True):
@@ -252,14 +255,19 @@ class CheckFailed(AssertionError):
 def verify(what: str, result: Tensor, plain: Tensor, truth: Tensor, *, gradient: bool = False) -> dict[str, float]:
     """docs/reliability.md's bound over the whole tensor.
 
-    ``truth`` is float64 from the same rounded inputs, ``plain`` the reference in the precision of ``result``. Returns
-    the columns `error` and `error_plain` (rms); raises `CheckFailed`.
+    ``truth`` is float64 from the same rounded inputs, ``plain`` the reference in the precision of
+    ``result``. Returns the columns `error` and `error_plain` (rms); raises `CheckFailed`.
     """
     from storm_kernels.verify import exceeds  # here, because who only writes rows needs no kernels
 
     if result.shape != truth.shape or plain.shape != truth.shape:
-        raise CheckFailed(f"{what}: shape {tuple(result.shape)} against {tuple(plain.shape)} (plain) and {tuple(truth.shape)} (float64)")
+        raise CheckFailed(
+            f"{what}: shape {tuple(result.shape)} against {tuple(plain.shape)} (plain) and {tuple(truth.shape)} (float64)"
+        )
     truth = truth.double()
     if failure := exceeds(result, truth, plain, 1.5 if gradient else 1.25):
         raise CheckFailed(f"{what}: {failure}")
-    return {name: (t.double() - truth).square().mean().sqrt().item() for name, t in (("error", result), ("error_plain", plain))}
+    return {
+        name: (t.double() - truth).square().mean().sqrt().item()
+        for name, t in (("error", result), ("error_plain", plain))
+    }

@@ -1,7 +1,8 @@
-"""Other people's selective scans, each used where it is installed: same inputs, same result, called as their users call them.
+"""Other people's selective scans, each used where it is installed: same inputs, same result, called
+as their users call them.
 
-All take u, delta, z (batch, L, E), A (E, S), B, C (batch, L, S), D, delta_bias (E,) as ours do; layouts that a peer wants otherwise are made
-outside of what is timed.
+All take u, delta, z (batch, L, E), A (E, S), B, C (batch, L, S), D, delta_bias (E,) as ours do;
+layouts that a peer wants otherwise are made outside of what is timed.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from storm_kernels import reference
 
 Operands = dict[str, Tensor]
 
-# Tokens in a graph of the compiled reference. It has a node for each token and operation: whole sequences would be compiled for hours.
+# Tokens in a graph of the compiled reference. It has a node for each token and operation: whole
+# sequences would be compiled for hours.
 COMPILED_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class Contender:
-    """``call(**inputs)`` gives (batch, L', E); it is differentiable to all of ``inputs`` unless it runs ``forward_only``."""
+    """``call(**inputs)`` gives (batch, L', E); it is differentiable to all of ``inputs`` unless it
+    runs ``forward_only``.
+    """
 
     call: Callable[..., Tensor]
     inputs: Operands
@@ -33,7 +37,9 @@ class Contender:
 
 
 def peers(given: Operands, loops: bool) -> tuple[dict[str, Contender], list[str]]:
-    """name -> one direction's scan of ``given`` with its gate, and, in words, which peers are absent. ``loops``: those that loop over tokens, too."""
+    """name -> one direction's scan of ``given`` with its gate, and, in words, which peers are
+    absent. ``loops``: those that loop over tokens, too.
+    """
     found: dict[str, Contender] = {}
     absent: list[str] = []
     on_cpu, in_float32 = given["u"].device.type == "cpu", given["u"].dtype == torch.float32
@@ -56,8 +62,12 @@ def peers(given: Operands, loops: bool) -> tuple[dict[str, Contender], list[str]
     return found, absent
 
 
-def bidirectional_peers(given: Operands, loops: bool, reduce: Callable[[Tensor], Tensor]) -> tuple[dict[str, Contender], list[str]]:
-    """As `peers`, of both directions with the same operands, gated, and ``reduce``d from (batch, L, E) to (batch, L', E)."""
+def bidirectional_peers(
+    given: Operands, loops: bool, reduce: Callable[[Tensor], Tensor]
+) -> tuple[dict[str, Contender], list[str]]:
+    """As `peers`, of both directions with the same operands, gated, and ``reduce``d from (batch, L,
+    E) to (batch, L', E).
+    """
     found: dict[str, Contender] = {}
     absent: list[str] = []
     if loops and given["u"].device.type != "cpu":
@@ -85,13 +95,17 @@ def _selective_scan_fn(given: Operands, absent: list[str]) -> Callable | None:
         try:
             from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
         except ImportError as error:
-            absent.append(f"peer mamba-ssm is installed but cannot be imported ({error}): left out; `make gpu-peers` builds it for this GPU")
+            absent.append(
+                f"peer mamba-ssm is installed but cannot be imported ({error}): left out; `make gpu-peers` builds it for this GPU"
+            )
         else:
             return selective_scan_fn
     return None
 
 
-def compiled_reference(given: Operands, both: bool = False, reduce: Callable[[Tensor], Tensor] = lambda out: out) -> Contender:
+def compiled_reference(
+    given: Operands, both: bool = False, reduce: Callable[[Tensor], Tensor] = lambda out: out
+) -> Contender:
     """The reference under torch.compile, COMPILED_TOKENS tokens at a time, the state handed on."""
     scan = torch.compile(reference.selective_scan, dynamic=False)
     finish = torch.compile(lambda y, z: reduce(y * F.silu(z)), dynamic=False)
@@ -123,7 +137,9 @@ def _transformers_scan(absent: list[str]) -> Callable | None:
     try:
         from transformers.models.mamba.modeling_mamba import mamba_selective_scan
     except ImportError:  # in older ones it is a part of the mixer's forward
-        absent.append(f"peer transformers {importlib.metadata.version('transformers')} has no scan apart from its mixers: left out")
+        absent.append(
+            f"peer transformers {importlib.metadata.version('transformers')} has no scan apart from its mixers: left out"
+        )
         return None
     return getattr(mamba_selective_scan, "__wrapped__", mamba_selective_scan)
 
@@ -146,10 +162,14 @@ def mamba_ssm(given: Operands, selective_scan_fn: Callable[..., Tensor]) -> Cont
     return Contender(run, _channels_first(given))
 
 
-def mamba_ssm_as_in_vim(given: Operands, selective_scan_fn: Callable[..., Tensor], reduce: Callable[[Tensor], Tensor]) -> Contender:
-    """Both directions as Vim has them from mamba-ssm: x and z flipped, scanned and gated apart, the second flipped back, added.
+def mamba_ssm_as_in_vim(
+    given: Operands, selective_scan_fn: Callable[..., Tensor], reduce: Callable[[Tensor], Tensor]
+) -> Contender:
+    """Both directions as Vim has them from mamba-ssm: x and z flipped, scanned and gated apart, the
+    second flipped back, added.
 
-    Vim computes the second direction's delta, B and C from the flipped x: they are flipped outside of what is timed.
+    Vim computes the second direction's delta, B and C from the flipped x: they are flipped outside
+    of what is timed.
     """
     first = _channels_first(given)
     flipped = {f"{name}_b": first[name].flip(-1) for name in ("delta", "B", "C")}

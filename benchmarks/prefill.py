@@ -2,7 +2,8 @@
 
     python -m storm_benchmarks.prefill --family mamba --tokens 2048 --width 768 --layers 4 --dtypes float32 --out benchmarks/results/prefill.json
 
-A small random model, the last token's logits, as `generate` asks for them. The check is on the first tokens of the prompt.
+A small random model, the last token's logits, as `generate` asks for them. The check is on the
+first tokens of the prompt.
 """
 
 from __future__ import annotations
@@ -67,7 +68,11 @@ def measurement(family: str, tokens: int, width: int, layers: int, dtype: torch.
     """The checked measurement of one model and prompt length."""
     torch.manual_seed(0)
     config_class, model_class = _families()[family]
-    plain = model_class(config_class(vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers)).eval().to(device, dtype)
+    plain = (
+        model_class(config_class(vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers))
+        .eval()
+        .to(device, dtype)
+    )
     patched = copy.deepcopy(plain)
     patch(patched)
     prompt = torch.randint(0, VOCABULARY, (1, tokens), device=device)
@@ -80,7 +85,17 @@ def measurement(family: str, tokens: int, width: int, layers: int, dtype: torch.
     calls = {"patched": partial(_logits, patched, prompt), "unpatched": partial(_logits, plain, prompt)}
     products, operations = _products(plain, tokens)
     shape = f"batch=1 tokens={tokens} width={width} layers={layers}"
-    return Measurement(f"prefill {family}", "forward", shape, dtype, calls, checked, operations, "FLOP", ("the mixers' matrix products", products))
+    return Measurement(
+        f"prefill {family}",
+        "forward",
+        shape,
+        dtype,
+        calls,
+        checked,
+        operations,
+        "FLOP",
+        ("the mixers' matrix products", products),
+    )
 
 
 def _logits(model: nn.Module, prompt: Tensor) -> Tensor:

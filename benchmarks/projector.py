@@ -2,8 +2,9 @@
 
     python -m storm_benchmarks.projector --frames 32 --side 8 --width 768 --dtypes float32,bfloat16 --out benchmarks/results/projector.json
 
-The limit is the matrix products of the whole, unreduced projector and nothing else, done as the fused projector does them: by torch, or through
-float32 where torch has no kernel for the dtype. A fused projector with a reduction does fewer of them, so it may pass the limit.
+The limit is the matrix products of the whole, unreduced projector and nothing else, done as the
+fused projector does them: by torch, or through float32 where torch has no kernel for the dtype. A
+fused projector with a reduction does fewer of them, so it may pass the limit.
 """
 
 from __future__ import annotations
@@ -50,11 +51,15 @@ def main(
     subject.say_environment(device)
     for dtype in kinds:
         for count in counts:
-            for one in measurements(TokenGrid(count, edge, edge), model_width, image_width, depth, dtype, device, wanted):
+            for one in measurements(
+                TokenGrid(count, edge, edge), model_width, image_width, depth, dtype, device, wanted
+            ):
                 subject.measure(one, device, rows, rounds=3)
 
 
-def measurements(grid: TokenGrid, width: int, vision_width: int, layers: int, dtype: torch.dtype, device: str, modes: list[str]) -> list[Measurement]:
+def measurements(
+    grid: TokenGrid, width: int, vision_width: int, layers: int, dtype: torch.dtype, device: str, modes: list[str]
+) -> list[Measurement]:
     """The checked measurements of one shape: each reduction in each mode."""
     torch.manual_seed(0)
     plain = ReferenceTemporalProjector(vision_width, width, layers, device=device, dtype=dtype).eval()
@@ -74,13 +79,20 @@ def measurements(grid: TokenGrid, width: int, vision_width: int, layers: int, dt
         checked["reference"] = {"error": checked["fused"]["error_plain"]}
         counts = f"pool={reduction.temporal_pool} space={reduction.spatial_pool} stride={reduction.temporal_stride}"
         for mode in modes:
-            calls = {"fused": _in_mode(fused, features, reduction, mode), "reference": _in_mode(plain, features, reduction, mode)}
+            calls = {
+                "fused": _in_mode(fused, features, reduction, mode),
+                "reference": _in_mode(plain, features, reduction, mode),
+            }
             limit = ("the unreduced projector's matrix products, forward", products)
-            made.append(Measurement("projector", mode, f"{shape} {counts}", dtype, calls, checked, operations, "FLOP", limit))
+            made.append(
+                Measurement("projector", mode, f"{shape} {counts}", dtype, calls, checked, operations, "FLOP", limit)
+            )
     return made
 
 
-def _in_mode(projector: ReferenceTemporalProjector, features: Tensor, reduction: TokenReduction, mode: str) -> Callable[[], object]:
+def _in_mode(
+    projector: ReferenceTemporalProjector, features: Tensor, reduction: TokenReduction, mode: str
+) -> Callable[[], object]:
     def call(features: Tensor, **parameters: Tensor) -> Tensor:
         return torch.func.functional_call(projector, parameters, (features, reduction))
 
@@ -89,20 +101,32 @@ def _in_mode(projector: ReferenceTemporalProjector, features: Tensor, reduction:
     return subject.modes_of(call, {"features": features, **dict(projector.named_parameters())}, [mode])[mode]
 
 
-def _in_float64(plain: ReferenceTemporalProjector, vision_width: int, width: int, layers: int, device: str) -> ReferenceTemporalProjector:
+def _in_float64(
+    plain: ReferenceTemporalProjector, vision_width: int, width: int, layers: int, device: str
+) -> ReferenceTemporalProjector:
     double = ReferenceTemporalProjector(vision_width, width, layers, device=device, dtype=torch.float64).double()
     double.load_state_dict({name: t.double() for name, t in plain.state_dict().items()})
     return double.eval()
 
 
-def _products(projector: ReferenceTemporalProjector, grid: TokenGrid, dtype: torch.dtype, device: str) -> tuple[Callable[[], None], int]:
+def _products(
+    projector: ReferenceTemporalProjector, grid: TokenGrid, dtype: torch.dtype, device: str
+) -> tuple[Callable[[], None], int]:
     """A call that does the projector's matrix products alone, on inputs of the right shapes, and their operations."""
     weights = [projector.proj.weight]
     for layer in projector.layers:
         mixer = layer.mixer
-        weights += [mixer.in_proj.weight, mixer.x_proj.weight, mixer.x_proj_b.weight, mixer.dt_proj.weight, mixer.dt_proj_b.weight]
+        weights += [
+            mixer.in_proj.weight,
+            mixer.x_proj.weight,
+            mixer.x_proj_b.weight,
+            mixer.dt_proj.weight,
+            mixer.dt_proj_b.weight,
+        ]
         weights.append(mixer.out_proj.weight)
-    inputs = {weight.shape[1]: torch.randn(1, grid.tokens, weight.shape[1], device=device).to(dtype) for weight in weights}
+    inputs = {
+        weight.shape[1]: torch.randn(1, grid.tokens, weight.shape[1], device=device).to(dtype) for weight in weights
+    }
 
     def products() -> None:
         with torch.inference_mode():

@@ -1,5 +1,5 @@
-"""Readers of video that storm_benchmarks.decode holds against each other: each takes a path and frame numbers in
-rising order, and gives RGB frames."""
+"""Readers of video that storm_benchmarks.decode holds against each other: each takes a path and
+frame numbers in rising order, and gives RGB frames."""
 
 from __future__ import annotations
 

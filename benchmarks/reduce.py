@@ -1,6 +1,7 @@
 """Token reduction (temporal and spatial pooling, sampling) in one pass, against one read of the frames that survive.
 
-python -m storm_benchmarks.reduce --frames 32,128 --side 16 --channels 768 --out benchmarks/results/reduce.json
+python -m storm_benchmarks.reduce --frames 32,128 --side 16 --channels 768 --out
+benchmarks/results/reduce.json
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ def main(
     device = device or subject.default_device()
     wanted = subject.names("modes", modes, subject.MODES)
     (edge,) = subject.numbers("side", side)
-    shapes = [(TokenGrid(count, edge, edge), width) for width in subject.numbers("channels", channels) for count in subject.numbers("frames", frames)]
+    shapes = [
+        (TokenGrid(count, edge, edge), width)
+        for width in subject.numbers("channels", channels)
+        for count in subject.numbers("frames", frames)
+    ]
     kinds = [subject.DTYPES[name] for name in subject.names("dtypes", dtypes, subject.DTYPES)]
     rows = subject.open_rows(out)
     subject.say_environment(device)
@@ -55,7 +60,9 @@ def torch_mean(x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:
     return blocks[:, ::s].mean((2, 4, 6)).flatten(1, 3)
 
 
-def measurements(grid: TokenGrid, channels: int, reduction: TokenReduction, dtype: torch.dtype, device: str, modes: list[str]) -> list[Measurement]:
+def measurements(
+    grid: TokenGrid, channels: int, reduction: TokenReduction, dtype: torch.dtype, device: str, modes: list[str]
+) -> list[Measurement]:
     """One checked measurement a mode."""
     x = torch.randn(1, grid.tokens, channels, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     ours = partial(storm_kernels.reduce_tokens, grid=grid, reduction=reduction)

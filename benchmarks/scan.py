@@ -2,10 +2,10 @@
 
     python -m storm_benchmarks.scan --lengths 512,2048,8192 --dtypes float32,bfloat16 --modes forward,both --out benchmarks/results/scan.json
 
-Two ops: "scan", one direction with gate, D, bias and softplus; "bidirectional_scan", both directions in one call, whole and reduced. Each with peers.
-The limit on a CPU is a loop of nothing but exp2 and the two multiply-adds, in registers; elsewhere torch.exp2 and torch.addcmul over as many
-elements.
-An item is one (channel, token, state) of one direction.
+Two ops: "scan", one direction with gate, D, bias and softplus; "bidirectional_scan", both
+directions in one call, whole and reduced. Each with peers. The limit on a CPU is a loop of nothing
+but exp2 and the two multiply-adds, in registers; elsewhere torch.exp2 and torch.addcmul over as
+many elements. An item is one (channel, token, state) of one direction.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from . import harness, subject
 from .peers import Contender, bidirectional_peers, peers
 from .subject import Measurement
 
-# Channels are independent of each other, so the check runs in float64 over the full length on this many of them.
+# Channels are independent of each other, so the check runs in float64 over the full length on this
+# many of them.
 CHECKED_CHANNELS = 48
 TOKENS_PER_FRAME = 16
 REDUCTION = TokenReduction(temporal_pool=4, temporal_stride=2)
@@ -40,7 +41,8 @@ def main(
     dtypes: Annotated[str, typer.Option(help=", ".join(subject.DTYPES))] = "float32,bfloat16",
     modes: Annotated[str, typer.Option(help=", ".join(subject.MODES))] = "forward,both",
     peer_length: Annotated[
-        str, typer.Option(help="Longer sequences are timed without what loops over tokens: the reference and most peers.")
+        str,
+        typer.Option(help="Longer sequences are timed without what loops over tokens: the reference and most peers."),
     ] = "2048",
     device: Annotated[str | None, typer.Option(help="cpu, cuda; without it, a GPU if there is one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Append rows to this file.")] = None,
@@ -49,7 +51,11 @@ def main(
     device = device or subject.default_device()
     wanted = subject.names("modes", modes, subject.MODES)
     (most,), (size,) = subject.numbers("peer-length", peer_length), subject.numbers("states", states)
-    shapes = [(length, width) for width in subject.numbers("channels", channels) for length in subject.numbers("lengths", lengths)]
+    shapes = [
+        (length, width)
+        for width in subject.numbers("channels", channels)
+        for length in subject.numbers("lengths", lengths)
+    ]
     kinds = [subject.DTYPES[name] for name in subject.names("dtypes", dtypes, subject.DTYPES)]
     rows = subject.open_rows(out)
     subject.say_environment(device)
@@ -66,15 +72,25 @@ def operands(length: int, channels: int, states: int, dtype: torch.dtype, device
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw)
 
-    activations = {"u": normal(1, length, channels), "delta": normal(1, length, channels), "z": normal(1, length, channels)}
+    activations = {
+        "u": normal(1, length, channels),
+        "delta": normal(1, length, channels),
+        "z": normal(1, length, channels),
+    }
     activations |= {"B": normal(1, length, states), "C": normal(1, length, states)}
     A = -torch.arange(1.0, states + 1).expand(channels, states).contiguous()
     parameters = {"A": A, "D": torch.ones(channels), "delta_bias": normal(channels) - 4}
-    return {name: t.to(device, dtype) for name, t in activations.items()} | {name: t.to(device) for name, t in parameters.items()}
+    return {name: t.to(device, dtype) for name, t in activations.items()} | {
+        name: t.to(device) for name, t in parameters.items()
+    }
 
 
-def measurements(length: int, channels: int, states: int, dtype: torch.dtype, device: str, modes: list[str], loops: bool) -> list[Measurement]:
-    """The checked measurements of one shape: one direction in each mode, then both directions, whole and reduced, in each mode."""
+def measurements(
+    length: int, channels: int, states: int, dtype: torch.dtype, device: str, modes: list[str], loops: bool
+) -> list[Measurement]:
+    """The checked measurements of one shape: one direction in each mode, then both directions,
+    whole and reduced, in each mode.
+    """
     given = operands(length, channels, states, dtype, device)
     shape = f"batch=1 tokens={length} channels={channels} states={states}"
     made = _one_direction(given, shape, dtype, device, modes, loops)
@@ -84,7 +100,9 @@ def measurements(length: int, channels: int, states: int, dtype: torch.dtype, de
     return made
 
 
-def _one_direction(given: dict, shape: str, dtype: torch.dtype, device: str, modes: list[str], loops: bool) -> list[Measurement]:
+def _one_direction(
+    given: dict, shape: str, dtype: torch.dtype, device: str, modes: list[str], loops: bool
+) -> list[Measurement]:
     def ours(backend: str) -> Callable[..., Tensor]:
         return lambda **x: storm_kernels.selective_scan(**x, delta_softplus=True, backend=backend)
 
@@ -92,10 +110,14 @@ def _one_direction(given: dict, shape: str, dtype: torch.dtype, device: str, mod
         return reference.selective_scan(**x, delta_softplus=True)
 
     functions = {backend: ours(backend) for backend in subject.usable("scan", device, dtype)}
-    return _in_modes("scan", functions, plain, *peers(given, loops), given, shape, dtype, device, modes, loops, directions=1)
+    return _in_modes(
+        "scan", functions, plain, *peers(given, loops), given, shape, dtype, device, modes, loops, directions=1
+    )
 
 
-def _both_directions(given, shape, dtype, device, modes, loops, grid: TokenGrid, reduction: TokenReduction | None) -> list[Measurement]:
+def _both_directions(
+    given, shape, dtype, device, modes, loops, grid: TokenGrid, reduction: TokenReduction | None
+) -> list[Measurement]:
     options = {"delta_softplus": True, "grid": grid if reduction else None, "reduction": reduction}
 
     def calling(scan: Callable, **more) -> Callable[..., Tensor]:
@@ -106,15 +128,23 @@ def _both_directions(given, shape, dtype, device, modes, loops, grid: TokenGrid,
 
     ours, plain = storm_kernels.bidirectional_selective_scan, calling(reference.bidirectional_selective_scan)
     functions = {backend: calling(ours, backend=backend) for backend in subject.usable("scan", device, dtype)}
-    rivals, notes = bidirectional_peers(given, loops, lambda out: reference.reduce_tokens(out, grid, reduction or TokenReduction()))
+    rivals, notes = bidirectional_peers(
+        given, loops, lambda out: reference.reduce_tokens(out, grid, reduction or TokenReduction())
+    )
     if reduction:
         shape += f" pool={reduction.temporal_pool} stride={reduction.temporal_stride}"
-    return _in_modes("bidirectional_scan", functions, plain, rivals, notes, given, shape, dtype, device, modes, loops, directions=2)
+    return _in_modes(
+        "bidirectional_scan", functions, plain, rivals, notes, given, shape, dtype, device, modes, loops, directions=2
+    )
 
 
-def _in_modes(op, functions, plain, rivals, notes, given, shape, dtype, device, modes, loops, directions: int) -> list[Measurement]:
+def _in_modes(
+    op, functions, plain, rivals, notes, given, shape, dtype, device, modes, loops, directions: int
+) -> list[Measurement]:
     checked = _check(op, functions, rivals, plain, given)
-    contenders = {name: Contender(call, given) for name, call in (functions | ({"torch": plain} if loops else {})).items()} | rivals
+    contenders = {
+        name: Contender(call, given) for name, call in (functions | ({"torch": plain} if loops else {})).items()
+    } | rivals
     notes = notes if loops else [*notes, "without the reference and the peers that loop over tokens at this length"]
     items = directions * given["u"].numel() * given["A"].shape[1]
     limit = _limit(items, device)
@@ -126,15 +156,26 @@ def _in_modes(op, functions, plain, rivals, notes, given, shape, dtype, device, 
     return made
 
 
-def _check(op: str, functions: dict, rivals: dict, plain: Callable[..., Tensor], given: dict[str, Tensor]) -> dict[str, dict]:
+def _check(
+    op: str, functions: dict, rivals: dict, plain: Callable[..., Tensor], given: dict[str, Tensor]
+) -> dict[str, dict]:
     """Everyone's forward, and our gradient of u, against float64 on some channels over the full length."""
     channels = given["A"].shape[0]
     some = torch.linspace(0, channels - 1, min(CHECKED_CHANNELS, channels)).long().to(given["u"].device)
-    narrow = {name: t if name in ("B", "C") else t[some] if name in ("A", "D", "delta_bias") else t[..., some] for name, t in given.items()}
+    narrow = {
+        name: t if name in ("B", "C") else t[some] if name in ("A", "D", "delta_bias") else t[..., some]
+        for name, t in given.items()
+    }
     same, truth = plain(**narrow), plain(**{name: t.double() for name, t in narrow.items()})
     checked = {"torch": {"error": (same.double() - truth).square().mean().sqrt().item()}}
-    checked |= {name: harness.verify(f"{op} on {name}", function(**given)[..., some], same, truth) for name, function in functions.items()}
-    checked |= {name: subject.same_work(f"{op} of {name}", one.call(**one.inputs)[..., some], truth) for name, one in rivals.items()}
+    checked |= {
+        name: harness.verify(f"{op} on {name}", function(**given)[..., some], same, truth)
+        for name, function in functions.items()
+    }
+    checked |= {
+        name: subject.same_work(f"{op} of {name}", one.call(**one.inputs)[..., some], truth)
+        for name, one in rivals.items()
+    }
     gradients = [_gradient_of_u(plain, narrow, torch.float64), _gradient_of_u(plain, narrow, None)]
     for name, function in functions.items():
         whole = _gradient_of_u(function, given, None)[..., some]

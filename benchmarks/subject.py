@@ -1,5 +1,5 @@
-"""What the benchmarks of single operations share: check the contenders, time them in turns, rate them against a
-limit, print and record."""
+"""What the benchmarks of single operations share: check the contenders, time them in turns, rate
+them against a limit, print and record."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ BACKENDS = ("cpu", "cuda", "triton")
 
 @dataclass
 class Measurement:
-    """One shape in one mode. ``contenders`` maps a backend's or peer's name to the call that is timed; all do the
-    same work."""
+    """One shape in one mode. ``contenders`` maps a backend's or peer's name to the call that is
+    timed; all do the same work."""
 
     op: str
     mode: str
@@ -82,9 +82,11 @@ def measure(what: Measurement, device: str, rows: Rows | None, rounds: int = 5) 
     return made
 
 
-def modes_of(call: Callable[..., Tensor | tuple[Tensor, ...]], inputs: dict[str, Tensor], modes: Iterable[str]) -> dict[str, Callable[[], object]]:
-    """mode -> the call to time. "both" is forward, then backward to every input; "backward" is that without the
-    forward."""
+def modes_of(
+    call: Callable[..., Tensor | tuple[Tensor, ...]], inputs: dict[str, Tensor], modes: Iterable[str]
+) -> dict[str, Callable[[], object]]:
+    """mode -> the call to time. "both" is forward, then backward to every input; "backward" is that
+    without the forward."""
 
     def forward():
         with torch.inference_mode():
@@ -123,12 +125,14 @@ def _say_once(line: str) -> None:
 
 
 def same_work(what: str, result: Tensor, truth: Tensor) -> Row:
-    """A peer's check: the same function up to its own rounding. 5 % of the rms of the truth tells another function
-    apart, and admits bfloat16."""
+    """A peer's check: the same function up to its own rounding. 5 % of the rms of the truth tells
+    another function apart, and admits bfloat16."""
     error = (result.double() - truth).square().mean().sqrt().item()
     scale = truth.square().mean().sqrt().item()
     if not error <= 0.05 * scale:
-        raise harness.CheckFailed(f"{what}: rms error {error:.3e} of a result whose rms is {scale:.3e}: it computes something else")
+        raise harness.CheckFailed(
+            f"{what}: rms error {error:.3e} of a result whose rms is {scale:.3e}: it computes something else"
+        )
     return {"error": error}
 
 
@@ -162,8 +166,8 @@ def open_rows(path: Path | None) -> Rows | None:
 def command(main: Callable[..., None], arguments: list[str] | None = None, prog: str | None = None) -> int:
     """Run ``main`` as a command line -> exit status, with one line where it is not 0.
 
-    1: a failed check, or rows that cannot be written; 2: bad input; 130: Ctrl-C. Rows that were finished before are
-    on disk.
+    1: a failed check, or rows that cannot be written; 2: bad input; 130: Ctrl-C. Rows that were
+    finished before are on disk.
 
     Args:
         arguments: what follows the command's name; None takes this process's.
@@ -190,7 +194,9 @@ def default_device() -> str:
 
 
 def say_environment(device: str) -> None:
-    print(f"{environment.device_name(device)}; {environment.versions()}; commit {environment.commit()}; load {environment.load()}")
+    print(
+        f"{environment.device_name(device)}; {environment.versions()}; commit {environment.commit()}; load {environment.load()}"
+    )
 
 
 def _print(what: Measurement, rows: list[Row]) -> None:

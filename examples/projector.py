@@ -1,4 +1,6 @@
-"""STORM's temporal projector: 32 frames of image tokens in, an eighth of the tokens out; the reference model, patched, gives the same."""
+"""STORM's temporal projector: 32 frames of image tokens in, an eighth of the tokens out; the
+reference model, patched, gives the same.
+"""
 
 import torch
 

@@ -1,4 +1,6 @@
-"""A bidirectional Vim block where mamba_ssm is not installed: the imports of Vim's own code resolve to storm_kernels."""
+"""A bidirectional Vim block where mamba_ssm is not installed: the imports of Vim's own code resolve
+to storm_kernels.
+"""
 
 import torch
 
@@ -19,7 +21,9 @@ class Block(torch.nn.Module):
         self.mixer = Mamba(width, bimamba_type="v2", if_divide_out=True)
 
     def forward(self, hidden, residual=None):
-        hidden, residual = rms_norm_fn(hidden, self.norm.weight, self.norm.bias, residual, prenorm=True, eps=self.norm.eps)
+        hidden, residual = rms_norm_fn(
+            hidden, self.norm.weight, self.norm.bias, residual, prenorm=True, eps=self.norm.eps
+        )
         return self.mixer(hidden), residual
 
 

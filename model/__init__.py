@@ -1,5 +1,6 @@
-"""The complete STORM (arXiv 2503.04130) and its VILA baseline as transformers models: a video and a question in, an
-answer out. Importing this package registers them with transformers' Auto classes. Needs the extra ``model``.
+"""The complete STORM (arXiv 2503.04130) and its VILA baseline as transformers models: a video and a
+question in, an answer out. Importing this package registers them with transformers' Auto classes.
+Needs the extra ``model``.
 
 Example:
     >>> import storm_model
@@ -39,6 +40,8 @@ AutoConfig.register(StormConfig.model_type, StormConfig)
 AutoModel.register(StormConfig, StormModel)
 AutoModelForImageTextToText.register(StormConfig, StormForConditionalGeneration)
 AutoModelForMultimodalLM.register(StormConfig, StormForConditionalGeneration)
-AutoImageProcessor.register(StormConfig, image_processor_classes=dict.fromkeys(("pil", "torchvision"), StormImageProcessor))
+AutoImageProcessor.register(
+    StormConfig, image_processor_classes=dict.fromkeys(("pil", "torchvision"), StormImageProcessor)
+)
 AutoVideoProcessor.register(StormConfig, StormVideoProcessor)
 AutoProcessor.register(StormConfig, StormProcessor)

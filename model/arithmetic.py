@@ -15,8 +15,9 @@ EXPAND, STATES, TAPS = 2, 16, 4
 def arithmetic(config: ModelConfig, variant: Variant, frames: int, prompt_tokens: int = 0) -> dict[str, int]:
     """FLOPs to the first token by "vision", "projector" and "language": matrix products, convolutions and the scan.
 
-    A multiplication with its addition counts as two. Causal attention counts the pairs it needs, half of the square. The projector is counted in its
-    plain form, every token through every step whatever the reduction; a fused projector needs less.
+    A multiplication with its addition counts as two. Causal attention counts the pairs it needs,
+    half of the square. The projector is counted in its plain form, every token through every step
+    whatever the reduction; a fused projector needs less.
     """
     grid = config.token_grid(frames)
     kept = variant.reduction.reduced(grid).tokens

@@ -1,4 +1,6 @@
-"""``storm-kernels ask VIDEO "QUESTION" --model DIR``: the answer, word by word; what is being done, and how long it took, beside it."""
+"""``storm-kernels ask VIDEO "QUESTION" --model DIR``: the answer, word by word; what is being done,
+and how long it took, beside it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,12 @@ from .parts import FLOATS
 from .video import StormVideoError
 
 # What one sees happen, in its order; the stages inside these are left out.
-_SHOWN = {"decode": "reading the video", "preprocess": "preparing frames", "vision": "encoding frames", "projector": "projecting"}
+_SHOWN = {
+    "decode": "reading the video",
+    "preprocess": "preparing frames",
+    "vision": "encoding frames",
+    "projector": "projecting",
+}
 _SHOWN |= {"prefill": "reading the prompt"}
 
 
@@ -39,7 +46,9 @@ class Clock:
         start = time.perf_counter()
         yield
         if self._device.type == "cuda" and name in _SHOWN | {"token": ""}:
-            torch.cuda.synchronize(self._device)  # work is queued there; without this its time would be the next stage's
+            torch.cuda.synchronize(
+                self._device
+            )  # work is queued there; without this its time would be the next stage's
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
@@ -74,7 +83,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     ):
         parser.add_argument(f"--{name}", type=int, help=f"{what} (default: the folder's)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="the answer's longest length (256)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+    )
     parser.add_argument("--dtype", choices=FLOATS, help="of the weights (default: as they are stored)")
     return parser
 
@@ -89,7 +100,9 @@ def _ask(options: argparse.Namespace) -> int:
     processor = AutoProcessor.from_pretrained(options.model)
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
     if not isinstance(model, StormForConditionalGeneration):
-        raise ValueError(f"--model: {options.model} holds a {type(model).__name__}, not a STORM or VILA of this package")
+        raise ValueError(
+            f"--model: {options.model} holds a {type(model).__name__}, not a STORM or VILA of this package"
+        )
     content = [{"type": "video", "path": options.video}, {"type": "text", "text": options.question}]
     clock, begun = Clock(model.device), time.perf_counter()
     with recording(clock):
@@ -103,7 +116,10 @@ def _ask(options: argparse.Namespace) -> int:
         )
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         model.generate(**inputs.to(model.device), max_new_tokens=options.max_new_tokens, streamer=streamer)
-    frames, tokens = inputs["pixel_values_videos"].shape[1], int((inputs["input_ids"] == model.config.video_token_id).sum())
+    frames, tokens = (
+        inputs["pixel_values_videos"].shape[1],
+        int((inputs["input_ids"] == model.config.video_token_id).sum()),
+    )
     stages = ", ".join(f"{name} {clock.seconds[name]:.2f}" for name in (*_SHOWN, "token") if name in clock.seconds)
     print(f"{frames} frames, {tokens} video tokens, {time.perf_counter() - begun:.2f} s: {stages}", file=sys.stderr)
     return 0

@@ -1,6 +1,8 @@
-"""Save and load a complete model; build one from local SigLIP and Qwen2 or Llama folders. Safetensors only: a pickle is never opened, no code is run.
+"""Save and load a complete model; build one from local SigLIP and Qwen2 or Llama folders.
+Safetensors only: a pickle is never opened, no code is run.
 
-Every tensor's name, shape and dtype is compared with the model's before memory is taken, every value is checked to be finite.
+Every tensor's name, shape and dtype is compared with the model's before memory is taken, every
+value is checked to be finite.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class StoredTensor(NamedTuple):
 
 
 def save(model: VideoModel, folder: str | os.PathLike) -> Path:
-    """Write ``config.json`` and ``model.safetensors`` to a new or empty folder; it appears complete or not at all, and nothing is overwritten."""
+    """Write ``config.json`` and ``model.safetensors`` to a new or empty folder; it appears complete
+    or not at all, and nothing is overwritten.
+    """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder; nothing was written")
@@ -55,7 +59,11 @@ def save(model: VideoModel, folder: str | os.PathLike) -> Path:
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         (unfinished / _CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        save_file({name: tensor.contiguous() for name, tensor in _own_tensors(model).items()}, unfinished / _WEIGHTS, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in _own_tensors(model).items()},
+            unfinished / _WEIGHTS,
+            metadata={"format": "pt"},
+        )
         unfinished.chmod(0o755)
         unfinished.rename(folder)
     finally:
@@ -70,8 +78,15 @@ def load(folder: str | os.PathLike, *, projector: str = "reference", device: tor
     stored = _stored_tensors(folder)
     layers = config.vision.layers_run + config.language.layers + config.projector_layers * variant.temporal
     if layers > len(stored):
-        raise CheckpointError(f"{folder}: {_CONFIG} speaks of {layers} layers, the weights are only {len(stored)} tensors")
-    _compare(folder, _own_tensors(VideoModel(config, variant, projector, device="meta", dtype=dtype)), stored, exact_dtype=True)
+        raise CheckpointError(
+            f"{folder}: {_CONFIG} speaks of {layers} layers, the weights are only {len(stored)} tensors"
+        )
+    _compare(
+        folder,
+        _own_tensors(VideoModel(config, variant, projector, device="meta", dtype=dtype)),
+        stored,
+        exact_dtype=True,
+    )
     model = VideoModel(config, variant, projector, device=device, dtype=dtype, blank=True)
     _fill(_own_tensors(model), stored)
     return model
@@ -88,10 +103,12 @@ def from_pretrained_parts(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> VideoModel:
-    """A model from a local SigLIP folder and a local Qwen2 or Llama folder, as Hugging Face lays them out; the projector's weights are random.
+    """A model from a local SigLIP folder and a local Qwen2 or Llama folder, as Hugging Face lays
+    them out; the projector's weights are random.
 
-    SigLIP's text half, its pooling head, final norm and the layers above ``feature_layer`` are left in the file. ``dtype`` None takes the language
-    model's own; weights stored in another float type are converted.
+    SigLIP's text half, its pooling head, final norm and the layers above ``feature_layer`` are left
+    in the file. ``dtype`` None takes the language model's own; weights stored in another float type
+    are converted.
     """
     vision_dir, language_dir = Path(vision_dir), Path(language_dir)
     vision = vision_config(vision_dir / _CONFIG)
@@ -111,7 +128,9 @@ def from_pretrained_parts(
 
 
 def _own_tensors(model: VideoModel, prefix: str = "") -> dict[str, Tensor]:
-    """The state dict's entries under ``prefix``, which is cut off, without the output matrix where it is the embedding itself."""
+    """The state dict's entries under ``prefix``, which is cut off, without the output matrix where
+    it is the embedding itself.
+    """
     state = model.state_dict()
     if model.config.language.tied_embeddings:
         del state["language.lm_head.weight"]
@@ -131,7 +150,9 @@ def _read_description(folder: Path) -> tuple[ModelConfig, Variant, torch.dtype]:
         variant["reduction"] = TokenReduction(**variant["reduction"])
         return ModelConfig(**config), Variant(**variant), FLOATS[content["dtype"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: not the description of a saved model: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{path}: not the description of a saved model: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -148,7 +169,9 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for file in files:
         if not file.is_file():
-            other = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
+            other = sorted(path.name for path in folder.glob("*.bin")) + sorted(
+                path.name for path in folder.glob("*.pt*")
+            )
             pickles = f"; pickles are never opened ({', '.join(other)})" if other else ""
             raise CheckpointError(f"{file}: no such file; weights must be in safetensors files{pickles}")
         stored.update(_header(file))
@@ -165,8 +188,12 @@ def _header(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{file}: not a whole safetensors file: {error}") from error
     for name, (_, dtype) in described.items():
         if dtype not in _DTYPE_NAMES and not _is_position_buffer(name):
-            raise CheckpointError(f"{file}: tensor {name} is of dtype {dtype}; it must be one of {', '.join(_DTYPE_NAMES)}")
-    return {name: StoredTensor(file, name, shape, _DTYPE_NAMES.get(dtype)) for name, (shape, dtype) in described.items()}
+            raise CheckpointError(
+                f"{file}: tensor {name} is of dtype {dtype}; it must be one of {', '.join(_DTYPE_NAMES)}"
+            )
+    return {
+        name: StoredTensor(file, name, shape, _DTYPE_NAMES.get(dtype)) for name, (shape, dtype) in described.items()
+    }
 
 
 def _is_position_buffer(name: str) -> bool:

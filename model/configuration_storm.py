@@ -10,8 +10,8 @@ from storm_kernels.tokens import TokenGrid, TokenReduction, described, positive_
 
 PROJECTOR_TYPES = ("storm", "vila")
 PROJECTOR_IMPLEMENTATIONS = ("fused", "reference")
-# Far past the paper's 512 frames and 4 x 2 x 2 reduction; what is larger is a slip of the keyboard, and an error before
-# anything is allocated.
+# Far past the paper's 512 frames and 4 x 2 x 2 reduction; what is larger is a slip of the keyboard,
+# and an error before anything is allocated.
 MAX_FRAMES = 65_536
 MAX_REDUCTION = 65_536
 
@@ -139,6 +139,8 @@ def _vision_config(given: object) -> PreTrainedConfig:
             f"got model_type {config.model_type!r}"
         )
     if config.patch_size > config.image_size:
-        raise ValueError(f"vision_config.patch_size must be at most image_size {config.image_size}, got {config.patch_size}")
+        raise ValueError(
+            f"vision_config.patch_size must be at most image_size {config.image_size}, got {config.patch_size}"
+        )
     config.vision_use_head = False
     return config

@@ -1,6 +1,8 @@
-"""Is a video file whole? Decoders play a cut file to where it was cut and call that the end; the container's own sizes know better.
+"""Is a video file whole? Decoders play a cut file to where it was cut and call that the end; the
+container's own sizes know better.
 
-Three containers say where they end, and are checked to that end: MP4/MOV (ISO/IEC 14496-12), Matroska/WebM (RFC 9559), AVI (RIFF).
+Three containers say where they end, and are checked to that end: MP4/MOV (ISO/IEC 14496-12),
+Matroska/WebM (RFC 9559), AVI (RIFF).
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ class StormVideoError(ValueError):
 
 class Container(NamedTuple):
     demuxer: str  # FFmpeg's name
-    fragments: dict[int, int] = {}  # samples of each track that lie in fragments of an MP4, which its header does not count
+    fragments: dict[
+        int, int
+    ] = {}  # samples of each track that lie in fragments of an MP4, which its header does not count
     blocks: int | None = None  # of the first video track of a Matroska file, whose header counts nothing
 
 
@@ -31,11 +35,30 @@ _REMUX = "remux it, if it is whole: ffmpeg -i IN -c copy OUT.mp4"
 _MP4_FIRST = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"}
 _MP4_TOP = _MP4_FIRST | {b"moof", b"mfra", b"sidx", b"ssix", b"styp", b"prft", b"emsg", b"meta", b"uuid"}
 _IN_MOOF = {b"mfhd", b"traf", b"pssh", b"meta", b"uuid", b"free", b"skip"}
-_IN_TRAF = {b"tfhd", b"tfdt", b"trun", b"sbgp", b"sgpd", b"subs", b"saiz", b"saio", b"senc", b"meta", b"uuid", b"free", b"skip"}
+_IN_TRAF = {
+    b"tfhd",
+    b"tfdt",
+    b"trun",
+    b"sbgp",
+    b"sgpd",
+    b"subs",
+    b"saiz",
+    b"saio",
+    b"senc",
+    b"meta",
+    b"uuid",
+    b"free",
+    b"skip",
+}
 _EBML, _SEGMENT, _TRACKS, _CLUSTER = (bytes.fromhex(i) for i in ("1a45dfa3", "18538067", "1654ae6b", "1f43b675"))
 _VOID, _CRC = b"\xec", b"\xbf"
 # SeekHead, Info, Cues, Attachments, Chapters, Tags
-_IN_SEGMENT = {bytes.fromhex(i) for i in ("114d9b74", "1549a966", "1c53bb6b", "1941a469", "1043a770", "1254c367")} | {_TRACKS, _CLUSTER, _VOID, _CRC}
+_IN_SEGMENT = {bytes.fromhex(i) for i in ("114d9b74", "1549a966", "1c53bb6b", "1941a469", "1043a770", "1254c367")} | {
+    _TRACKS,
+    _CLUSTER,
+    _VOID,
+    _CRC,
+}
 # Timestamp, SilentTracks, Position, PrevSize, SimpleBlock, BlockGroup
 _IN_CLUSTER = {bytes.fromhex(i) for i in ("e7", "5854", "a7", "ab", "a3", "a0")} | {_VOID, _CRC}
 
@@ -70,7 +93,9 @@ def _check_mp4(path: Path, file: BinaryIO, size: int) -> dict[int, int]:
     boxes = list(_tiles(path, file, 0, size, _box_header))
     movie = next((box for box in boxes if box.kind == b"moov"), None)
     if movie is None:
-        raise StormVideoError(f"{path}: no moov box in {size} bytes, so nothing says what the file holds; it is truncated or was never finished")
+        raise StormVideoError(
+            f"{path}: no moov box in {size} bytes, so nothing says what the file holds; it is truncated or was never finished"
+        )
     if all(box.kind != b"mvex" for box in _tiles(path, file, movie.start, movie.end, _box_header)):
         return {}
     if boxes[-1].kind != b"mfra":
@@ -98,7 +123,9 @@ def _track_fragment(path: Path, file: BinaryIO, fragment: Chunk) -> tuple[int, i
         elif box.kind == b"trun":
             per_sample = (flags >> 8 & 0xF).bit_count()
             if box.end - box.start != 4 * (2 + (flags & 1) + (flags >> 2 & 1) + number * per_sample):
-                raise StormVideoError(f"{path}: corrupt, the trun box at byte {box.start} is not as long as its {number} samples")
+                raise StormVideoError(
+                    f"{path}: corrupt, the trun box at byte {box.start} is not as long as its {number} samples"
+                )
             samples += number
     if track is None:
         raise StormVideoError(f"{path}: corrupt, the traf box at byte {fragment.start} names no track")
@@ -119,7 +146,9 @@ def _check_matroska(path: Path, file: BinaryIO, size: int) -> int:
             for block in _blocks(path, file, part):
                 track, count = _block_frames(file, block)
                 if track not in types:
-                    raise StormVideoError(f"{path}: corrupt, the block at byte {block.start} is of track {track}; there are {sorted(types)}")
+                    raise StormVideoError(
+                        f"{path}: corrupt, the block at byte {block.start} is of track {track}; there are {sorted(types)}"
+                    )
                 frames[track] += count
     video = next((track for track, kind in types.items() if kind == 1), None)
     if video is None:
@@ -162,7 +191,9 @@ def _known(path: Path, parts: Iterable[Chunk], kinds: set[bytes]) -> Iterator[Ch
 
 
 def _tiles(path: Path, file: BinaryIO, start: int, end: int, read_header) -> Iterator[Chunk]:
-    """The chunks that fill bytes start..end of the file, one after the other; an error if one is cut or runs over the end."""
+    """The chunks that fill bytes start..end of the file, one after the other; an error if one is
+    cut or runs over the end.
+    """
     while start < end:
         file.seek(start)
         header = read_header(file, end - start)
@@ -175,12 +206,15 @@ def _tiles(path: Path, file: BinaryIO, start: int, end: int, read_header) -> Ite
             )
         chunk = Chunk(kind, start + header_bytes, start + header_bytes + content_bytes)
         if chunk.end > end:
-            raise StormVideoError(f"{path}: truncated, {_text(kind)} at byte {start} should reach byte {chunk.end}, but there are only {end}")
+            raise StormVideoError(
+                f"{path}: truncated, {_text(kind)} at byte {start} should reach byte {chunk.end}, but there are only {end}"
+            )
         yield chunk
         start = chunk.end
 
 
-# Headers: (kind, bytes of the header, bytes of the content, None where left open), or None where there is no valid one.
+# Headers: (kind, bytes of the header, bytes of the content, None where left open), or None where
+# there is no valid one.
 
 
 def _box_header(file: BinaryIO, room: int) -> tuple[bytes, int, int] | None:
@@ -206,7 +240,9 @@ def _riff_header(file: BinaryIO, room: int) -> tuple[bytes, int, int] | None:
 
 
 def _ebml_header(file: BinaryIO, room: int) -> tuple[bytes, int, int | None] | None:
-    """RFC 8794, 4-6: an ID of 1-4 bytes and a size of 1-8, each telling its own length by its leading zeros; a size of all ones is "unknown"."""
+    """RFC 8794, 4-6: an ID of 1-4 bytes and a size of 1-8, each telling its own length by its
+    leading zeros; a size of all ones is "unknown".
+    """
     first = file.read(1)
     id_bytes = 9 - first[0].bit_length() if first else 9
     if id_bytes > 4:

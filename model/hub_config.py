@@ -1,4 +1,6 @@
-"""Sizes from the ``config.json`` of a local Hugging Face folder. Only numbers are read; ``auto_map`` and the like have no effect."""
+"""Sizes from the ``config.json`` of a local Hugging Face folder. Only numbers are read;
+``auto_map`` and the like have no effect.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _LANGUAGE_CLASSES = {"qwen2": Qwen2Config, "llama": LlamaConfig}
 def vision_config(path: Path) -> VisionConfig:
     """Of a SigLIP model ("siglip") or of its vision half alone ("siglip_vision_model")."""
     content = _read(path, ("siglip", "siglip_vision_model"))
-    sizes = _parse(path, SiglipVisionConfig, content.get("vision_config", {}) if content["model_type"] == "siglip" else content)
+    sizes = _parse(
+        path, SiglipVisionConfig, content.get("vision_config", {}) if content["model_type"] == "siglip" else content
+    )
     _require(path, sizes, {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3, "layer_norm_eps": 1e-6})
     return VisionConfig(
         image_size=sizes.image_size,
@@ -29,7 +33,9 @@ def vision_config(path: Path) -> VisionConfig:
 
 
 def language_config(path: Path) -> LanguageConfig:
-    """Of a Qwen2 or Llama causal language model; features that the plain architecture does not have are an error, not ignored."""
+    """Of a Qwen2 or Llama causal language model; features that the plain architecture does not have
+    are an error, not ignored.
+    """
     content = _read(path, tuple(_LANGUAGE_CLASSES))
     sizes = _parse(path, _LANGUAGE_CLASSES[content["model_type"]], content)
     plain = {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False, "mlp_bias": False}

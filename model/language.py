@@ -8,15 +8,18 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .config import LanguageConfig
 
-# What this transformers calls a language model's cache, as an argument and as a field of its output: 5.24 renamed it, and 5.40 drops the older name.
+# What this transformers calls a language model's cache, as an argument and as a field of its
+# output: 5.24 renamed it, and 5.40 drops the older name.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 _FAMILIES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
 
 
 def build_language(config: LanguageConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model with random weights in ``dtype``, on the current default device (``torch.device`` as a context).
+    """A causal language model with random weights in ``dtype``, on the current default device
+    (``torch.device`` as a context).
 
-    Built in its dtype from the start: no float32 copy ever exists, so that storm-7b fits one 80 GB GPU in bfloat16.
+    Built in its dtype from the start: no float32 copy ever exists, so that storm-7b fits one 80 GB
+    GPU in bfloat16.
     """
     config_class, model_class = _FAMILIES[config.family]
     sizes = config_class(

@@ -1,4 +1,6 @@
-"""What a folder of weights has to be before a model is taken from it: whole, of the right shapes, finite, no pickles."""
+"""What a folder of weights has to be before a model is taken from it: whole, of the right shapes,
+finite, no pickles.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +43,17 @@ def check_loaded(folder: Any, info: dict[str, Any], model: nn.Module) -> None:
 
 
 def not_finite(model: nn.Module) -> list[str]:
-    """Names of the floating-point parameters and buffers with an infinity or a NaN; those on the meta device are left out."""
+    """Names of the floating-point parameters and buffers with an infinity or a NaN; those on the
+    meta device are left out.
+    """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return [
         name
         for name, tensor in tensors
-        if type(tensor.data) is torch.Tensor and tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all()
+        if type(tensor.data) is torch.Tensor
+        and tensor.is_floating_point()
+        and not tensor.is_meta
+        and not torch.isfinite(tensor).all()
     ]
 
 

@@ -1,8 +1,9 @@
-"""STORM (arXiv 2503.04130) and its VILA baseline (arXiv 2412.04468) as transformers models: vision tower, projector,
-language model.
+"""STORM (arXiv 2503.04130) and its VILA baseline (arXiv 2412.04468) as transformers models: vision
+tower, projector, language model.
 
-A video is encoded a few frames at a time. All videos of a call go through the projector together, one after the other
-(`packed`), each reduced as if it were alone. Its tokens then take the place of the prompt's placeholders.
+A video is encoded a few frames at a time. All videos of a call go through the projector together,
+one after the other (`packed`), each reduced as if it were alone. Its tokens then take the place of
+the prompt's placeholders.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from .projector import build_projector
 
 logger = logging.get_logger(__name__)
 
-# What this transformers calls a language model's cache: 5.24 renamed it, and 5.40 drops the older name.
+# What this transformers calls a language model's cache: 5.24 renamed it, and 5.40 drops the older
+# name.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
@@ -52,7 +54,8 @@ class StormPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # Regular expressions of the mixer's parameters whose rounding would move every later state (docs/spec.md).
+    # Regular expressions of the mixer's parameters whose rounding would move every later state
+    # (docs/spec.md).
     _keep_in_fp32_modules_strict = [
         r"\.mixer\.A_log$",
         r"\.mixer\.A_b_log$",
@@ -69,8 +72,8 @@ class StormPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
-        """As every transformers model, but strict: a tensor that is missing, left over, of another shape or not finite
-        is an error that names it, and pickles are never opened.
+        """As every transformers model, but strict: a tensor that is missing, left over, of another
+        shape or not finite is an error that names it, and pickles are never opened.
 
         Raises:
             CheckpointError: the weights are not this model's.
@@ -86,8 +89,8 @@ class StormPreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As every transformers model; the parts' dtypes are written too, so that a model that is loaded and saved again
-        gives the same bytes."""
+        """As every transformers model; the parts' dtypes are written too, so that a model that is
+        loaded and saved again gives the same bytes."""
         for part in (self.config.vision_config, self.config.text_config):
             part.dtype = self.dtype
         super().save_pretrained(*args, **kwargs)
@@ -107,7 +110,8 @@ class StormModel(StormPreTrainedModel):
         super().__init__(config)
         tower = AutoModel.from_config(config.vision_config)
         self.vision_tower = getattr(tower, "vision_model", tower)  # some releases nest the tower once more
-        # The projector reads the last layer's output as it is. A norm that is not used would have no gradient.
+        # The projector reads the last layer's output as it is. A norm that is not used would have
+        # no gradient.
         self.vision_tower.post_layernorm = nn.Identity()
         self.projector = build_projector(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -142,11 +146,15 @@ class StormModel(StormPreTrainedModel):
         return BaseModelOutputWithPooling(pooler_output=self.project(features, [len(v) for v in videos], reductions))
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, image_reductions: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: Tensor, image_reductions: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         """As :meth:`get_video_features`, for images (n, 3, S, S): each is a video of one frame."""
         images = self._checked("pixel_values", pixel_values.unsqueeze(1))
         reductions = self._reductions("image_reductions", image_reductions, len(images))
-        return BaseModelOutputWithPooling(pooler_output=self.project(self.encode(pixel_values), [1] * len(images), reductions))
+        return BaseModelOutputWithPooling(
+            pooler_output=self.project(self.encode(pixel_values), [1] * len(images), reductions)
+        )
 
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels (T, 3, S, S) -> image tokens (T, h, w, Dv), a few frames at a time so that activations do not grow."""
@@ -158,8 +166,8 @@ class StormModel(StormPreTrainedModel):
             return tokens.unflatten(1, (side, side))
 
     def project(self, features: Tensor, frames: list[int], reductions: list[TokenReduction]) -> list[Tensor]:
-        """Image tokens of all videos (sum of ``frames``, h, w, Dv) -> (tokens, D) of each. Those with one reduction go
-        through the projector in one packed call."""
+        """Image tokens of all videos (sum of ``frames``, h, w, Dv) -> (tokens, D) of each. Those
+        with one reduction go through the projector in one packed call."""
         videos: list[Tensor | None] = [None] * len(frames)
         parts = features.split(frames)
         for reduction in dict.fromkeys(reductions):
@@ -225,9 +233,13 @@ class StormModel(StormPreTrainedModel):
         elif mm_encoder_outputs or any(given is not None for given, _ in pixels.values()):
             raise ValueError("pixels and their features need input_ids, which say where they go, not inputs_embeds")
         with stage("prefill" if inputs_embeds.shape[1] > 1 else "token"):
-            return self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+            return self.language_model(
+                inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+            )
 
-    def _filled(self, input_ids: Tensor, pixels: dict[str, tuple], known: dict[str, BaseModelOutputWithPooling]) -> Tensor:
+    def _filled(
+        self, input_ids: Tensor, pixels: dict[str, tuple], known: dict[str, BaseModelOutputWithPooling]
+    ) -> Tensor:
         """The embeddings of the prompt, with the tokens of images and videos in their places."""
         embeds = self.get_input_embeddings()(input_ids)
         for modality, (given, reductions) in pixels.items():
@@ -252,7 +264,12 @@ class StormModel(StormPreTrainedModel):
         videos = [given] if isinstance(given, Tensor) and given.dim() == 4 else list(given)
         size = self.config.vision_config.image_size
         for video in videos:
-            if not isinstance(video, Tensor) or video.dim() != 4 or video.shape[1:] != (3, size, size) or not len(video):
+            if (
+                not isinstance(video, Tensor)
+                or video.dim() != 4
+                or video.shape[1:] != (3, size, size)
+                or not len(video)
+            ):
                 raise ValueError(f"{name} must be videos of shape (T, 3, {size}, {size}), got {described(video)}")
         return videos
 
@@ -343,7 +360,9 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
             self._note_training()
         return CausalLMOutputWithPast(
             loss=loss,
@@ -374,7 +393,9 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
 
 def random_notice(config: StormConfig) -> str:
     """One sentence for whoever is about to believe such a model."""
-    return f"random weights in {', '.join(config.random_parts)}: never trained, so what this model answers means nothing"
+    return (
+        f"random weights in {', '.join(config.random_parts)}: never trained, so what this model answers means nothing"
+    )
 
 
 def _trains(module: nn.Module) -> bool:
@@ -382,7 +403,9 @@ def _trains(module: nn.Module) -> bool:
 
 
 def _init_mixer(mixer: ReferenceMixer) -> None:
-    """The start of a mixer, as its own constructor makes it; transformers has made it on the meta device, without values."""
+    """The start of a mixer, as its own constructor makes it; transformers has made it on the meta
+    device, without values.
+    """
     projections = [mixer.in_proj, mixer.out_proj]
     for suffix in mixer.suffixes:
         conv, dt_proj = getattr(mixer, f"conv1d{suffix}"), getattr(mixer, f"dt_proj{suffix}")

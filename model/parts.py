@@ -1,4 +1,6 @@
-"""What building any part of a model needs: the same weights from the same seed, on the device and in the dtype they will stay in."""
+"""What building any part of a model needs: the same weights from the same seed, on the device and
+in the dtype they will stay in.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,11 @@ def check_dtype(dtype: object) -> torch.dtype:
 
 @contextmanager
 def seeded(seed: int, device: torch.device, *, blank: bool = False) -> Iterator[None]:
-    """Inside, random numbers follow from ``seed`` and new tensors land on ``device``; outside, the caller's random state is as it was.
+    """Inside, random numbers follow from ``seed`` and new tensors land on ``device``; outside, the
+    caller's random state is as it was.
 
-    ``blank``: modules made inside keep their weights unset. Billions of random numbers that a loader overwrites would take minutes on a CPU.
+    ``blank``: modules made inside keep their weights unset. Billions of random numbers that a
+    loader overwrites would take minutes on a CPU.
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), device, no_init_weights() if blank else nullcontext():

@@ -9,22 +9,28 @@ from torch import Tensor
 from storm_kernels.profiling import stage
 from storm_kernels.tokens import described
 
-# Frames resized or encoded at a time. At 448 pixels in bfloat16 one frame's widest activation is 9 MB: a GPU is full
-# with 16, and memory stays small.
+# Frames resized or encoded at a time. At 448 pixels in bfloat16 one frame's widest activation is 9
+# MB: a GPU is full with 16, and memory stays small.
 FRAME_BATCH = 16
 
 
 def preprocess(frames: Tensor, image_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """SigLIP's input: resized to a square (bicubic, antialiased, aspect ratio not kept, as VILA does), -1..1.
 
-    frames (n, H, W, 3) uint8 -> (n, 3, image_size, image_size) in ``dtype``, on the frames' device. Works on a few
-    frames at a time.
+    frames (n, H, W, 3) uint8 -> (n, 3, image_size, image_size) in ``dtype``, on the frames' device.
+    Works on a few frames at a time.
 
     Example:
         >>> preprocess(torch.zeros(2, 4, 4, 3, dtype=torch.uint8), 8).shape
         torch.Size([2, 3, 8, 8])
     """
-    if not isinstance(frames, Tensor) or frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+    if (
+        not isinstance(frames, Tensor)
+        or frames.dtype != torch.uint8
+        or frames.dim() != 4
+        or frames.shape[-1] != 3
+        or 0 in frames.shape
+    ):
         raise ValueError(f"frames must be uint8 of shape (n, H, W, 3) with no side 0, got {described(frames)}")
     with stage("preprocess"):
         pixels = torch.empty(frames.shape[0], 3, image_size, image_size, dtype=dtype, device=frames.device)

@@ -55,7 +55,10 @@ class StormProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, folder: str, processor_dict: dict | None = None, **kwargs: Any) -> list:
         """The three parts, each by its own class: transformers' AutoVideoProcessor asks for torchvision."""
         tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
-        parts = (StormImageProcessor.from_pretrained(folder, **kwargs), StormVideoProcessor.from_pretrained(folder, **kwargs))
+        parts = (
+            StormImageProcessor.from_pretrained(folder, **kwargs),
+            StormVideoProcessor.from_pretrained(folder, **kwargs),
+        )
         return [parts[0], tokenizer, parts[1]]
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
@@ -82,22 +85,32 @@ class StormProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The placeholders of one image."""
-        return self._placeholders(self.image_token, 1, image_inputs["image_reductions"][image_idx].tolist(), self.image_processor)
+        return self._placeholders(
+            self.image_token, 1, image_inputs["image_reductions"][image_idx].tolist(), self.image_processor
+        )
 
     def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs: Any) -> str:
         """The placeholders of one video, with ``frame_separator`` after each frame that is left."""
         frames = len(video_inputs["pixel_values_videos"][video_idx])
-        return self._placeholders(self.video_token, frames, video_inputs["video_reductions"][video_idx].tolist(), self.video_processor)
+        return self._placeholders(
+            self.video_token, frames, video_inputs["video_reductions"][video_idx].tolist(), self.video_processor
+        )
 
-    def _get_num_multimodal_tokens(self, image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any) -> MultiModalData:
-        """How many tokens images (height, width) and videos (frames, height, width) of these sizes become; for engines."""
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any
+    ) -> MultiModalData:
+        """How many tokens images (height, width) and videos (frames, height, width) of these sizes
+        become; for engines.
+        """
         counted = {}
         if image_sizes is not None:
             one = self._reduced(1, self._chosen(self.image_processor, kwargs), self.image_processor).tokens
             counted |= {"num_image_tokens": [one] * len(image_sizes), "num_image_patches": [1] * len(image_sizes)}
         if video_sizes is not None:
             chosen = self._chosen(self.video_processor, kwargs)
-            counted["num_video_tokens"] = [self._reduced(size[0], chosen, self.video_processor).tokens for size in video_sizes]
+            counted["num_video_tokens"] = [
+                self._reduced(size[0], chosen, self.video_processor).tokens for size in video_sizes
+            ]
         return MultiModalData(**counted)
 
     @staticmethod
@@ -125,8 +138,8 @@ class StormProcessor(ProcessorMixin):
 
 
 def chat_template(tokenizer: Any) -> str:
-    """The template of a processor: contents of several parts are brought to one text each, with the placeholders; the
-    language model's own template does the rest, or a plain one where it has none.
+    """The template of a processor: contents of several parts are brought to one text each, with the
+    placeholders; the language model's own template does the rest, or a plain one where it has none.
 
     Example:
         >>> # processor.chat_template = chat_template(processor.tokenizer)

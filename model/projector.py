@@ -1,4 +1,6 @@
-"""The two projectors: STORM's, from the library, and VILA's, which mixes nothing over time (docs/spec.md, Projector)."""
+"""The two projectors: STORM's, from the library, and VILA's, which mixes nothing over time
+(docs/spec.md, Projector).
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,9 @@ from .configuration_storm import StormConfig
 class VilaProjector(nn.Module):
     """2x2 downsample, LayerNorm(4 Dv), Linear(4 Dv -> D), GELU, Linear(D -> D); each frame by itself.
 
-    The names of its weights are VILA's: ``layers.1`` is the norm, ``layers.2`` and ``layers.4`` are the products, and
-    ``layers.0``, the downsample, and ``layers.3``, the GELU, have none. A reduction is still possible.
+    The names of its weights are VILA's: ``layers.1`` is the norm, ``layers.2`` and ``layers.4`` are
+    the products, and ``layers.0``, the downsample, and ``layers.3``, the GELU, have none. A
+    reduction is still possible.
     """
 
     def __init__(

@@ -1,7 +1,9 @@
-"""Wanted frames by way of the key frames before them: each group of frames that holds some is decoded once, up to its last wanted frame.
+"""Wanted frames by way of the key frames before them: each group of frames that holds some is
+decoded once, up to its last wanted frame.
 
-The frame at a time is then the one that a whole decode shows there, because a decoder that starts at a key frame shows every frame from it on as one
-that came from the start of the file. Where that is not certain, `Untrusted` sends the caller to the whole decode.
+The frame at a time is then the one that a whole decode shows there, because a decoder that starts
+at a key frame shows every frame from it on as one that came from the start of the file. Where that
+is not certain, `Untrusted` sends the caller to the whole decode.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from av.video.frame import PictureType
 
 from .containers import StormVideoError
 
-# A seek empties the decoder, whose threads are frames ahead: it costs as much as decoding some twenty frames on two cores.
+# A seek empties the decoder, whose threads are frames ahead: it costs as much as decoding some
+# twenty frames on two cores.
 WORTH_SEEKING = 20
 
 
@@ -33,7 +36,9 @@ class Key(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """What an index keeps of a packet: when it is shown and decoded, in the stream's unit; whether it is a key frame; whether it becomes a frame."""
+    """What an index keeps of a packet: when it is shown and decoded, in the stream's unit; whether
+    it is a key frame; whether it becomes a frame.
+    """
 
     pts: int | None
     dts: int | None
@@ -50,10 +55,12 @@ class Times(NamedTuple):
 
     @classmethod
     def of(cls, marks: list[Mark], unit: Fraction) -> Times | None:
-        """Of a file's packets in its order; None where times are missing or doubled, or where frames come before the
-        first key frame: which of those are shown only decoding tells."""
+        """Of a file's packets in its order; None where times are missing or doubled, or where
+        frames come before the first key frame: which of those are shown only decoding tells."""
         marks = [mark for mark in marks if mark.shown]
-        keys = [Key(pts, pts if dts is None else min(pts, dts)) for pts, dts, key, _ in marks if key and pts is not None]
+        keys = [
+            Key(pts, pts if dts is None else min(pts, dts)) for pts, dts, key, _ in marks if key and pts is not None
+        ]
         pts = {mark.pts for mark in marks}
         if not keys or not marks[0].key or None in pts or len(pts) < len(marks) or min(pts) < keys[0].pts:
             return None
@@ -64,7 +71,9 @@ class Times(NamedTuple):
         return bisect_right(self.keys, pts, key=lambda key: key.pts) - 1
 
     def skipped(self, now: int, then: int) -> int:
-        """How many frames need no decoding if a seek leads from the frame at ``now`` to the key frame of the one at ``then``."""
+        """How many frames need no decoding if a seek leads from the frame at ``now`` to the key
+        frame of the one at ``then``.
+        """
         return bisect_left(self.pts, self.keys[self.group(then)].pts) - bisect_right(self.pts, now)
 
 
@@ -102,8 +111,8 @@ def by_groups(
 
 
 def _from_key(container: av.container.InputContainer, stream: av.VideoStream, key: Key) -> Iterator[av.VideoFrame]:
-    """The frames from the key frame on. Those before it are left out: pictures that are shown before their key frame may be predicted from what
-    was not decoded, and fail."""
+    """The frames from the key frame on. Those before it are left out: pictures that are shown
+    before their key frame may be predicted from what was not decoded, and fail."""
     begun = False
     for packet in container.demux(stream):
         try:
@@ -121,8 +130,8 @@ def _from_key(container: av.container.InputContainer, stream: av.VideoStream, ke
 
 
 def _begins(frame: av.VideoFrame, key: Key) -> bool:
-    """Whether decoding may begin at this frame: a picture on its own, at the key frame's time. (A recovery point in a stream that refreshes itself
-    bit by bit is marked as a key frame too.)"""
+    """Whether decoding may begin at this frame: a picture on its own, at the key frame's time. (A
+    recovery point in a stream that refreshes itself bit by bit is marked as a key frame too.)"""
     return frame.pts == key.pts and frame.key_frame and frame.pict_type == PictureType.I
 
 

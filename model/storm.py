@@ -1,4 +1,6 @@
-"""The complete model: vision tower, projector, language model; STORM's or VILA's by the variant (docs/spec.md, "The models to compare")."""
+"""The complete model: vision tower, projector, language model; STORM's or VILA's by the variant
+(docs/spec.md, "The models to compare").
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ PROJECTORS = ("reference", "fused")
 
 
 class VideoModel(nn.Module):
-    """Video in, next token out. Batch 1, as in the paper's measurements. Call it under ``torch.inference_mode()`` unless gradients are wanted.
+    """Video in, next token out. Batch 1, as in the paper's measurements. Call it under
+    ``torch.inference_mode()`` unless gradients are wanted.
 
     Args:
         config: sizes, such as ``preset("storm-mini")``.
@@ -66,8 +69,9 @@ class VideoModel(nn.Module):
         return self.language.lm_head.weight.dtype
 
     def switched(self, variant: Variant, projector: str | None = None) -> VideoModel:
-        """The same model with another variant or form of the projector. Weights are shared, not copied: vision and language always, the projector's
-        between variants that have the same kind of it; otherwise the new projector's come from the seed."""
+        """The same model with another variant or form of the projector. Weights are shared, not
+        copied: vision and language always, the projector's between variants that have the same kind
+        of it; otherwise the new projector's come from the seed."""
         other = VideoModel.__new__(VideoModel)
         nn.Module.__init__(other)
         other.config, other.variant, other.seed = self.config, variant, self.seed
@@ -88,7 +92,9 @@ class VideoModel(nn.Module):
             return cls(*widths, layers=self.config.projector_layers, bidirectional=self.config.bidirectional, **factory)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """pixels (T, 3, S, S) -> image tokens (1, T, h, w, Dv); a few frames at a time, so that activations do not grow with T."""
+        """pixels (T, 3, S, S) -> image tokens (1, T, h, w, Dv); a few frames at a time, so that
+        activations do not grow with T.
+        """
         size = self.config.vision.image_size
         if pixels.dim() != 4 or pixels.shape[1:] != (3, size, size):
             raise ValueError(f"pixels must have the shape (T, 3, {size}, {size}), got {tuple(pixels.shape)}")
@@ -102,7 +108,8 @@ class VideoModel(nn.Module):
             return self.projector(features, self.variant.reduction)
 
     def prefill(self, video_tokens: Tensor, prompt_ids: Tensor):
-        """Run the language model over video (1, tokens, D), then prompt (P,) or (1, P) -> (logits of the last token (1, vocabulary), cache).
+        """Run the language model over video (1, tokens, D), then prompt (P,) or (1, P) -> (logits
+        of the last token (1, vocabulary), cache).
 
         Logits are made for the last token only: at 32,768 tokens those of all would take 10 GB.
         """
@@ -119,13 +126,17 @@ class VideoModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, pixels: Tensor, prompt_ids: Tensor, max_new_tokens: int) -> Tensor:
-        """Greedy continuation: (n,) int64 ids, n <= max_new_tokens; stops after one of the language model's ``eos_ids``."""
+        """Greedy continuation: (n,) int64 ids, n <= max_new_tokens; stops after one of the language
+        model's ``eos_ids``.
+        """
         positive_int("max_new_tokens", max_new_tokens)
         self._check_prompt(prompt_ids)
         logits, cache = self.prefill(self.project(self.encode(pixels)), prompt_ids)
         ids = [logits.argmax(-1)]
         while len(ids) < max_new_tokens and ids[-1].item() not in self.config.language.eos_ids:
-            logits = self.language(input_ids=ids[-1][None], **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits[:, -1]
+            logits = self.language(input_ids=ids[-1][None], **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits[
+                :, -1
+            ]
             ids.append(logits.argmax(-1))
         return torch.cat(ids)
 

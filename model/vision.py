@@ -10,8 +10,9 @@ from .config import VisionConfig
 
 
 class VisionTower(nn.Module):
-    """SigLIP up to the layer the projector reads. Neither the pooling head nor the final norm is part of it: VILA and STORM use patch tokens of an
-    inner layer (:class:`model.config.VisionConfig`, ``feature_layer``)."""
+    """SigLIP up to the layer the projector reads. Neither the pooling head nor the final norm is
+    part of it: VILA and STORM use patch tokens of an inner layer
+    (:class:`model.config.VisionConfig`, ``feature_layer``)."""
 
     def __init__(self, tower: SiglipVisionModel, layers: int):
         super().__init__()
@@ -39,4 +40,6 @@ def build_vision(config: VisionConfig, dtype: torch.dtype = torch.float32) -> Vi
         patch_size=config.patch_size,
         vision_use_head=False,
     )
-    return VisionTower(SiglipVisionModel._from_config(sizes, dtype=dtype, attn_implementation="sdpa"), config.layers_run).eval()
+    return VisionTower(
+        SiglipVisionModel._from_config(sizes, dtype=dtype, attn_implementation="sdpa"), config.layers_run
+    ).eval()

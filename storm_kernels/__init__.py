@@ -1,4 +1,6 @@
-"""Fused kernels for the temporal projector of STORM (arXiv 2503.04130): bidirectional selective scan and token reduction."""
+"""Fused kernels for the temporal projector of STORM (arXiv 2503.04130): bidirectional selective
+scan and token reduction.
+"""
 
 from . import reference
 from .backends.dispatch import (

@@ -1,8 +1,8 @@
-"""``storm-kernels info [--json]``: which backend runs what here, and why. ``storm-kernels verify``: that what runs is
-right.
+"""``storm-kernels info [--json]``: which backend runs what here, and why. ``storm-kernels verify``:
+that what runs is right.
 
-``storm-kernels ask VIDEO QUESTION --model DIR`` answers a question about a video. ``storm-kernels profile`` times a
-video through the complete model, ``storm-kernels bench SUBJECT`` one operation.
+``storm-kernels ask VIDEO QUESTION --model DIR`` answers a question about a video. ``storm-kernels
+profile`` times a video through the complete model, ``storm-kernels bench SUBJECT`` one operation.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ EXTRAS = "storm-kernels[model,bench]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 1 when `verify` finds a result out of bounds or nobody reads
-    the output to its end."""
+    """Run the command line; returns the exit code: 0, or 1 when `verify` finds a result out of
+    bounds or nobody reads the output to its end."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["profile"]:
         return _of_package("storm-kernels profile", "storm_benchmarks.e2e.__main__", arguments[1:])
@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info", help="one row for each operation and backend: available, chosen, reason, how to fix")
+    info = commands.add_parser(
+        "info", help="one row for each operation and backend: available, chosen, reason, how to fix"
+    )
     info.add_argument("--json", action="store_true", help="as JSON")
     commands.add_parser("verify", help="compare every available backend with the float64 reference, in under 30 s")
     commands.add_parser("ask", help="a question about a video, to a model in a folder: storm-kernels ask --help")
@@ -60,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _info(options.json) if options.command == "info" else _verify()
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has gone, as `head` does: what is left in the buffer goes nowhere, so that the interpreter's own
-        # flush at exit is silent too.
+        # The reader has gone, as `head` does: what is left in the buffer goes nowhere, so that the
+        # interpreter's own flush at exit is silent too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return code

@@ -1,7 +1,9 @@
-"""What ``with use_backend``, ``with strict`` and ``with recording`` have set: for the thread or asyncio task that is inside, and for no other.
+"""What ``with use_backend``, ``with strict`` and ``with recording`` have set: for the thread or
+asyncio task that is inside, and for no other.
 
-torch.compile cannot trace a ContextVar (as of PyTorch 2.13). But it takes a module's attribute for a constant and, before it runs what it has
-compiled, asks for the attribute again, in the thread and context of that call: so a setting is also an attribute of this module, ``context.backend``.
+torch.compile cannot trace a ContextVar (as of PyTorch 2.13). But it takes a module's attribute for
+a constant and, before it runs what it has compiled, asks for the attribute again, in the thread and
+context of that call: so a setting is also an attribute of this module, ``context.backend``.
 """
 
 from __future__ import annotations
@@ -18,12 +20,18 @@ import torch
 
 _VARIABLES = {name: ContextVar(f"storm_kernels.{name}", default=None) for name in ("backend", "strict", "recorder")}
 # What holds where no context is entered, in every thread.
-defaults: dict[str, Any] = {"backend": "", "strict": os.environ.get("STORM_KERNELS_STRICT", "") not in ("", "0"), "recorder": None}
-# Settings entered inside a function while it is compiled: the compiler follows a dictionary's items, and undoes them with the `with`.
+defaults: dict[str, Any] = {
+    "backend": "",
+    "strict": os.environ.get("STORM_KERNELS_STRICT", "") not in ("", "0"),
+    "recorder": None,
+}
+# Settings entered inside a function while it is compiled: the compiler follows a dictionary's
+# items, and undoes them with the `with`.
 _traced: dict[str, Any] = dict.fromkeys(_VARIABLES)
 _this = sys.modules[__name__]
-# Whether this thread is one of autograd's own (a GPU's; activation checkpointing runs forward passes there), and so has the context of its caller.
-# PyTorch keeps that for its compiled code, under a private name: without it there is none.
+# Whether this thread is one of autograd's own (a GPU's; activation checkpointing runs forward
+# passes there), and so has the context of its caller. PyTorch keeps that for its compiled code,
+# under a private name: without it there is none.
 _has_caller = getattr(torch._C, "_is_key_in_tls", lambda key: False)
 
 
@@ -45,7 +53,9 @@ def current(name: str) -> Any:
 
 
 class Setting:
-    """Context manager, or decorator of a function, within which a setting has a value; warns when it is thrown away without having been entered."""
+    """Context manager, or decorator of a function, within which a setting has a value; warns when
+    it is thrown away without having been entered.
+    """
 
     _idle = False
 
@@ -82,4 +92,8 @@ class Setting:
 
     def __del__(self) -> None:
         if self._idle:
-            warn(f"{self._call} does nothing by itself: write `with {self._call}:`{self._instead}", UserWarning, stacklevel=2)
+            warn(
+                f"{self._call} does nothing by itself: write `with {self._call}:`{self._instead}",
+                UserWarning,
+                stacklevel=2,
+            )

@@ -1,8 +1,9 @@
 """One question, asked wherever a fused path would go around a module: may its parameters be used in its place?
 
-Adapters, hooks, quantised and offloaded layers, parametrizations, pruning and replaced forwards all act when a module is *called*. A kernel that
-reads the module's weight instead would leave them out in silence. So whoever reads a weight asks :func:`is_plain` first, and calls the
-module where the answer is no.
+Adapters, hooks, quantised and offloaded layers, parametrizations, pruning and replaced forwards all
+act when a module is *called*. A kernel that reads the module's weight instead would leave them out
+in silence. So whoever reads a weight asks :func:`is_plain` first, and calls the module where the
+answer is no.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as _module
 
-# A tensor of any other class (quantised, sharded) multiplies in its own way. The last two stand for plain ones while a program is traced.
+# A tensor of any other class (quantised, sharded) multiplies in its own way. The last two stand for
+# plain ones while a program is traced.
 _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """Whether calling ``module`` does what class ``kind`` does with its parameters, and nothing else.
 
-    No: another class (a subclass too: adapters and quantised layers are such), a forward replaced on the instance, a hook on it or on all
-    modules, a weight that is no plain tensor, has another shape than the class gives it, or lies on the meta device (offloaded).
+    No: another class (a subclass too: adapters and quantised layers are such), a forward replaced
+    on the instance, a hook on it or on all modules, a weight that is no plain tensor, has another
+    shape than the class gives it, or lies on the meta device (offloaded).
 
     Args:
         module: the module that a fused path would go around.
@@ -52,27 +55,41 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_plain_convolution(conv: nn.Module) -> bool:
-    """Whether ``conv`` is a plain ``nn.Conv1d`` whose result, cut to the length, is the causal depthwise convolution with its weight (E, 1, K)."""
+    """Whether ``conv`` is a plain ``nn.Conv1d`` whose result, cut to the length, is the causal
+    depthwise convolution with its weight (E, 1, K).
+    """
     if not is_plain(conv, nn.Conv1d) or conv.weight.shape[1] != 1 or conv.weight.shape[0] != conv.in_channels:
         return False
     taps = conv.weight.shape[2]
-    return conv.stride == conv.dilation == (1,) and conv.padding in ((taps - 1,), taps - 1) and conv.padding_mode == "zeros"
+    return (
+        conv.stride == conv.dilation == (1,)
+        and conv.padding in ((taps - 1,), taps - 1)
+        and conv.padding_mode == "zeros"
+    )
 
 
 def is_silu(act: object) -> bool:
-    """Whether the activation ``act`` is SiLU and nothing else; None stands for it. transformers has a class of its own for it."""
+    """Whether the activation ``act`` is SiLU and nothing else; None stands for it. transformers has
+    a class of its own for it.
+    """
     if not isinstance(act, nn.Module):
         return act is None or act is F.silu
     return type(act).__name__ in ("SiLU", "SiLUActivation") and runs_its_forward_only(act)
 
 
 def call_convolution(
-    conv: nn.Module, x: Tensor, *, reverse: bool = False, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None
+    conv: nn.Module,
+    x: Tensor,
+    *,
+    reverse: bool = False,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """The convolution as a module: x (batch, L, E) -> (batch, L, E), before the activation.
 
-    ``conv`` takes (batch, E, L) and pads the beginning with zeros, as ``nn.Conv1d`` with padding K - 1 does; with ``reverse`` it is handed
-    the flipped sequence, with ``cu_seqlens`` each packed sequence by itself, with ``initial_state`` (n, E, K - 1) those inputs first.
+    ``conv`` takes (batch, E, L) and pads the beginning with zeros, as ``nn.Conv1d`` with padding K
+    - 1 does; with ``reverse`` it is handed the flipped sequence, with ``cu_seqlens`` each packed
+    sequence by itself, with ``initial_state`` (n, E, K - 1) those inputs first.
     """
     if cu_seqlens is None:
         return _call_convolution(conv, x, reverse, initial_state)
@@ -100,11 +117,17 @@ def _call_convolution(conv: nn.Module, x: Tensor, reverse: bool, state: Tensor |
 def call_dt_proj(dt_proj: nn.Module, dt_raw: Tensor) -> Tensor:
     """``dt_proj(dt_raw)``, bias included: dt_raw (batch, L, R) -> (batch, L, E).
 
-    A bias that is kept in float32 beside weights in half precision is rounded to theirs, for a product takes one format.
+    A bias that is kept in float32 beside weights in half precision is rounded to theirs, for a
+    product takes one format.
     """
     bias = getattr(dt_proj, "bias", None)
     half = dt_raw.dtype in (torch.bfloat16, torch.float16)
-    if not half or not isinstance(bias, Tensor) or bias.dtype == dt_raw.dtype or torch.is_autocast_enabled(dt_raw.device.type):
+    if (
+        not half
+        or not isinstance(bias, Tensor)
+        or bias.dtype == dt_raw.dtype
+        or torch.is_autocast_enabled(dt_raw.device.type)
+    ):
         return dt_proj(dt_raw)
     with torch.autocast(dt_raw.device.type, dt_raw.dtype):
         return dt_proj(dt_raw)
@@ -115,7 +138,11 @@ def _has_its_shape(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return weight is not None and weight.shape == (module.out_features, module.in_features)
     if isinstance(module, nn.Conv1d):
-        return weight is not None and weight.shape == (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+        return weight is not None and weight.shape == (
+            module.out_channels,
+            module.in_channels // module.groups,
+            *module.kernel_size,
+        )
     return True
 
 
@@ -133,7 +160,8 @@ _COSTS = {
 
 
 def unfused(module: nn.Module) -> tuple[str, ...]:
-    """One line for each module in ``module`` that is called instead of fused, with what that costs; empty if all are fused. Results are the same.
+    """One line for each module in ``module`` that is called instead of fused, with what that costs;
+    empty if all are fused. Results are the same.
 
     Example:
         >>> from storm_kernels import BiMambaMixer
@@ -154,7 +182,9 @@ def unfused(module: nn.Module) -> tuple[str, ...]:
         elif not hasattr(parent, "A_log"):
             continue
         children = ((prefix + name, child, name.removesuffix("_b")) for name, child in parent.named_children())
-        found += [(name, child, role) for name, child, role in children if role in _COSTS and not _is_fused(role, child)]
+        found += [
+            (name, child, role) for name, child, role in children if role in _COSTS and not _is_fused(role, child)
+        ]
     return tuple(f"{name} ({type(child).__name__}) is called, not fused: {_COSTS[role]}" for name, child, role in found)
 
 

@@ -22,5 +22,7 @@ def stage(name: str) -> AbstractContextManager:
 
 
 def recording(recorder: Recorder) -> AbstractContextManager[None]:
-    """``with recording(recorder):`` sends every stage entered meanwhile, in this thread or asyncio task, to ``recorder``."""
+    """``with recording(recorder):`` sends every stage entered meanwhile, in this thread or asyncio
+    task, to ``recorder``.
+    """
     return context.Setting("recorder", recorder, "recording(...)")

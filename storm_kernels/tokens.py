@@ -1,6 +1,7 @@
 """Where each token of a video sits, and which ones survive the reduction (STORM, arXiv 2503.04130, eqs. 6-8).
 
-Sequence order is the paper's sweep: left to right, top to bottom, frame to frame: ``l = (t * height + i) * width + j``.
+Sequence order is the paper's sweep: left to right, top to bottom, frame to frame: ``l = (t * height
++ i) * width + j``.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from dataclasses import dataclass, fields
 
 import torch
 
-# No video has a side of more than 2^31 tokens; the bound turns absurd requests into an error instead of an allocation.
+# No video has a side of more than 2^31 tokens; the bound turns absurd requests into an error
+# instead of an allocation.
 _LARGEST = 2**31 - 1
 
 
 def positive_int(name: str, value: object) -> int:
     """``value`` as an ``int`` from 1 to 2^31 - 1; otherwise raise, naming it.
 
-    An integer is whatever Python takes for an index (NumPy's, a tensor of one element), but no bool. The symbol that stands for a size while a
-    program is traced stays one.
+    An integer is whatever Python takes for an index (NumPy's, a tensor of one element), but no
+    bool. The symbol that stands for a size while a program is traced stays one.
     """
     if isinstance(value, torch.SymInt):
         return value
@@ -40,7 +42,8 @@ def integer(name: str, value: object) -> int:
 
 
 def described(value: object) -> str:
-    """What was given for an argument, for one line of an error: a number or a short text itself, a tensor's or an array's shape, else the type.
+    """What was given for an argument, for one line of an error: a number or a short text itself, a
+    tensor's or an array's shape, else the type.
 
     >>> described([1.0] * 1000), described(torch.ones(2, 3)), described(4)
     ('list', 'Tensor of shape (2, 3) and torch.float32', '4 of type int')
@@ -51,11 +54,16 @@ def described(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     shape = getattr(value, "shape", None)
-    # A number of NumPy's has a shape too, but a tensor may lie on a device that it takes a wait to read.
+    # A number of NumPy's has a shape too, but a tensor may lie on a device that it takes a wait to
+    # read.
     number = isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 128)
     if number or (shape == () and not isinstance(value, torch.Tensor)):
         return f"{value!r} of type {kind}"
-    return f"{kind} of shape {tuple(shape)} and {value.dtype}" if isinstance(shape, tuple) and hasattr(value, "dtype") else kind
+    return (
+        f"{kind} of shape {tuple(shape)} and {value.dtype}"
+        if isinstance(shape, tuple) and hasattr(value, "dtype")
+        else kind
+    )
 
 
 def _sides_as_int(record: object) -> None:
@@ -89,10 +97,12 @@ class TokenGrid:
 
 @dataclass(frozen=True)
 class TokenReduction:
-    """Average over blocks of ``temporal_pool`` frames and ``spatial_pool`` x ``spatial_pool`` tokens, then keep every ``temporal_stride``-th
-    pooled frame, the first included (docs/spec.md, Token reduction).
+    """Average over blocks of ``temporal_pool`` frames and ``spatial_pool`` x ``spatial_pool``
+    tokens, then keep every ``temporal_stride``-th pooled frame, the first included (docs/spec.md,
+    Token reduction).
 
-    A last block that is not full averages what it has: nothing is dropped, nothing padded. All ones changes nothing.
+    A last block that is not full averages what it has: nothing is dropped, nothing padded. All ones
+    changes nothing.
     """
 
     temporal_pool: int = 1
@@ -118,16 +128,20 @@ class TokenReduction:
         """The frames that some surviving token averages, at full resolution; the others are dropped by the sampling."""
         groups = self._kept_groups(grid)
         last_start = (groups - 1) * self.temporal_stride * self.temporal_pool
-        # A traced program whose number of frames is a symbol would be bound to the side that `min` takes.
+        # A traced program whose number of frames is a symbol would be bound to the side that `min`
+        # takes.
         last = torch.sym_min(self.temporal_pool, grid.frames - last_start)
         return TokenGrid((groups - 1) * self.temporal_pool + last, grid.height, grid.width)
 
     def leaves_out(self, grid: TokenGrid) -> bool:
         """Whether the frames that the sampling drops are to be left out of what need not know them.
 
-        Not from an exported program for any number of frames: that the number of :meth:`kept` fits for all of them is more than torch.export proves.
+        Not from an exported program for any number of frames: that the number of :meth:`kept` fits
+        for all of them is more than torch.export proves.
         """
-        return self.temporal_stride != 1 and not (torch.compiler.is_exporting() and isinstance(grid.frames, torch.SymInt))
+        return self.temporal_stride != 1 and not (
+            torch.compiler.is_exporting() and isinstance(grid.frames, torch.SymInt)
+        )
 
     def kept_frames(self, grid: TokenGrid) -> list[int]:
         """Indices of the frames of :meth:`kept`, ascending."""
@@ -143,8 +157,12 @@ class TokenReduction:
         return _blocks(_blocks(grid.frames, self.temporal_pool), self.temporal_stride)
 
 
-def placed(length: int, grid: object, reduction: object, cu_seqlens: object = None) -> tuple[TokenGrid | None, TokenReduction | None]:
-    """(grid, reduction) if there is something to reduce, else (None, None); raise unless the grid holds ``length`` tokens."""
+def placed(
+    length: int, grid: object, reduction: object, cu_seqlens: object = None
+) -> tuple[TokenGrid | None, TokenReduction | None]:
+    """(grid, reduction) if there is something to reduce, else (None, None); raise unless the grid
+    holds ``length`` tokens.
+    """
     reduction = reducing(reduction)
     if grid is not None and not isinstance(grid, TokenGrid):
         raise TypeError(f"grid must be a TokenGrid, got {described(grid)}")
@@ -155,7 +173,9 @@ def placed(length: int, grid: object, reduction: object, cu_seqlens: object = No
     if grid is None:
         raise ValueError(f"grid must be given with a reduction, got None with {reduction}")
     if cu_seqlens is not None:
-        raise ValueError(f"cu_seqlens and reduction cannot be combined; reduce each sequence afterwards, got {reduction}")
+        raise ValueError(
+            f"cu_seqlens and reduction cannot be combined; reduce each sequence afterwards, got {reduction}"
+        )
     return grid, reduction
 
 
@@ -167,5 +187,7 @@ def reducing(reduction: object) -> TokenReduction | None:
 
 
 def _blocks(side: int, size: int) -> int:
-    """ceil(side / size). Nothing negative is divided: in an ONNX model the quotient of a size is rounded towards zero."""
+    """ceil(side / size). Nothing negative is divided: in an ONNX model the quotient of a size is
+    rounded towards zero.
+    """
     return (side + size - 1) // size

@@ -1,7 +1,9 @@
-"""Parity of every backend on this machine with the float64 reference, forward and backward, in seconds; `storm-kernels verify` prints it.
+"""Parity of every backend on this machine with the float64 reference, forward and backward, in
+seconds; `storm-kernels verify` prints it.
 
-A result passes when its rms error is at most 1.25x (gradients 1.5x) that of the plain reference in the same precision plus half an ulp, and its
-largest error at most 2x plus 2 ulp: docs/reliability.md's bound, taken over the whole result.
+A result passes when its rms error is at most 1.25x (gradients 1.5x) that of the plain reference in
+the same precision plus half an ulp, and its largest error at most 2x plus 2 ulp:
+docs/reliability.md's bound, taken over the whole result.
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ class Check:
 
 
 def run(devices: tuple[str, ...] | None = None) -> Iterator[Check]:
-    """Check each operation on each backend that can run it, on the CPU and, where there is one, on the GPU. The cpu backend fails each operation
-    where STORM_KERNELS_CPU_ISA asks for a variant of it that cannot run."""
+    """Check each operation on each backend that can run it, on the CPU and, where there is one, on
+    the GPU. The cpu backend fails each operation where STORM_KERNELS_CPU_ISA asks for a variant of
+    it that cannot run."""
     yield from _refused(devices or available_devices())
     for op, cases in _CASES.items():
         for dtype in _DTYPES:
@@ -81,7 +84,9 @@ def _compare(operands: Operands, call: Callable, truth: Operands, plain: Operand
     except Exception as error:  # a backend that breaks is a finding, not the end of the check
         return f"{type(error).__name__}: {error}"
     for name, value in got.items():
-        failure = exceeds(value.cpu(), truth[name], plain[name].to(value.dtype), 1.5 if name.startswith("gradient") else 1.25)
+        failure = exceeds(
+            value.cpu(), truth[name], plain[name].to(value.dtype), 1.5 if name.startswith("gradient") else 1.25
+        )
         if failure:
             return f"{name}: {failure}"
     return ""
@@ -94,19 +99,25 @@ def _evaluate(call: Callable, room, operands: Operands) -> Operands:
     drawn = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
     incoming = [torch.randn(r.shape, **drawn).bfloat16().to(r.device, r.dtype) for r in results.values()]
     grads = torch.autograd.grad(list(results.values()), list(leaves.values()), incoming)
-    return {name: r.detach() for name, r in results.items()} | {f"gradient of {n}": g for n, g in zip(leaves, grads, strict=True)}
+    return {name: r.detach() for name, r in results.items()} | {
+        f"gradient of {n}": g for n, g in zip(leaves, grads, strict=True)
+    }
 
 
 def exceeds(value: Tensor, truth: Tensor, plain: Tensor, ratio: float) -> str:
     """How ``value`` breaks docs/reliability.md's bound, judged as a whole; "" if it keeps it.
 
-    ``truth`` is float64, ``plain`` the reference in the precision of ``value``; ``ratio`` is 1.25, of gradients 1.5.
+    ``truth`` is float64, ``plain`` the reference in the precision of ``value``; ``ratio`` is 1.25,
+    of gradients 1.5.
     """
     if not torch.isfinite(value).all():
         return "not finite"
     ulp = torch.finfo(value.dtype).eps
     error, yardstick = (value.double() - truth).abs(), (plain.double() - truth).abs()
-    rms, bound = error.square().mean().sqrt(), ratio * yardstick.square().mean().sqrt() + 0.5 * ulp * truth.square().mean().sqrt()
+    rms, bound = (
+        error.square().mean().sqrt(),
+        ratio * yardstick.square().mean().sqrt() + 0.5 * ulp * truth.square().mean().sqrt(),
+    )
     if rms > bound:
         return f"rms error {rms:.3g}, allowed {bound:.3g}"
     largest, bound = error.max(), 2 * yardstick.max() + 2 * ulp * truth.abs().max()
@@ -115,12 +126,23 @@ def exceeds(value: Tensor, truth: Tensor, plain: Tensor, ratio: float) -> str:
 
 def _draw(**shapes: tuple[int, ...]) -> Operands:
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        for name, shape in shapes.items()
+    }
 
 
 def _direction_shapes(suffix: str) -> dict[str, tuple[int, ...]]:
     wide, narrow, channels = (_BATCH, _GRID.tokens, _CHANNELS), (_BATCH, _GRID.tokens, _STATES), (_CHANNELS,)
-    shapes = {"u": wide, "delta": wide, "A": (_CHANNELS, _STATES), "B": narrow, "C": narrow, "D": channels, "delta_bias": channels}
+    shapes = {
+        "u": wide,
+        "delta": wide,
+        "A": (_CHANNELS, _STATES),
+        "B": narrow,
+        "C": narrow,
+        "D": channels,
+        "delta_bias": channels,
+    }
     return {name + suffix: shape for name, shape in shapes.items()}
 
 
@@ -141,7 +163,12 @@ def _direction(t: Operands, suffix: str = "") -> Direction:
 def _scan_one(reverse: bool) -> Callable:
     def call(room, t: Operands) -> Operands:
         d = _direction(t)
-        options = {"delta_softplus": True, "reverse": reverse, "initial_state": t["initial_state"], "return_final_state": True}
+        options = {
+            "delta_softplus": True,
+            "reverse": reverse,
+            "initial_state": t["initial_state"],
+            "return_final_state": True,
+        }
         out, state = room.selective_scan(*d[:6], z=t["z"], delta_bias=d.delta_bias, **options)
         return {"result": out, "final state": state}
 
@@ -157,17 +184,30 @@ def _scan_both(reduction: TokenReduction | None) -> Callable:
 
 
 def _conv_operands(dtype: torch.dtype) -> Operands:
-    found = _draw(x=(_BATCH, _GRID.tokens, _CHANNELS), weight=(_CHANNELS, _TAPS), bias=(_CHANNELS,), weight_b=(_CHANNELS, _TAPS), bias_b=(_CHANNELS,))
+    found = _draw(
+        x=(_BATCH, _GRID.tokens, _CHANNELS),
+        weight=(_CHANNELS, _TAPS),
+        bias=(_CHANNELS,),
+        weight_b=(_CHANNELS, _TAPS),
+        bias_b=(_CHANNELS,),
+    )
     return found | {"x": found["x"].to(dtype)}
 
 
 def _conv(room, t: Operands) -> Operands:
-    outs = room.bidirectional_causal_conv1d(t["x"], t["weight"], t["bias"], t["weight_b"], t["bias_b"], activation="silu")
+    outs = room.bidirectional_causal_conv1d(
+        t["x"], t["weight"], t["bias"], t["weight_b"], t["bias_b"], activation="silu"
+    )
     return dict(zip(("forward", "backward"), outs, strict=True))
 
 
 def _norm_operands(dtype: torch.dtype) -> Operands:
-    found = _draw(x=(_BATCH, _GRID.tokens, _CHANNELS), residual=(_BATCH, _GRID.tokens, _CHANNELS), weight=(_CHANNELS,), bias=(_CHANNELS,))
+    found = _draw(
+        x=(_BATCH, _GRID.tokens, _CHANNELS),
+        residual=(_BATCH, _GRID.tokens, _CHANNELS),
+        weight=(_CHANNELS,),
+        bias=(_CHANNELS,),
+    )
     return found | {name: found[name].to(dtype) for name in ("x", "residual")}
 
 

@@ -28,7 +28,9 @@ def one_thread():
 
 @pytest.fixture
 def gpu():
-    """The device whose tensors the CUDA backend takes: a GPU, or the CPU where `make gpu`'s steps run in the PTX interpreter."""
+    """The device whose tensors the CUDA backend takes: a GPU, or the CPU where `make gpu`'s steps
+    run in the PTX interpreter.
+    """
     device = torch.device(dispatch.load("cuda").own_device())
     if device.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA or ROCm GPU; torch sees none here")

@@ -19,7 +19,9 @@ def test_info_has_one_row_for_each_operation_and_backend(capsys):
     assert cli.main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     rows = [row for row in found["rows"] if row["device"] == "cpu"]
-    assert {(row["op"], row["backend"]) for row in rows} == {(op, backend) for op in dispatch.OPS for backend in dispatch.BACKENDS}
+    assert {(row["op"], row["backend"]) for row in rows} == {
+        (op, backend) for op in dispatch.OPS for backend in dispatch.BACKENDS
+    }
     for op in dispatch.OPS:
         of_op = [row for row in rows if row["op"] == op]
         (chosen,) = (row for row in of_op if row["chosen"])
@@ -34,7 +36,9 @@ def test_info_says_which_backend_runs(capsys):
         assert name == dispatch.choose(op, "", torch.ones(1), d_state=16, d_conv=4).NAME
     cli.main(["info"])
     lines = capsys.readouterr().out.splitlines()
-    assert all(any(line.split()[:5] == [op, name, "cpu", "yes", "yes"] for line in lines) for op, name in chosen.items())
+    assert all(
+        any(line.split()[:5] == [op, name, "cpu", "yes", "yes"] for line in lines) for op, name in chosen.items()
+    )
 
 
 def test_verify_passes_within_30_seconds(capsys):
@@ -79,7 +83,9 @@ def test_verify_tells_of_a_backend_that_cannot_run_as_asked():
     code = "from storm_kernels import cli, verify; verify._DTYPES = verify._DTYPES[:1]; raise SystemExit(cli.main(['verify']))"
     child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert child.returncode == 1, child.stderr
-    assert re.search(r"^scan +cpu +cpu +FAILED\n +any dtype, asked for by STORM_KERNELS_CPU_ISA=avx9000: ", child.stdout, re.M), child.stdout
+    assert re.search(
+        r"^scan +cpu +cpu +FAILED\n +any dtype, asked for by STORM_KERNELS_CPU_ISA=avx9000: ", child.stdout, re.M
+    ), child.stdout
     assert "'avx9000' is not available" in child.stdout and child.stdout.endswith("3 failures\n")
 
 
@@ -92,8 +98,12 @@ def test_command_line_errors(capsys):
 
 
 def test_a_reader_that_leaves_early_is_no_traceback():
-    """As in `storm-kernels info | head -1`; the reader is gone before the first line, so that the result does not depend on who is faster."""
-    child = subprocess.Popen([sys.executable, "-m", "storm_kernels.cli", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """As in `storm-kernels info | head -1`; the reader is gone before the first line, so that the
+    result does not depend on who is faster.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-m", "storm_kernels.cli", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     child.stdout.close()
     errors = child.stderr.read()
     assert (child.wait(), errors) == (1, "")

@@ -1,4 +1,6 @@
-"""The documents: short enough, linked right, up to date with code, results and Makefile, and every example in them runs."""
+"""The documents: short enough, linked right, up to date with code, results and Makefile, and every
+example in them runs.
+"""
 
 import doctest
 import importlib.util
@@ -89,7 +91,9 @@ def test_commands_exist(path):
     targets = {target for line in named for target in line.split()}
     assert set(re.findall(r"(?:^|`)make ([a-z][\w-]*)", text, re.MULTILINE)) <= targets
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {name for names in re.findall(r"pip install '\.\[([\w,]+)\]'", text) for name in names.split(",")} <= extras.keys()
+    assert {
+        name for names in re.findall(r"pip install '\.\[([\w,]+)\]'", text) for name in names.split(",")
+    } <= extras.keys()
     for module, arguments in re.findall(r"python -m ([\w.]+)([^`\n]*)", text):
         found = importlib.util.find_spec(module)
         assert found, f"python -m {module}"
@@ -108,12 +112,21 @@ def test_commands_exist(path):
 def test_variables_of_the_environment_are_documented_and_read():
     """docs/environment.md names what the code reads, and nothing else."""
     text = (ROOT / "docs" / "environment.md").read_text()
-    documented = {name for row in re.findall(r"^\| (`[^|]*`) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    documented = {
+        name for row in re.findall(r"^\| (`[^|]*`) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
     folders = ("storm_kernels", "model", "benchmarks", "tests", "tools")
-    sources = {path: path.read_text() for folder in folders for path in (ROOT / folder).rglob("*.py") if path.name != Path(__file__).name}
+    sources = {
+        path: path.read_text()
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != Path(__file__).name
+    }
     makefile = (ROOT / "Makefile").read_text()
     everything = "\n".join([*sources.values(), makefile])
-    read = set(re.findall(r"environ(?:\.get\(|\[)\"(\w+)\"", everything)) | set(re.findall(r"\bSTORM_KERNELS_[A-Z_]+\b", everything))
+    read = set(re.findall(r"environ(?:\.get\(|\[)\"(\w+)\"", everything)) | set(
+        re.findall(r"\bSTORM_KERNELS_[A-Z_]+\b", everything)
+    )
     assert read - documented == set()
     unknown = {name for name in documented if not re.search(rf"\b{name}\b", everything)}
     assert not unknown
@@ -124,10 +137,14 @@ def test_every_promise_names_a_test_that_exists_or_says_not_yet():
     rows = dict(re.findall(r"^\| (R\d+) \|(.*)\|$", text, re.MULTILINE))
     assert list(rows) == [f"R{i}" for i in range(1, len(rows) + 1)] and len(rows) >= 25
     for name, row in rows.items():
-        assert "`tests/" in row or "`make " in row or "not yet" in row or "the same tests" in row, f"{name} names no test"
+        assert "`tests/" in row or "`make " in row or "not yet" in row or "the same tests" in row, (
+            f"{name} names no test"
+        )
     for file, test in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
         assert (ROOT / file).exists(), file
-        assert not test or re.search(rf"^(?:    )?def {test}\(", (ROOT / file).read_text(), re.MULTILINE), f"{file}::{test}"
+        assert not test or re.search(rf"^(?:    )?def {test}\(", (ROOT / file).read_text(), re.MULTILINE), (
+            f"{file}::{test}"
+        )
 
 
 def test_metadata_agree():

@@ -42,14 +42,18 @@ def hangs(name, device, answer):
     time.sleep(60)
 
 
-@pytest.mark.parametrize(("child", "why"), [(fails, "illegal memory access"), (dies, "ended with status 9"), (hangs, "still running after")])
+@pytest.mark.parametrize(
+    ("child", "why"), [(fails, "illegal memory access"), (dies, "ended with status 9"), (hangs, "still running after")]
+)
 def test_a_family_that_fails_dies_or_hangs_takes_no_other_with_it(child, why):
     name, found, _ = gpu.try_apart("cuda: scan", "ptx", 20 if child is not hangs else 2, child)
     assert name == "cuda: scan" and why in found
 
 
 def test_later_steps_leave_out_what_failed(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "smoke", lambda device, names: dict.fromkeys(gpu.families(), "") | {"cuda: scan, backward": "wrong"})
+    monkeypatch.setattr(
+        gpu, "smoke", lambda device, names: dict.fromkeys(gpu.families(), "") | {"cuda: scan, backward": "wrong"}
+    )
     state = gpu.State(tmp_path / "state.json", "a GPU, commit 1")
     gpu.run_smoke(state, "ptx")
     assert state.broken == ["cuda:scan"]
@@ -70,7 +74,9 @@ def test_a_step_that_is_done_is_done_once_for_each_device_and_commit(tmp_path):
 
 
 def test_steps_run_in_an_interpreter_without_what_is_broken(tmp_path, monkeypatch):
-    (tmp_path / "asks.py").write_text("import sys, storm_kernels as sk; sys.exit(7 if 'first step' in sk.why_not('scan', 'cuda') else 0)")
+    (tmp_path / "asks.py").write_text(
+        "import sys, storm_kernels as sk; sys.exit(7 if 'first step' in sk.why_not('scan', 'cuda') else 0)"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert gpu.run_step(gpu.Step([["asks"]]), []) == "done"
     assert gpu.run_step(gpu.Step([["asks"]]), ["cuda:scan"]) == "asks ended with status 7"
@@ -85,10 +91,18 @@ def test_measured_times_are_held_against_arithmetic(tmp_path):
         "shape": "batch=1 tokens=65536 channels=7168 states=16",
         "dtype": "bfloat16",
     }
-    row |= {"p50_ms": 6.5, "work": 2 * 65536 * 7168 * 16, "unit": "items", "device": "NVIDIA H100 80GB HBM3, 80 GiB", "commit": environment.commit()}
+    row |= {
+        "p50_ms": 6.5,
+        "work": 2 * 65536 * 7168 * 16,
+        "unit": "items",
+        "device": "NVIDIA H100 80GB HBM3, 80 GiB",
+        "commit": environment.commit(),
+    }
     expected, limit = gpu_compare.expected_ms(row, gpu_compare.GPUS["H100"])
     assert limit == "exp2" and abs(expected - 4.06) < 0.01  # docs/kernels.md
-    (tmp_path / "scan.json").write_text(json.dumps([row, row | {"commit": "another"}, row | {"device": "an unknown one"}]))
+    (tmp_path / "scan.json").write_text(
+        json.dumps([row, row | {"commit": "another"}, row | {"device": "an unknown one"}])
+    )
     lines = gpu_compare.compare(tmp_path)
     assert "1.60x" in lines[0] and "H100" in lines[0] and row["commit"] in lines[0]
     assert "look first at" in lines[1] and "clock" in lines[2]

@@ -1,4 +1,6 @@
-"""What comments and docstrings name exists: documents and their sections, files of the repository, promises by number."""
+"""What comments and docstrings name exists: documents and their sections, files of the repository,
+promises by number.
+"""
 
 import ast
 import io

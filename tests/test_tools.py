@@ -1,4 +1,6 @@
-"""tools/: the locked versions are those of the project's own requirements, and what `make test-newest` finds is told in full."""
+"""tools/: the locked versions are those of the project's own requirements, and what `make
+test-newest` finds is told in full.
+"""
 
 import re
 import subprocess
@@ -48,7 +50,10 @@ def test_failures_of_a_report():
     <testcase classname="tests.a" name="bad"><failure message="AssertionError: 1 is 2&#10;more">x</failure></testcase>
     <testcase classname="" name="tests.b"><skipped message="the extra `model` is not installed"/></testcase>
     <testcase classname="tests.a" name="elsewhere"><skipped message="needs a GPU"/></testcase></testsuite></testsuites>"""
-    assert newest.failures(report) == ["tests.a::bad: AssertionError: 1 is 2", "::tests.b: the extra `model` is not installed"]
+    assert newest.failures(report) == [
+        "tests.a::bad: AssertionError: 1 is 2",
+        "::tests.b: the extra `model` is not installed",
+    ]
 
 
 def told(monkeypatch, capsys, tmp_path, *, free=100e9, outcome=(1, "no such host"), report=None):
@@ -74,17 +79,28 @@ def test_what_continuous_integration_tells(monkeypatch, capsys, tmp_path):
     assert "not finished within 40 minutes" in tell(outcome=(None, ""))
     passing = "<testsuite><testcase classname='a' name='b'/></testsuite>"
     assert "everything passes" in tell(outcome=(0, ""), report=passing)
-    assert "1 lines to be mended next:\nsm_90 scan; FAULT: spills" in tell(outcome=(2, "sm_90 scan; FAULT: spills"), report=passing)
+    assert "1 lines to be mended next:\nsm_90 scan; FAULT: spills" in tell(
+        outcome=(2, "sm_90 scan; FAULT: spills"), report=passing
+    )
     failing = "<testsuite><testcase classname='a' name='b'><error message='no'/></testcase></testsuite>"
     assert "a::b: no" in tell(outcome=(2, ""), report=failing)
 
 
 def test_a_command_that_takes_too_long_is_ended():
-    assert newest.run([sys.executable, "-c", "import time; print('started', flush=True); time.sleep(60)"], 2) == (None, "started\n")
+    assert newest.run([sys.executable, "-c", "import time; print('started', flush=True); time.sleep(60)"], 2) == (
+        None,
+        "started\n",
+    )
     assert newest.run([sys.executable, "-c", "raise SystemExit(3)"], 20) == (3, "")
 
 
 def test_listing_needs_no_torch():
     """`make` asks before there is an environment."""
-    out = subprocess.run([sys.executable, "-I", "-S", "tools/lock.py", "--list"], cwd=lock.ROOT, capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-I", "-S", "tools/lock.py", "--list"],
+        cwd=lock.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert out.stdout.split() == lock.requirements()

@@ -1,5 +1,5 @@
-"""What a wheel brings: installed in a folder far from the checkout, it has the commands, the models and the
-benchmarks."""
+"""What a wheel brings: installed in a folder far from the checkout, it has the commands, the models
+and the benchmarks."""
 
 import os
 import shutil
@@ -18,9 +18,9 @@ LIBRARY = Path("storm_kernels/backends/cpu/libstorm_cpu.so")
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The folder that a wheel of this checkout is installed in. Built from a copy, so that the checkout stays as it
-    is, and without a compiler: the library that is there already is laid beside it, for compiling takes longer than
-    all the rest."""
+    """The folder that a wheel of this checkout is installed in. Built from a copy, so that the
+    checkout stays as it is, and without a compiler: the library that is there already is laid
+    beside it, for compiling takes longer than all the rest."""
     sources, wheels, target = (tmp_path_factory.mktemp(name) for name in ("sources", "wheels", "installed"))
     for name in IN_THE_WHEEL:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
@@ -101,4 +101,7 @@ def test_a_benchmark_runs(installed):
 def test_what_is_not_installed_is_one_line_that_names_the_extra(installed, command, missing):
     done = run(installed, installed / "bin" / "storm-kernels", *command.split(), without=[missing])
     assert done.returncode == 2
-    assert done.stderr == f"error: storm-kernels {command} needs {missing}, which is not installed: pip install '{cli.EXTRAS}'\n"
+    assert (
+        done.stderr
+        == f"error: storm-kernels {command} needs {missing}, which is not installed: pip install '{cli.EXTRAS}'\n"
+    )

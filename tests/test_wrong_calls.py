@@ -1,4 +1,6 @@
-"""Wrong calls that a new user makes: each gives one line that names the argument and prints types and shapes, never contents (R10)."""
+"""Wrong calls that a new user makes: each gives one line that names the argument and prints types
+and shapes, never contents (R10).
+"""
 
 import subprocess
 import sys
@@ -154,14 +156,17 @@ def test_one_line_names_the_argument(call, error, said):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300, str(caught.value)
 
 
-# --- good calls -----------------------------------------------------------------------------------------------------------------------------------
+# --- good calls
+# -----------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tp", [PROJECTOR, PLAIN], ids=["fused", "plain"])
 @torch.no_grad()
 def test_none_is_no_reduction_and_lengths_come_in_any_form(tp):
     assert torch.equal(tp(X, None), tp(X, sk.TokenReduction()))
-    assert torch.equal(tp(X, None, [2]), tp(X, lengths=torch.tensor([2]))) and torch.equal(tp(X, None, np.array([1])), tp(X, None, (1,)))
+    assert torch.equal(tp(X, None, [2]), tp(X, lengths=torch.tensor([2]))) and torch.equal(
+        tp(X, None, np.array([1])), tp(X, None, (1,))
+    )
     assert torch.equal(tp.mix(TOKENS, GRID, None, None), tp.mix(TOKENS, GRID, sk.TokenReduction(), None))
 
 
@@ -182,14 +187,19 @@ def test_what_a_replaced_projection_takes_is_its_own_affair():
 
 
 def test_a_direction_may_be_a_tuple_or_a_list():
-    assert torch.equal(sk.bidirectional_selective_scan(tuple(ONE[:5]), list(ONE)), sk.bidirectional_selective_scan(ONE, ONE))
+    assert torch.equal(
+        sk.bidirectional_selective_scan(tuple(ONE[:5]), list(ONE)), sk.bidirectional_selective_scan(ONE, ONE)
+    )
 
 
-# --- backends, the command line, names ------------------------------------------------------------------------------------------------------------
+# --- backends, the command line, names
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_use_backend_without_with_says_so():
-    with pytest.warns(UserWarning, match=r"use_backend\('cuda'\) does nothing by itself: write `with use_backend\('cuda'\):`"):
+    with pytest.warns(
+        UserWarning, match=r"use_backend\('cuda'\) does nothing by itself: write `with use_backend\('cuda'\):`"
+    ):
         sk.use_backend("cuda")
 
 
@@ -203,7 +213,11 @@ def test_why_not_knows_the_public_names(function, op):
 def test_why_not_asks_about_the_backends_own_device(monkeypatch):
     for backend in ("torch", "cpu", "cuda"):
         own = "cuda" if backend == "cuda" else "cpu"
-        assert sk.why_not("scan", backend) == sk.why_not("scan", backend, device=own) == sk.why_not("scan", backend, device=torch.device(own))
+        assert (
+            sk.why_not("scan", backend)
+            == sk.why_not("scan", backend, device=own)
+            == sk.why_not("scan", backend, device=torch.device(own))
+        )
     assert "these are on cpu" not in (sk.why_not("scan", "cuda") or "")
     triton = pytest.importorskip("storm_kernels.backends.triton", reason="Triton is not installed")
     for interpreted, own in ((False, "cuda"), (True, "cpu")):
@@ -248,5 +262,7 @@ def test_the_package_runs_as_the_command_line():
 
 
 def test_the_module_of_patch_has_a_name_of_its_own():
-    """``storm_kernels.patch`` is the function, for ``from storm_kernels import patch``; what means the module imports ``interop.patching``."""
+    """``storm_kernels.patch`` is the function, for ``from storm_kernels import patch``; what means
+    the module imports ``interop.patching``.
+    """
     assert isinstance(patching, types.ModuleType) and patching.patch is sk.patch

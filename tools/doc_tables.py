@@ -1,6 +1,8 @@
-"""The tables of the documents that are made from what the code and the results files say: ``python -m tools.doc_tables`` writes them anew.
+"""The tables of the documents that are made from what the code and the results files say: ``python
+-m tools.doc_tables`` writes them anew.
 
-A made table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->`` in a document. tests/test_docs.py fails where one is out of date.
+A made table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->`` in a document.
+tests/test_docs.py fails where one is out of date.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ OURS = ("cpu", "cuda", "triton", "fused", "patched", "storm_model")
 E2E_FRAMES = 128
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
-# Bytes of shared memory that a block may have: on an H100, and on consumer GPUs of compute capability 8.6, 8.9 and 12.0.
+# Bytes of shared memory that a block may have: on an H100, and on consumer GPUs of compute
+# capability 8.6, 8.9 and 12.0.
 LARGE_GPU, SMALL_GPU = 227 * 1024, 99 * 1024
 MOST = 4096  # states and taps that are tried
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -67,7 +70,10 @@ def _on_a_gpu(shared: int) -> Iterator[None]:
 def takes(backend: str, op: str, dtype: torch.dtype = torch.float32, d_state: int = 0, d_conv: int = 0) -> bool:
     """Whether ``backend`` accepts ``op`` on its own device, as its `why_not` says."""
     device = "cpu" if backend in ("cpu", "torch") else "cuda"
-    return dispatch.load(backend).why_not(op, device=device, dtypes=frozenset({dtype}), d_state=d_state, d_conv=d_conv) is None
+    return (
+        dispatch.load(backend).why_not(op, device=device, dtypes=frozenset({dtype}), d_state=d_state, d_conv=d_conv)
+        is None
+    )
 
 
 def _most(accepts: Callable[[int], bool]) -> int:
@@ -129,7 +135,9 @@ def _commit(row: Row) -> str:
 
 
 def _groups(name: str) -> list[list[Row]]:
-    """The rows of a results file, one list a measurement: ours first, then what ran beside it in the same run; newest run only."""
+    """The rows of a results file, one list a measurement: ours first, then what ran beside it in
+    the same run; newest run only.
+    """
     rows = load_rows(RESULTS / f"{name}.json")
     found: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -144,11 +152,20 @@ def _groups(name: str) -> list[list[Row]]:
 
 def measurements(name: str) -> list[str]:
     """Every measurement of a results file as it last ran."""
-    lines = [_line("what ran", "backend", "p20 / p50 / p80, ms", "times ours", "of the limit", "peak MiB", "device", "commit"), _line(*["---"] * 8)]
+    lines = [
+        _line(
+            "what ran", "backend", "p20 / p50 / p80, ms", "times ours", "of the limit", "peak MiB", "device", "commit"
+        ),
+        _line(*["---"] * 8),
+    ]
     for group in _groups(name):
         ours = group[0]
         for row in group:
-            what = f"{row['op']}, {row['mode']}, {row['shape'].replace('batch=1 ', '')}, {row['dtype']}" if row is ours else ""
+            what = (
+                f"{row['op']}, {row['mode']}, {row['shape'].replace('batch=1 ', '')}, {row['dtype']}"
+                if row is ours
+                else ""
+            )
             cells = [what, row["backend"], " / ".join(_number(row[key]) for key in ("p20_ms", "p50_ms", "p80_ms"))]
             cells += ["1" if row is ours else _times(row["p50_ms"] / ours["p50_ms"]), _percent(row["of_limit"])]
             peak = "" if row["peak_bytes"] is None else _number(row["peak_bytes"] / 2**20)
@@ -160,7 +177,10 @@ def end_to_end() -> list[str]:
     """Time to first token of every variant at E2E_FRAMES frames."""
     results = [one for one in summary.outcomes(load_rows(RESULTS / "e2e-storm-mini.json")) if one.frames == E2E_FRAMES]
     baseline = summary.find(results, E2E_FRAMES, "vila", "vila").total_ms
-    lines = [_line("variant", "projector", "tokens", "vision", "projector", "prefill", "total", "against VILA"), _line(*["---"] * 8)]
+    lines = [
+        _line("variant", "projector", "tokens", "vision", "projector", "prefill", "total", "against VILA"),
+        _line(*["---"] * 8),
+    ]
     for one in results:
         gain = "" if one.variant == "vila" else f"{100 * (one.total_ms / baseline - 1):+.1f} %"
         stages = [_number(one.ms(stage)) for stage in ("vision", "projector", "prefill", "total")]
@@ -190,11 +210,18 @@ SHORT = {
 
 def highlights() -> list[str]:
     """The measurements that README shows, on a CPU."""
-    lines = [_line("float32", "ours, ms", "how many times slower the others are", "commit"), _line("---", "---", "---", "---")]
+    lines = [
+        _line("float32", "ours, ms", "how many times slower the others are", "commit"),
+        _line("---", "---", "---", "---"),
+    ]
     for title, file, op, ending in HIGHLIGHTS:
-        groups = [g for g in _groups(file) if (g[0]["op"], g[0]["mode"]) == (op, "forward") and g[0]["shape"].endswith(ending)]
+        groups = [
+            g for g in _groups(file) if (g[0]["op"], g[0]["mode"]) == (op, "forward") and g[0]["shape"].endswith(ending)
+        ]
         ours, *others = next(g for g in groups if "CUDA" not in g[0]["device"])
-        slower = ", ".join(f"{SHORT.get(row['backend'], row['backend'])} {_times(row['p50_ms'] / ours['p50_ms'])}" for row in others)
+        slower = ", ".join(
+            f"{SHORT.get(row['backend'], row['backend'])} {_times(row['p50_ms'] / ours['p50_ms'])}" for row in others
+        )
         lines.append(_line(title, _number(ours["p50_ms"]), slower, _commit(ours)))
     return lines
 

@@ -1,12 +1,15 @@
 """What `make gpu` runs on the first GPU that turns up, so that none of its minutes is wasted.
 
-``python -m tools.gpu`` runs all steps in order: first `smoke`, which runs each family of kernels once at tiny shapes, in at most 90 seconds, and
-prints which work; then tests, sanitizer, benchmarks, without what did not work. A step that is done on this device at this commit is not run again
-(``--again`` does), one that fails or takes too long does not stop the others. ``python -m tools.gpu scan`` runs one step, ``compare`` holds the
-measured times against the arithmetic of docs/kernels.md.
+``python -m tools.gpu`` runs all steps in order: first `smoke`, which runs each family of kernels
+once at tiny shapes, in at most 90 seconds, and prints which work; then tests, sanitizer,
+benchmarks, without what did not work. A step that is done on this device at this commit is not run
+again (``--again`` does), one that fails or takes too long does not stop the others. ``python -m
+tools.gpu scan`` runs one step, ``compare`` holds the measured times against the arithmetic of
+docs/kernels.md.
 
-``--device ptx`` runs the same script where there is no GPU, at tiny sizes: the PTX interpreter runs the kernels. It cannot run compute-sanitizer,
-which attaches to a GPU's driver, nor what only a GPU's clock and memory serve: CUDA events, streams, counts of GPU memory, mamba-ssm.
+``--device ptx`` runs the same script where there is no GPU, at tiny sizes: the PTX interpreter runs
+the kernels. It cannot run compute-sanitizer, which attaches to a GPU's driver, nor what only a
+GPU's clock and memory serve: CUDA events, streams, counts of GPU memory, mamba-ssm.
 """
 
 from __future__ import annotations
@@ -38,7 +41,16 @@ def families() -> dict[str, tuple[str, str, object, bool]]:
     """Of each family its backend, operation, smallest case and whether it is of gradients."""
     from tests.support.parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
 
-    whole = {"length": 19, "channels_per_group": 8, "states": 16, "D": True, "z": "all", "bias": True, "batch": 1, "dtype": "bfloat16"}
+    whole = {
+        "length": 19,
+        "channels_per_group": 8,
+        "states": 16,
+        "D": True,
+        "z": "all",
+        "bias": True,
+        "batch": 1,
+        "dtype": "bfloat16",
+    }
     reduced = whole | {"grid": (4, 2, 8), "reduction": (2, 1, 2), "z": "kept"}
     cases = {
         "scan": ("scan", simplest(ScanCase, **whole), False),
@@ -79,7 +91,9 @@ def context():
 
 
 def try_apart(name: str, device: str, longest: float, child: Callable = _child) -> tuple[str, str, float]:
-    """(name, what went wrong, seconds) in a process of its own: a fault of one kernel ends the CUDA context of its process."""
+    """(name, what went wrong, seconds) in a process of its own: a fault of one kernel ends the CUDA
+    context of its process.
+    """
     start = time.perf_counter()
     receive, send = multiprocessing.Pipe(False)
     process = context().Process(target=child, args=(name, device, send))
@@ -155,9 +169,11 @@ def run_step(step: Step, broken: list[str], device: str = "cuda", longest: float
 
 
 def run_whole(command: list[str], environment: dict[str, str], longest: float) -> int:
-    """The exit status of ``command``. However this call ends, nothing that the command started goes on: it would hold the GPU's memory.
+    """The exit status of ``command``. However this call ends, nothing that the command started goes
+    on: it would hold the GPU's memory.
 
-    Raises subprocess.TimeoutExpired after ``longest`` seconds, FileNotFoundError where the program is missing.
+    Raises subprocess.TimeoutExpired after ``longest`` seconds, FileNotFoundError where the program
+    is missing.
     """
     with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as child:
         try:
@@ -174,7 +190,9 @@ def leave_out(broken: list[str]) -> None:
     original = dispatch._why_not
 
     def why_not(op: str, backend: str, *rest):
-        return f"{backend}'s {op} failed the first step" if f"{backend}:{op}" in broken else original(op, backend, *rest)
+        return (
+            f"{backend}'s {op} failed the first step" if f"{backend}:{op}" in broken else original(op, backend, *rest)
+        )
 
     dispatch._why_not = why_not
 
@@ -214,7 +232,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("steps", nargs="*", choices=["smoke", *steps("cuda"), "compare", []], help="default: all")
     parser.add_argument("--device", choices=["cuda", "ptx"], default="cuda")
     parser.add_argument("--again", action="store_true", help="also what is done")
-    parser.add_argument("--state", type=Path, default=STATE, help="the folder that notes what is done (default: build/gpu)")
+    parser.add_argument(
+        "--state", type=Path, default=STATE, help="the folder that notes what is done (default: build/gpu)"
+    )
     args = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the step that runs, too
     who = identity(args.device)

@@ -1,4 +1,6 @@
-"""Measured times of the kernels beside what arithmetic expects of the device (docs/kernels.md), and the first places to look where they differ."""
+"""Measured times of the kernels beside what arithmetic expects of the device (docs/kernels.md), and
+the first places to look where they differ.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ class Gpu(NamedTuple):
     bandwidth: float  # bytes a second that copies reach
 
 
-# By a part of the device's name. Clocks under load and bandwidths that copies reach, from public measurements.
+# By a part of the device's name. Clocks under load and bandwidths that copies reach, from public
+# measurements.
 GPUS = {
     "H100 PCIe": Gpu(114, 1.755e9, 1.8e12),
     "H100": Gpu(132, 1.755e9, 3.0e12),
@@ -26,7 +29,8 @@ GPUS = {
 }
 EXP2 = 16  # a clock and multiprocessor
 SLOTS = 128  # lanes of issued instructions a clock and multiprocessor
-# Slots an item (tests/backends/test_cuda_code.py, tests/backends/test_cuda_backward.py, tools/kernel_mix.py), with the passes over y beside the scan.
+# Slots an item (tests/backends/test_cuda_code.py, tests/backends/test_cuda_backward.py,
+# tools/kernel_mix.py), with the passes over y beside the scan.
 SLOTS_PER_ITEM = {
     ("cuda", "forward"): 7.8, ("cuda", "backward"): 23.8, ("triton", "forward"): 9.5, ("triton", "backward"): 41.0,
 }  # fmt: skip
@@ -65,8 +69,15 @@ def expected_ms(row: Row, gpu: Gpu) -> tuple[float, str] | None:
 
 
 def compare(results: Path) -> list[str]:
-    """Print and return one line a row of this commit: measured, expected, their ratio; after those over `SLACK` the places to look at first."""
-    rows = [row for path in sorted(results.glob("*.json")) for row in load_rows(path) if row["commit"] == environment.commit()]
+    """Print and return one line a row of this commit: measured, expected, their ratio; after those
+    over `SLACK` the places to look at first.
+    """
+    rows = [
+        row
+        for path in sorted(results.glob("*.json"))
+        for row in load_rows(path)
+        if row["commit"] == environment.commit()
+    ]
     lines, slow = [], set()
     for row in rows:
         gpu = device_of(row)
@@ -76,7 +87,9 @@ def compare(results: Path) -> list[str]:
         ratio = row["p50_ms"] / found[0]
         shape = re.sub(r"batch=1 ", "", str(row["shape"]))
         what = f"{row['backend']:7} {row['op']} {row['mode']}, {shape}, {row['dtype']}"
-        lines.append(f"{what:88} {row['p50_ms']:9.3f} ms, expected {found[0]:9.3f} by {found[1]}: {ratio:5.2f}x  [{row['device']}, {row['commit']}]")
+        lines.append(
+            f"{what:88} {row['p50_ms']:9.3f} ms, expected {found[0]:9.3f} by {found[1]}: {ratio:5.2f}x  [{row['device']}, {row['commit']}]"
+        )
         if ratio > SLACK:
             slow.add("memory" if found[1] == "memory" else "scan")
     lines = lines or ["no row of this commit was measured on a GPU that there is arithmetic for"]

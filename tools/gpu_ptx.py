@@ -29,7 +29,9 @@ def kernels_on(device: str, backend: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_place_of_a_gpu() -> Iterator[None]:
-    """Within it CPU tensors are served as a GPU's are, by both backends; benchmarks have the preset "tiny" and take one round."""
+    """Within it CPU tensors are served as a GPU's are, by both backends; benchmarks have the preset
+    "tiny" and take one round.
+    """
     from storm_benchmarks import environment, harness
     from storm_model import config
 

@@ -1,6 +1,8 @@
-"""The steps of `make gpu` after the first one: which modules run, with which arguments, on a GPU and in the PTX interpreter.
+"""The steps of `make gpu` after the first one: which modules run, with which arguments, on a GPU
+and in the PTX interpreter.
 
-The interpreter's steps are the GPU's at sizes that it can run: the same modules and options, on CPU tensors, which the kernels take there.
+The interpreter's steps are the GPU's at sizes that it can run: the same modules and options, on CPU
+tensors, which the kernels take there.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ SANITIZER = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
 class Step(NamedTuple):
     """``modules``, each with its arguments, run one after the other.
 
-    Each one runs once behind every command of ``before``. ``fuzz`` is the value of STORM_KERNELS_FUZZ.
+    Each one runs once behind every command of ``before``. ``fuzz`` is the value of
+    STORM_KERNELS_FUZZ.
     """
 
     modules: list[list[str]]
@@ -31,19 +34,31 @@ def steps(device: str) -> dict[str, Step]:
 
 def on_a_gpu(out: str) -> dict[str, Step]:
     where, tests = ["--device", "cuda"], ["pytest", "tests/backends/test_parity.py", "-m", "gpu"]
-    scan = [*where, "--channels", "7168", "--dtypes", "bfloat16", "--modes", "forward,backward", "--out", f"{out}/scan.json"]
+    scan = [
+        *where,
+        "--channels",
+        "7168",
+        "--dtypes",
+        "bfloat16",
+        "--modes",
+        "forward,backward",
+        "--out",
+        f"{out}/scan.json",
+    ]
     e2e = ["storm_benchmarks.e2e", "--preset", "storm-7b", *where]
     return {
         "test": Step([tests]),
         "sanitize": Step([[*tests, "-k", "cuda"]], ([*SANITIZER, "memcheck"], [*SANITIZER, "racecheck"]), "0.02"),
-        # With every peer, those that loop over tokens too; then 256 frames, where only mamba-ssm can follow.
+        # With every peer, those that loop over tokens too; then 256 frames, where only mamba-ssm
+        # can follow.
         "scan": Step([["storm_benchmarks.scan", *scan, "--lengths", "2048"]]),
         "scan-long": Step([["storm_benchmarks.scan", *scan, "--lengths", "65536"]]),
         "kernels": Step([[f"storm_benchmarks.{op}", *where, "--out", f"{out}/{op}.json"] for op in ("conv", "reduce")]),
         "projector": Step([["storm_benchmarks.projector", *where, "--out", f"{out}/projector.json"]]),
-        # The reference projector of storm-7b takes one token after the other: at 50 to 100 us of launches for each, 128
-        # frames (32,768 tokens, 2 directions, 4 layers) are 13 to 26 s a pass. Seven passes fit nine minutes beside the
-        # rest: the first one, and two variants to warm up and in two rounds. Seven variants, or 256 frames, might not.
+        # The reference projector of storm-7b takes one token after the other: at 50 to 100 us of
+        # launches for each, 128 frames (32,768 tokens, 2 directions, 4 layers) are 13 to 26 s a
+        # pass. Seven passes fit nine minutes beside the rest: the first one, and two variants to
+        # warm up and in two rounds. Seven variants, or 256 frames, might not.
         "e2e-128": Step([
             [*e2e, "--frames", "128", "--projector", "fused", "--out", f"{out}/e2e-128"],
             [*e2e, "--frames", "128", "--projector", "both", "--variants", "vila,storm,storm-tp-ts", "--repeat", "2",
@@ -55,7 +70,17 @@ def on_a_gpu(out: str) -> dict[str, Step]:
 
 def in_the_interpreter(out: str) -> dict[str, Step]:
     where, tests = ["--device", "cpu"], ["pytest", "tests/backends/test_parity.py", "-m", "gpu"]
-    scan = [*where, "--channels", "8", "--dtypes", "bfloat16", "--modes", "forward,backward", "--out", f"{out}/scan.json"]
+    scan = [
+        *where,
+        "--channels",
+        "8",
+        "--dtypes",
+        "bfloat16",
+        "--modes",
+        "forward,backward",
+        "--out",
+        f"{out}/scan.json",
+    ]
     small = [*where, "--dtypes", "float32"]
     e2e = ["storm_benchmarks.e2e", "--preset", "tiny", *where, "--repeat", "1"]
     return {

@@ -1,9 +1,11 @@
 """What the Triton kernels cost, read from the machine code compiled for a GPU that need not be there.
 
-``python -m tools.kernel_mix [--target sm_90 ...] [--kernel scan] [--mix]`` prints one line for each kernel and variant: registers, spilled bytes,
-instructions, and for scans on NVIDIA targets the issue slots per item against the budget of `storm_kernels/backends/triton/configs.py`; with
-``--mix`` also the instructions of each loop. It exits with 1 on a spill, on an atomic, or on a scan over its budget.
-A *slot* is one instruction of one warp; an *item* is one (channel, token, state), for each lane of that warp.
+``python -m tools.kernel_mix [--target sm_90 ...] [--kernel scan] [--mix]`` prints one line for each
+kernel and variant: registers, spilled bytes, instructions, and for scans on NVIDIA targets the
+issue slots per item against the budget of `storm_kernels/backends/triton/configs.py`; with
+``--mix`` also the instructions of each loop. It exits with 1 on a spill, on an atomic, or on a scan
+over its budget. A *slot* is one instruction of one warp; an *item* is one (channel, token, state),
+for each lane of that warp.
 """
 
 from __future__ import annotations
@@ -67,9 +69,16 @@ class Report:
 
 
 def variants(dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
-    """Every kernel as the storm-7b projector launches it, both directions and one, whole and with either kind of reduction, and the one that
-    only a given state needs; duplicates removed."""
-    shape = {"d_model": 3584, "d_inner": 7168, "d_state": 16, "d_conv": 4, "grid": TokenGrid(32, 16, 16), "dtype": dtype}
+    """Every kernel as the storm-7b projector launches it, both directions and one, whole and with
+    either kind of reduction, and the one that only a given state needs; duplicates removed."""
+    shape = {
+        "d_model": 3584,
+        "d_inner": 7168,
+        "d_state": 16,
+        "d_conv": 4,
+        "grid": TokenGrid(32, 16, 16),
+        "dtype": dtype,
+    }
     launches = []
     for reduction in (TokenReduction(4), TokenReduction(4, 2), TokenReduction(4, 1, 2)):
         launches += model_launches(reduction=reduction, backward=True, **shape)
@@ -95,12 +104,16 @@ def name_of(launch: Launch) -> str:
         words.append(f"{len(launch.args[2])} filters")
     elif words[0] == "combine":
         scale, z = launch.args[1:3]
-        words.append(f"{len(launch.args[0])} parts{', scaled' if scale is not None else ', gated' if z is not None else ''}")
+        words.append(
+            f"{len(launch.args[0])} parts{', scaled' if scale is not None else ', gated' if z is not None else ''}"
+        )
     return " ".join(words)
 
 
 def source(launch: Launch) -> ASTSource:
-    """The kernel with its arguments' types, specialised as at run time: ones are constants, multiples of 16 and pointers are known as such."""
+    """The kernel with its arguments' types, specialised as at run time: ones are constants,
+    multiples of 16 and pointers are known as such.
+    """
     kernel, constants, attributes = launch.kernel, {}, {}
     values = dict(zip(kernel.arg_names, launch.args, strict=False)) | launch.options
     varying = {name if isinstance(name, str) else kernel.arg_names[name] for name in kernel.do_not_specialize or ()}
@@ -122,29 +135,40 @@ def source(launch: Launch) -> ASTSource:
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
     signature = {
-        parameter.name: describe((i,), values[parameter.name], parameter.name, parameter.is_constexpr) for i, parameter in enumerate(kernel.params)
+        parameter.name: describe((i,), values[parameter.name], parameter.name, parameter.is_constexpr)
+        for i, parameter in enumerate(kernel.params)
     }
     return ASTSource(kernel, signature, constants, attributes)
 
 
 def report(launch: Launch, target: str) -> Report:
-    """Compile and read. On AMD registers and the memory of a lane, where spills go, come from the assembly's metadata."""
+    """Compile and read. On AMD registers and the memory of a lane, where spills go, come from the
+    assembly's metadata.
+    """
     wanted = {"num_warps", "num_stages", "enable_fp_fusion"} | ({"maxnreg"} if target != "gfx942" else set())
-    compiled = compile(source(launch), target=TARGETS[target], options={k: v for k, v in launch.options.items() if k in wanted})
+    compiled = compile(
+        source(launch), target=TARGETS[target], options={k: v for k, v in launch.options.items() if k in wanted}
+    )
     name, budget = name_of(launch), _budget(launch)
     if target == "gfx942":
         text = compiled.asm["amdgcn"]
-        read = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "private_segment_fixed_size")}
+        read = {
+            key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "private_segment_fixed_size")
+        }
         lines = re.findall(r"^\s+([a-z]\w+)", text, re.M)
         atomics = sum("atomic" in line for line in lines)
-        return Report(name, target, read["vgpr_count"], read["private_segment_fixed_size"], len(lines), atomics, (), None, None)
+        return Report(
+            name, target, read["vgpr_count"], read["private_segment_fixed_size"], len(lines), atomics, (), None, None
+        )
     atomics = len(re.findall(r"^\s*(?:@!?%\w+ )?(?:atom|red)\.", compiled.asm["ptx"], re.M))
     cubin = compiled.asm["cubin"]
     (used,) = sass.resources(cubin).values()
     (instructions,) = sass.disassemble(cubin).values()
     loops = tuple(_mixes(sass.loops(instructions)))
     slots = None if budget is None else slots_per_item(launch, loops)
-    return Report(name, target, used.registers, used.stack + used.local, len(instructions), atomics, loops, slots, budget)
+    return Report(
+        name, target, used.registers, used.stack + used.local, len(instructions), atomics, loops, slots, budget
+    )
 
 
 def _mixes(loops: list[sass.Loop]) -> Iterator[Counter[str]]:
@@ -163,7 +187,9 @@ def _budget(launch: Launch) -> float | None:
 
 
 def slots_per_item(launch: Launch, loops: tuple[Counter[str], ...]) -> float:
-    """Forward: the largest loop, of GROUP tokens. Backward: the largest, the adjoint, and the largest without shuffles, the recomputation."""
+    """Forward: the largest loop, of GROUP tokens. Backward: the largest, the adjoint, and the
+    largest without shuffles, the recomputation.
+    """
     options = launch.options
     items = options["GROUP"] * options["STATES"] * options["BLOCK_E"] / 32
     slots = max(loop.total() for loop in loops)
@@ -187,7 +213,9 @@ def main(arguments: list[str] | None = None) -> int:
                 faults += len(result.faults)
                 print(result, flush=True)
                 for loop in result.loops if args.mix else ():
-                    print(f"        loop of {loop.total()}: " + ", ".join(f"{n} {op}" for op, n in loop.most_common(16)))
+                    print(
+                        f"        loop of {loop.total()}: " + ", ".join(f"{n} {op}" for op, n in loop.most_common(16))
+                    )
     return 1 if faults else 0
 
 

@@ -1,11 +1,14 @@
 """Seeded faults in the kernels: does the suite notice each one? (docs/reliability.md, R8)
 
-``python -m tools.mutants [word ...] [--jobs N]`` applies every fault of ``mutants_*.toml`` beside this file, or those whose backend or name holds one
-of the words, each to a copy of its own of the tree in a temporary folder, builds it there and runs the tests named beside it. They have to fail.
-Exits with 1 if a mutant survives, if its text is no longer in the source exactly once, if it does not build, or if its tests fail without any fault.
+``python -m tools.mutants [word ...] [--jobs N]`` applies every fault of ``mutants_*.toml`` beside
+this file, or those whose backend or name holds one of the words, each to a copy of its own of the
+tree in a temporary folder, builds it there and runs the tests named beside it. They have to fail.
+Exits with 1 if a mutant survives, if its text is no longer in the source exactly once, if it does
+not build, or if its tests fail without any fault.
 
-A list names the sources' folder, whether the C++ library is to be built, the environment of the tests, selections of tests (arguments of pytest), and
-the faults: file, the text that stands there once, what replaces it, and a selection.
+A list names the sources' folder, whether the C++ library is to be built, the environment of the
+tests, selections of tests (arguments of pytest), and the faults: file, the text that stands there
+once, what replaces it, and a selection.
 """
 
 from __future__ import annotations
@@ -69,9 +72,13 @@ def load(folder: Path = Path(__file__).parent) -> list[Mutant]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
         environment = tuple(table.get("environment", {}).items())
         backend = path.stem.removeprefix("mutants_")
-        selections = {name: Tests(backend, arguments, environment, table["builds"]) for name, arguments in table["tests"].items()}
+        selections = {
+            name: Tests(backend, arguments, environment, table["builds"]) for name, arguments in table["tests"].items()
+        }
         for one in table["mutant"]:
-            found.append(Mutant(**one | {"file": f"{table['folder']}/{one['file']}", "tests": selections[one["tests"]]}))
+            found.append(
+                Mutant(**one | {"file": f"{table['folder']}/{one['file']}", "tests": selections[one["tests"]]})
+            )
     return found
 
 
@@ -86,13 +93,19 @@ def mutate(root: Path, mutant: Mutant) -> None:
 
 
 def judge(tests: Tests, mutant: Mutant | None, built: Path) -> Verdict:
-    """Run ``tests`` on a copy of the tree with the fault in it. ``built`` is where copies share what tests build, which is named by its source."""
+    """Run ``tests`` on a copy of the tree with the fault in it. ``built`` is where copies share
+    what tests build, which is named by its source.
+    """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         copy = Path(folder)
         for name in COPIED:
             take = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-            take(ROOT / name, copy / name, **({"ignore": shutil.ignore_patterns("__pycache__", "*.so")} if take is shutil.copytree else {}))
+            take(
+                ROOT / name,
+                copy / name,
+                **({"ignore": shutil.ignore_patterns("__pycache__", "*.so")} if take is shutil.copytree else {}),
+            )
         (copy / "build").symlink_to(built)
         try:
             if mutant:
@@ -120,11 +133,28 @@ def build_library(root: Path) -> None:
 
 def run(tests: Tests, root: Path) -> tuple[str, str]:
     """("killed" or "survived", the first test that failed); raises Broken if the tests did not run."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", "--hypothesis-profile", "first-failure"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-rfE",
+        "-p",
+        "no:cacheprovider",
+        "--hypothesis-profile",
+        "first-failure",
+    ]
     environment = os.environ | dict(tests.environment) | {"PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
     try:
         done = subprocess.run(
-            [*command, *shlex.split(tests.arguments)], cwd=root, env=environment, capture_output=True, text=True, errors="replace", timeout=LONGEST
+            [*command, *shlex.split(tests.arguments)],
+            cwd=root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=LONGEST,
         )
     except subprocess.TimeoutExpired:
         return "killed", f"still running after {LONGEST} s"
@@ -158,11 +188,17 @@ def judge_all(mutants: Sequence[Mutant], jobs: int, say: Callable[[str], None]) 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.mutants", description="Seeded faults in the kernels: does the suite notice each one?")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.mutants", description="Seeded faults in the kernels: does the suite notice each one?"
+    )
     parser.add_argument("words", nargs="*", help="only mutants whose backend or name holds one of these")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="side by side (default: one per processor)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="side by side (default: one per processor)"
+    )
     options = parser.parse_args(arguments)
-    mutants = [m for m in load() if not options.words or any(word in f"{m.tests.backend}: {m.name}" for word in options.words)]
+    mutants = [
+        m for m in load() if not options.words or any(word in f"{m.tests.backend}: {m.name}" for word in options.words)
+    ]
     if not mutants:
         parser.error(f"no mutant is named {' or '.join(options.words)}")
     verdicts = judge_all(mutants, options.jobs, lambda line: print(line, file=sys.stderr, flush=True))
@@ -170,7 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for backend, name, verdict in verdicts:
         fine = verdict.what == ("survived" if name.startswith("no fault: ") else "killed")
         bad += not fine
-        print(f"{'' if fine else 'WRONG: '}{verdict.what:<9}{backend:<8}{name:<58} {verdict.why if not fine else verdict.why[:110]}")
+        print(
+            f"{'' if fine else 'WRONG: '}{verdict.what:<9}{backend:<8}{name:<58} {verdict.why if not fine else verdict.why[:110]}"
+        )
     print(f"{len(mutants)} mutants, {sum(verdict.what == 'killed' for _, _, verdict in verdicts)} killed, {bad} wrong")
     return 1 if bad else 0
 

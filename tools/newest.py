@@ -1,7 +1,9 @@
-"""``make test-newest`` for continuous integration: what fails is told in a block of its own, with the versions that differ from the locked ones.
+"""``make test-newest`` for continuous integration: what fails is told in a block of its own, with
+the versions that differ from the locked ones.
 
-``python -m tools.newest`` exits with 0 whatever it finds: a release of another project must not keep this one's changes back, but it is the next
-thing to be mended. Where the newest releases cannot be installed (no network, no room on the disk), the block says so.
+``python -m tools.newest`` exits with 0 whatever it finds: a release of another project must not
+keep this one's changes back, but it is the next thing to be mended. Where the newest releases
+cannot be installed (no network, no room on the disk), the block says so.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ def changed(locked: dict[str, str], installed: dict[str, str]) -> list[str]:
 
 
 def failures(report: str) -> list[str]:
-    """The tests of a JUnit report that failed, and the files that were left out for want of a package, each with its reason in a line."""
+    """The tests of a JUnit report that failed, and the files that were left out for want of a
+    package, each with its reason in a line.
+    """
     found = []
     for case in ElementTree.fromstring(report).iter("testcase"):
         for outcome in case:
@@ -65,7 +69,11 @@ def block() -> list[str]:
     if code is None:
         found.append(f"not finished within {LIMIT_S // 60} minutes")
     if code != 0 and not REPORT.exists():
-        found = ["the installation or the start of the tests failed; the last lines are", *out.splitlines()[-8:], *found]
+        found = [
+            "the installation or the start of the tests failed; the last lines are",
+            *out.splitlines()[-8:],
+            *found,
+        ]
     elif code and not found:
         found = ["`make test-newest` failed; its last lines are", *out.splitlines()[-20:]]
     verdict = f"{len(found)} lines to be mended next:" if found else "everything passes"
@@ -80,7 +88,10 @@ def differences() -> list[str]:
 
 def main() -> int:
     lines = block()
-    print("\n".join(("=" * 30 + " newest releases; failures here do not fail the run " + "=" * 30, *lines, "=" * 112)), flush=True)
+    print(
+        "\n".join(("=" * 30 + " newest releases; failures here do not fail the run " + "=" * 30, *lines, "=" * 112)),
+        flush=True,
+    )
     return 0
 
 

@@ -1,4 +1,6 @@
-"""Reads NVIDIA machine code: resources, instructions and loops of the kernels in a cubin. Needs no GPU: the tools come with the triton wheel."""
+"""Reads NVIDIA machine code: resources, instructions and loops of the kernels in a cubin. Needs no
+GPU: the tools come with the triton wheel.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class Resources:
 
 @cache
 def find(tool: str) -> str:
-    """Path of "cuobjdump" or "nvdisasm": the triton wheel's, else PATH's. Raises FileNotFoundError, saying what to install."""
+    """Path of "cuobjdump" or "nvdisasm": the triton wheel's, else PATH's. Raises FileNotFoundError,
+    saying what to install.
+    """
     spec = importlib.util.find_spec("triton")
     if spec is not None and spec.origin:
         path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / tool
@@ -56,7 +60,9 @@ def find(tool: str) -> str:
 
 
 def listing(cubin: bytes) -> str:
-    """nvdisasm's text with the source line of each instruction, where ``cubin`` was compiled with -lineinfo, and what it was put into."""
+    """nvdisasm's text with the source line of each instruction, where ``cubin`` was compiled with
+    -lineinfo, and what it was put into.
+    """
     return _run("nvdisasm", "-gi", cubin, "-c")
 
 
@@ -69,7 +75,9 @@ def _run(tool: str, option: str, cubin: bytes, *more: str) -> str:
 
 def resources(cubin: bytes) -> dict[str, Resources]:
     """What each kernel of ``cubin`` takes, by its name."""
-    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _run("cuobjdump", "-res-usage", cubin))
+    found = re.findall(
+        r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _run("cuobjdump", "-res-usage", cubin)
+    )
     return {name: Resources(int(registers), int(stack), int(local)) for name, registers, stack, local in found}
 
 
@@ -95,7 +103,10 @@ def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
             labels |= dict.fromkeys(waiting, address)
             waiting = []
             lines[kernel].append((address, found[2], line.strip()))
-    return {name: [Instruction(a, op, text, _target(op, text, labels)) for a, op, text in found] for name, found in lines.items()}
+    return {
+        name: [Instruction(a, op, text, _target(op, text, labels)) for a, op, text in found]
+        for name, found in lines.items()
+    }
 
 
 def _target(opcode: str, text: str, labels: dict[str, int]) -> int | None:
@@ -104,7 +115,9 @@ def _target(opcode: str, text: str, labels: dict[str, int]) -> int | None:
 
 
 def atomics(instructions: list[Instruction]) -> list[str]:
-    """Opcodes of atomic operations, with and without a result, in order: "ATOMG.E.ADD.STRONG.GPU" adds 32-bit integers, of floats it is ADD.F32."""
+    """Opcodes of atomic operations, with and without a result, in order: "ATOMG.E.ADD.STRONG.GPU"
+    adds 32-bit integers, of floats it is ADD.F32.
+    """
     return [i.opcode for i in instructions if i.opcode.startswith(("RED.", "REDG.", "REDS.", "ATOM"))]
 
 

@@ -3,8 +3,8 @@
     python -m storm_benchmarks.e2e                                    # storm-mini, 32 and 128 frames of a real clip
     python -m storm_benchmarks.e2e --preset storm-7b --device cuda --frames 128,256 --variants vila,storm-tp-ts
 
-Prints a table; writes results.json after every round, then report.html and PNG charts. Rows: harness.py and
-pipeline.py.
+Prints a table; writes results.json after every round, then report.html and PNG charts. Rows:
+harness.py and pipeline.py.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def _say_what_runs(settings: pipeline.Settings, folder: Path) -> None:
 
 
 def cli(arguments: list[str] | None = None, prog: str = "python -m storm_benchmarks.e2e") -> int:
-    """Exit status: 0; 1 a failed check, or results that cannot be written; 2 bad input, told in one line; 130 Ctrl-C."""
+    """Exit status: 0; 1 a failed check, or results that cannot be written; 2 bad input, told in one
+    line; 130 Ctrl-C.
+    """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     command = typer.main.get_command(app)

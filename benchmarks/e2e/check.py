@@ -14,17 +14,17 @@ from .. import harness
 from ..harness import Row
 from .models import Models
 
-# The check covers as many whole frames as have at most this many tokens: all of them in storm-mini at 128 frames, the
-# first 16 in storm-7b.
+# The check covers as many whole frames as have at most this many tokens: all of them in storm-mini
+# at 128 frames, the first 16 in storm-7b.
 CHECKED_TOKENS = 4096
 
 
 class ProjectorCheck:
-    """Outputs of the reference projector on one video's image tokens, in float64 and in the model's own precision, to
-    hold fused ones against.
+    """Outputs of the reference projector on one video's image tokens, in float64 and in the model's
+    own precision, to hold fused ones against.
 
-    ``variant`` is any with the temporal projector. Reduction is linear, so both are made once, unreduced, for all
-    variants.
+    ``variant`` is any with the temporal projector. Reduction is linear, so both are made once,
+    unreduced, for all variants.
     """
 
     def __init__(self, models: Models, variant: Variant, features: Tensor):

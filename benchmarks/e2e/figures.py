@@ -13,8 +13,8 @@ HEADLINE_VARIANT = "storm-tp-ts"
 
 @dataclass(frozen=True)
 class Card:
-    """One headline figure. ``spread`` tells its rounds, ``not_reliable`` why it must not be believed (None: it may
-    be)."""
+    """One headline figure. ``spread`` tells its rounds, ``not_reliable`` why it must not be
+    believed (None: it may be)."""
 
     name: str
     figure: str
@@ -40,8 +40,8 @@ def between(savings: list[float]) -> str:
 
 
 def cards(results: list[Outcome]) -> list[Card]:
-    """The two gains apart, then both together, for the headline variant (or the last one there is) at the most
-    frames."""
+    """The two gains apart, then both together, for the headline variant (or the last one there is)
+    at the most frames."""
     most = max((one.frames for one in results), default=0)
     token = _headline([gain for gain in summary.token_gains(results) if gain.after.frames == most])
     kernel = _headline([gain for gain in summary.kernel_gains(results) if gain.after.frames == most])

@@ -15,8 +15,8 @@ PROMPT_TOKENS = 16
 
 
 class Models:
-    """One model in every variant and kind of projector ("vila", "reference", "fused"); all share their weights. Built
-    when first asked for."""
+    """One model in every variant and kind of projector ("vila", "reference", "fused"); all share
+    their weights. Built when first asked for."""
 
     def __init__(self, config: ModelConfig, device: str, dtype: torch.dtype):
         self.config, self.device, self.dtype = config, device, dtype
@@ -39,8 +39,8 @@ class Models:
         return preprocess(frames.to(self.device), self.config.vision.image_size, self.dtype)
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Decoded frames -> image tokens (1, n, h, w, Dv), the same for every variant. Recorded as "preprocess" and
-        "vision"."""
+        """Decoded frames -> image tokens (1, n, h, w, Dv), the same for every variant. Recorded as
+        "preprocess" and "vision"."""
         return next(iter(self._built.values())).encode(self.pixels(frames))
 
     def first_token(self, variant: Variant, kind: str, features: Tensor) -> None:
@@ -53,8 +53,8 @@ class Models:
         return self.get(variant, kind).projector(features, variant.reduction)
 
     def unreduced_projector(self, variant: Variant):
-        """The reference projector of ``variant``'s weights, as a module of (features, `TokenReduction`), and what it
-        takes to keep every token."""
+        """The reference projector of ``variant``'s weights, as a module of (features,
+        `TokenReduction`), and what it takes to keep every token."""
         return self.get(variant, "reference").projector, TokenReduction()
 
 
@@ -66,6 +66,6 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype, variants: tuple[Varian
 
 
 def operations(config: ModelConfig, variant: Variant, frames: int) -> dict[str, int]:
-    """Operations to the first token by "vision", "projector" and "language": what the time that is left is reckoned
-    from."""
+    """Operations to the first token by "vision", "projector" and "language": what the time that is
+    left is reckoned from."""
     return arithmetic(config, variant, frames, PROMPT_TOKENS)

@@ -1,5 +1,5 @@
-"""What is asked of the main job on the command line, checked before any long work: `Settings` from texts, or one line
-that names what is wrong."""
+"""What is asked of the main job on the command line, checked before any long work: `Settings` from
+texts, or one line that names what is wrong."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def device(name: str | None) -> str:
 
 
 def check_memory(settings: Settings) -> None:
-    """Weights, decoded frames, pixels and image tokens alone must fit: a lower bound of what is needed, told before
-    the long work."""
+    """Weights, decoded frames, pixels and image tokens alone must fit: a lower bound of what is
+    needed, told before the long work."""
     most, vision = max(settings.frames), settings.config.vision
     weights = weight_bytes(settings.config, settings.dtype, settings.variants)
     bytes_each = torch.finfo(settings.dtype).bits // 8
@@ -122,8 +122,8 @@ def check_memory(settings: Settings) -> None:
 
 @contextmanager
 def output_folder(folder: Path, say) -> Iterator[Rows]:
-    """An empty results file in ``folder``, which is this run's alone meanwhile; a file from an earlier run is kept
-    under another name.
+    """An empty results file in ``folder``, which is this run's alone meanwhile; a file from an
+    earlier run is kept under another name.
 
     The lock is the kernel's, on ``.lock`` there: it ends with the process, however that ends.
     """

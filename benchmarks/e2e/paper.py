@@ -1,5 +1,5 @@
-"""The paper's figures that ours are put beside (docs/spec.md, "The models to compare"; arXiv 2503.04130v4, Tables 2
-and 13)."""
+"""The paper's figures that ours are put beside (docs/spec.md, "The models to compare"; arXiv
+2503.04130v4, Tables 2 and 13)."""
 
 from __future__ import annotations
 

@@ -1,20 +1,22 @@
 """The measurements behind `storm_benchmarks.e2e`: a video through the complete model, timed by stage, in rounds.
 
-What runs, for each number of frames: one round to warm up and ``repeat`` timed ones. In a round the video is decoded,
-preprocessed and encoded once (every variant gets the same image tokens), then all variants with all their kinds of
-projector take turns at projector and prefill. So whatever disturbs the machine meets all of them, and ratios are made
-within rounds. Before the first round every fused projector's output on this video is checked against float64. After
-each round the rows so far are written.
+What runs, for each number of frames: one round to warm up and ``repeat`` timed ones. In a round the
+video is decoded, preprocessed and encoded once (every variant gets the same image tokens), then all
+variants with all their kinds of projector take turns at projector and prefill. So whatever disturbs
+the machine meets all of them, and ratios are made within rounds. Before the first round every fused
+projector's output on this video is checked against float64. After each round the rows so far are
+written.
 
-Rows have the columns of harness.py and: preset, clip, looped (the clip is shorter than the frames asked for), frames,
-stage ("vision", "projector/scan", ...; "total" is time to first token: vision + projector + prefill; "wait" is decode
-+ preprocess + total), variant and projector ("vila", "reference", "fused"; both null in what all variants share),
-rounds_ms (one time a round), tokens (video tokens to the LLM), kept_percent, checked_frames (of the check), ran
-(which backend ran each operation of the fused projector; `backend` is the scan's). Rows of stage "decode" also:
-wanted_frames (different ones) and decoded_frames (to find them). Rows of stage "total" also: rounds_from (when the
-first round began; equal in all that took turns), waited_percent and cores (reliability.py), not_reliable (why the
-figures must not be believed, or null). The last row of a run that came to its end has the stage "run" and the mode
-"whole".
+Rows have the columns of harness.py and: preset, clip, looped (the clip is shorter than the frames
+asked for), frames, stage ("vision", "projector/scan", ...; "total" is time to first token: vision +
+projector + prefill; "wait" is decode + preprocess + total), variant and projector ("vila",
+"reference", "fused"; both null in what all variants share), rounds_ms (one time a round), tokens
+(video tokens to the LLM), kept_percent, checked_frames (of the check), ran (which backend ran each
+operation of the fused projector; `backend` is the scan's). Rows of stage "decode" also:
+wanted_frames (different ones) and decoded_frames (to find them). Rows of stage "total" also:
+rounds_from (when the first round began; equal in all that took turns), waited_percent and cores
+(reliability.py), not_reliable (why the figures must not be believed, or null). The last row of a
+run that came to its end has the stage "run" and the mode "whole".
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ from .clip import Clip
 from .reliability import Waiting
 from .stages import StageClock
 
-# How much longer the reference projector takes for its arithmetic than a matrix product does: it loops over tokens. For
-# the ETA only.
+# How much longer the reference projector takes for its arithmetic than a matrix product does: it
+# loops over tokens. For the ETA only.
 REFERENCE_SLOWNESS = 10
 
 
@@ -70,8 +72,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run tells how far it is: ``says(what)`` begins something, ``did(operations)`` counts what is done of
-    `operations(settings)`."""
+    """Where a run tells how far it is: ``says(what)`` begins something, ``did(operations)`` counts
+    what is done of `operations(settings)`."""
 
     says: Callable[[str], None]
     did: Callable[[float], None]
@@ -126,8 +128,8 @@ class Run:
 
     @torch.inference_mode()
     def measure(self) -> None:
-        """Raises `harness.CheckFailed` if a fused projector is wrong, `storm_model.video.StormVideoError` for the
-        video."""
+        """Raises `harness.CheckFailed` if a fused projector is wrong,
+        `storm_model.video.StormVideoError` for the video."""
         start = time.perf_counter()
         self._cold_start()
         for frames in self.settings.frames:
@@ -170,8 +172,8 @@ class Run:
             )
 
     def _in_rounds(self, frames: int) -> None:
-        """All contenders at one number of frames: checked, warmed up, then in timed rounds, each written when it is
-        over."""
+        """All contenders at one number of frames: checked, warmed up, then in timed rounds, each
+        written when it is over."""
         place = len(self.rows.rows)
         found, features = self._begin(frames)
         for key, memory in self._turns(found, features, "warm-up").items():
@@ -184,8 +186,8 @@ class Run:
             self.rows.put(place, *self._rows_of(found, waiting.columns()))
 
     def _begin(self, frames: int) -> tuple[Rounds, Tensor]:
-        """Warm up and measure the memory of vision; check every fused projector on the image tokens, which are
-        returned too."""
+        """Warm up and measure the memory of vision; check every fused projector on the image
+        tokens, which are returned too."""
         video = self._decode(frames)
         found = Rounds(frames, video.looped, environment.now(), self.settings.clip.decoding(video))
         self.progress.says(f"{frames} frames, warm-up: preprocess and vision")
@@ -215,8 +217,9 @@ class Run:
         return features
 
     def _turns(self, found: Rounds, features: Tensor, name: str) -> dict[tuple[str, str], Row]:
-        """One turn of projector and prefill for each contender. The first call warms up, and gives the columns of
-        memory: measuring that gives freed memory back first, which would slow a timed turn down."""
+        """One turn of projector and prefill for each contender. The first call warms up, and gives
+        the columns of memory: measuring that gives freed memory back first, which would slow a
+        timed turn down."""
         warm_up, memories = not found.shared, {}
         for variant, kind in self.settings.contenders():
             self.progress.says(f"{found.frames} frames, {name}: {variant.title}, {kind} projector")
@@ -254,8 +257,8 @@ class Run:
 
     @torch.inference_mode()
     def trace(self, path: Path) -> None:
-        """One pass of the last variant with each of its kinds of projector, at the fewest frames, as a Perfetto
-        trace. After `measure`."""
+        """One pass of the last variant with each of its kinds of projector, at the fewest frames,
+        as a Perfetto trace. After `measure`."""
         video, last = self.settings.clip.sample(self.settings.frames[0]), self.settings.variants[-1]
         with torch.profiler.profile() as profiler, recording(torch.profiler.record_function):
             for variant, kind in self.settings.contenders():

@@ -1,5 +1,5 @@
-"""PNG charts of `storm_benchmarks.e2e`, drawn from its rows; wide enough for a page, with letters large enough for a
-phone."""
+"""PNG charts of `storm_benchmarks.e2e`, drawn from its rows; wide enough for a page, with letters
+large enough for a phone."""
 
 from __future__ import annotations
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from .. import environment
 from ..harness import Row
 
-# A median of rounds that lie further apart than this may be off by as much: in points of a saving, and in percent of a
-# speed-up's median.
+# A median of rounds that lie further apart than this may be off by as much: in points of a saving,
+# and in percent of a speed-up's median.
 MOST_POINTS = 5.0
 MOST_PERCENT = 20.0
-# Threads that wait longer than this share of their time for a core run beside another program. Alone they wait for
-# under one per cent.
+# Threads that wait longer than this share of their time for a core run beside another program.
+# Alone they wait for under one per cent.
 MOST_WAITED_PERCENT = 10.0
 
 
@@ -32,8 +32,8 @@ class Waiting:
 
 
 def busy(row: Row) -> str | None:
-    """Why the machine was too busy for this row; None if it was not. The load average counts only where waiting is
-    unknown: it lags by a minute."""
+    """Why the machine was too busy for this row; None if it was not. The load average counts only
+    where waiting is unknown: it lags by a minute."""
     waited, load, cores = row.get("waited_percent"), row.get("load"), row.get("cores")
     if waited is not None:
         return f"threads waited {waited:.0f} % of their time for a core" if waited > MOST_WAITED_PERCENT else None

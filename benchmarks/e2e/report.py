@@ -1,9 +1,10 @@
-"""One self-contained `report.html` from the rows of `storm_benchmarks.e2e`: no script, no other file, readable on a
-phone.
+"""One self-contained `report.html` from the rows of `storm_benchmarks.e2e`: no script, no other
+file, readable on a phone.
 
     python -m storm_benchmarks.e2e.report FOLDER      # again, with the charts, from FOLDER/results.json
 
-Everything that comes from a row is escaped by the template engine (autoescape), file names among it.
+Everything that comes from a row is escaped by the template engine (autoescape), file names among
+it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A recorder for `storm_kernels.profiling` that says how long each stage took: device events on a GPU, the wall clock
-on a CPU."""
+"""A recorder for `storm_kernels.profiling` that says how long each stage took: device events on a
+GPU, the wall clock on a CPU."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 
 class StageClock:
-    """``with recording(clock): ...`` then ``clock.take()`` -> milliseconds of each stage, nested ones under
-    "outer/inner".
+    """``with recording(clock): ...`` then ``clock.take()`` -> milliseconds of each stage, nested
+    ones under "outer/inner".
 
-    A stage entered several times is summed. One thread at a time. On a GPU nothing waits for the device before
-    `take`.
+    A stage entered several times is summed. One thread at a time. On a GPU nothing waits for the
+    device before `take`.
     """
 
     def __init__(self, device: str):

@@ -1,5 +1,5 @@
-"""What the rows of `storm_benchmarks.e2e` say: one `Outcome` for each variant, projector and number of frames, and
-the gains between them.
+"""What the rows of `storm_benchmarks.e2e` say: one `Outcome` for each variant, projector and number
+of frames, and the gains between them.
 
 Shared by the console table, the charts and the report, so that all three give the same figures.
 """
@@ -14,16 +14,16 @@ from storm_model.config import VARIANTS
 from ..harness import Row
 from . import reliability
 
-# The stages of time to first token, in order; decode and preprocess come before it (the paper's definition:
-# docs/spec.md).
+# The stages of time to first token, in order; decode and preprocess come before it (the paper's
+# definition: docs/spec.md).
 TO_FIRST_TOKEN = ("vision", "projector", "prefill")
 BEFORE = ("decode", "preprocess")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished measurement. ``stages`` maps a stage ("projector/scan", "total", and what all variants share:
-    "vision") to its row; times are medians in ms."""
+    """A finished measurement. ``stages`` maps a stage ("projector/scan", "total", and what all
+    variants share: "vision") to its row; times are medians in ms."""
 
     frames: int
     variant: str
@@ -183,8 +183,8 @@ def paper_saved_percent(variant: str) -> float | None:
 
 
 def with_reliability(rows: list[Row]) -> list[Row]:
-    """The same rows, the column `not_reliable` of each measurement's "total" filled: why figures made from it must
-    not be believed, or None."""
+    """The same rows, the column `not_reliable` of each measurement's "total" filled: why figures
+    made from it must not be believed, or None."""
     results = outcomes(rows)
     speedups = {(gain.after.frames, gain.after.variant): gain.speedup_not_reliable for gain in kernel_gains(results)}
     for one in results:
@@ -196,8 +196,8 @@ def with_reliability(rows: list[Row]) -> list[Row]:
 
 
 def losses(results: list[Outcome]) -> list[str]:
-    """Where ours is not better, in words: total time, and each part of the projector that the fused one does more
-    slowly."""
+    """Where ours is not better, in words: total time, and each part of the projector that the fused
+    one does more slowly."""
     found = []
     for gain in token_gains(results):
         if gain.saved_percent <= 0:

@@ -1,14 +1,17 @@
 """What every backend implements: the same few functions, on plain tensors without autograd, as `ops/` calls them.
 
-`ops/` has already checked and normalised the arguments, so a backend may rely on what is written here.
-Symbols: batch; L tokens; E channels; S states; G groups (G divides E; channel e belongs to group e // (E // G));
-K taps; n sequences (batch, or len(cu_seqlens) - 1 when sequences are packed and batch is 1).
+`ops/` has already checked and normalised the arguments, so a backend may rely on what is written
+here. Symbols: batch; L tokens; E channels; S states; G groups (G divides E; channel e belongs to
+group e // (E // G)); K taps; n sequences (batch, or len(cu_seqlens) - 1 when sequences are packed
+and batch is 1).
 
-Activations (u, delta, B, C, z, x and their gradients) are float32, bfloat16 or float16, each its own; float64 too in the "torch" backend.
-Parameters and states (A, D, delta_bias, weights, biases, states) are float32 (float64 there). Sums and states are kept in float32.
-Activations have any strides, unit innermost unless that axis has one element; parameters are contiguous. Offsets can pass 2^31.
-Results are contiguous and share no memory with an input. Gradients come back contiguous, in the shape and dtype of what they are gradients of.
-Incoming gradients have any strides, zero included. No axis is empty: ops/ leaves that to the torch backend.
+Activations (u, delta, B, C, z, x and their gradients) are float32, bfloat16 or float16, each its
+own; float64 too in the "torch" backend. Parameters and states (A, D, delta_bias, weights, biases,
+states) are float32 (float64 there). Sums and states are kept in float32. Activations have any
+strides, unit innermost unless that axis has one element; parameters are contiguous. Offsets can
+pass 2^31. Results are contiguous and share no memory with an input. Gradients come back contiguous,
+in the shape and dtype of what they are gradients of. Incoming gradients have any strides, zero
+included. No axis is empty: ops/ leaves that to the torch backend.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from ..tokens import TokenGrid, TokenReduction
 
 
 class ScanInputs(NamedTuple):
-    """One direction of a selective scan, in the sequence's own order whatever ``reverse`` says (docs/spec.md, Mixer)."""
+    """One direction of a selective scan, in the sequence's own order whatever ``reverse`` says
+    (docs/spec.md, Mixer).
+    """
 
     u: Tensor  # (batch, L, E)
     delta: Tensor  # (batch, L, E), before bias and softplus
@@ -40,7 +45,9 @@ class ScanCall(NamedTuple):
     z: Tensor | None  # gate, (batch, L, E), or only the tokens of `reduction.kept(grid)`: (batch, kept tokens, E)
     delta_softplus: bool
     initial_state: Tensor | None  # (n, E, S): the state before the first scanned token; None with two directions
-    cu_seqlens: Tensor | None  # (n + 1,) int32 or int64, from 0 to L, ascending, on the activations' device; repeats are empty sequences
+    cu_seqlens: (
+        Tensor | None
+    )  # (n + 1,) int32 or int64, from 0 to L, ascending, on the activations' device; repeats are empty sequences
     grid: TokenGrid | None
     reduction: TokenReduction | None  # never an identity; never with cu_seqlens; grid.tokens == L
 
@@ -68,7 +75,9 @@ ScanBackwardResult = tuple[tuple[ScanGrads, ...], Tensor | None, Tensor | None]
 
 
 class ConvFilter(NamedTuple):
-    """One direction of a depthwise convolution over time; in reverse, tap K-1 meets the token itself and tap 0 the (K-1)-th after it."""
+    """One direction of a depthwise convolution over time; in reverse, tap K-1 meets the token
+    itself and tap 0 the (K-1)-th after it.
+    """
 
     weight: Tensor  # (E, K): tap K-1 meets the token itself, tap 0 the (K-1)-th before it
     bias: Tensor | None  # (E,)
@@ -81,7 +90,9 @@ class ConvCall(NamedTuple):
     x: Tensor  # (batch, L, E)
     filters: tuple[ConvFilter, ...]  # one, either order; or two: a forward and a reverse one, with one K
     silu: bool
-    initial_state: Tensor | None  # (n, E, K-1): the inputs before the first, in scan order, oldest first; None with two filters
+    initial_state: (
+        Tensor | None
+    )  # (n, E, K-1): the inputs before the first, in scan order, oldest first; None with two filters
     cu_seqlens: Tensor | None  # as a scan's
 
 
@@ -98,10 +109,11 @@ class Backend(Protocol):
         """The device type whose tensors it is made for, "cpu" or "cuda"."""
 
     def why_not(self, op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: int) -> str | None:
-        """None if it can run ``op`` on such tensors here and now; else the reason, one sentence, with how to fix it where there is a way.
+        """None if it can run ``op`` on such tensors here and now; else the reason, one sentence,
+        with how to fix it where there is a way.
 
-        ``device`` is a device type ("cpu", "cuda"); ``dtypes`` those of the activations; ``d_state``, ``d_conv`` are 0 where they do not apply.
-        Cheap after the first call.
+        ``device`` is a device type ("cpu", "cuda"); ``dtypes`` those of the activations;
+        ``d_state``, ``d_conv`` are 0 where they do not apply. Cheap after the first call.
         """
 
     def checkpoint_shapes(
@@ -127,7 +139,9 @@ class Backend(Protocol):
         grad_final_state: Tensor | None,
         call: ScanCall,
         checkpoints: tuple[Tensor, ...],  # those that are not empty
-        needs: frozenset[str],  # of "u delta A B C D delta_bias z initial_state"; the first seven for both directions alike
+        needs: frozenset[
+            str
+        ],  # of "u delta A B C D delta_bias z initial_state"; the first seven for both directions alike
     ) -> ScanBackwardResult:
         """-> one `ScanGrads` a direction, gradient of z, gradient of initial_state."""
 
@@ -140,7 +154,9 @@ class Backend(Protocol):
         call: ConvCall,
         needs: frozenset[str],  # of "x weight bias initial_state"
     ) -> ConvGrads:
-        """-> gradient of x (summed over the filters), (weight, bias) gradients for each filter, gradient of initial_state."""
+        """-> gradient of x (summed over the filters), (weight, bias) gradients for each filter,
+        gradient of initial_state.
+        """
 
     def reduce(self, x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:
         """x (batch, T*H*W, C) -> (batch, T'*H'*W', C), averaged in float32, in x's dtype."""
@@ -148,10 +164,16 @@ class Backend(Protocol):
     def reduce_backward(self, grad: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:
         """grad (batch, T'*H'*W', C) -> (batch, T*H*W, C) in grad's dtype."""
 
-    def norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """LayerNorm of ``x + residual``, both (rows, C) -> (normed, sum: (rows, C) in x's dtype; mean, rstd: (rows,) float32)."""
+    def norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """LayerNorm of ``x + residual``, both (rows, C) -> (normed, sum: (rows, C) in x's dtype;
+        mean, rstd: (rows,) float32).
+        """
 
     def norm_backward(
         self, grad_normed: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """-> gradients of the sum (rows, C) in summed's dtype (that of x and of residual alike), of weight (C,), of bias (C,) in float32."""
+        """-> gradients of the sum (rows, C) in summed's dtype (that of x and of residual alike), of
+        weight (C,), of bias (C,) in float32.
+        """

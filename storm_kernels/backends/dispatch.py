@@ -1,6 +1,7 @@
 """Which backend runs an operation, why another does not, and what has run so far.
 
-Backends of a device are asked in the order of ``ORDER``; the first without a reason against it runs. A backend asked for by name runs or raises.
+Backends of a device are asked in the order of ``ORDER``; the first without a reason against it
+runs. A backend asked for by name runs or raises.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ FUNCTIONS = {
     "reduce_tokens": "reduce",
     "residual_layer_norm": "norm",
 }
-# By device type and operation, best first. LayerNorm on a CPU is torch's own: memory-bound, vectorised there already.
+# By device type and operation, best first. LayerNorm on a CPU is torch's own: memory-bound,
+# vectorised there already.
 ORDER = {
     "cpu": {"scan": ("cpu", "torch"), "conv": ("cpu", "torch"), "reduce": ("cpu", "torch"), "norm": ("torch",)},
     "cuda": {
@@ -52,7 +54,8 @@ _ran: Counter[tuple[str, str]] = Counter()
 _warned: set[str] = set()
 _lock = threading.Lock()  # of both
 _uncounted = threading.local()
-# Files whose lines are no caller's: this library's, and PyTorch's between the caller and an operator.
+# Files whose lines are no caller's: this library's, and PyTorch's between the caller and an
+# operator.
 _INSIDE = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
 
 
@@ -65,10 +68,12 @@ class SlowPathWarning(UserWarning):
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
-    """``with use_backend(name):`` every operation runs on backend ``name`` ("torch", "cpu", "triton", "cuda"), unless its own ``backend=`` says
-    otherwise; its backward pass runs there too, wherever that is started. A decorator too.
+    """``with use_backend(name):`` every operation runs on backend ``name`` ("torch", "cpu",
+    "triton", "cuda"), unless its own ``backend=`` says otherwise; its backward pass runs there too,
+    wherever that is started. A decorator too.
 
-    It holds for the thread or asyncio task that is inside. Threads started within, such as nn.DataParallel's, do not see it:
+    It holds for the thread or asyncio task that is inside. Threads started within, such as
+    nn.DataParallel's, do not see it:
     :func:`set_default_backend` is for those.
 
     Raises:
@@ -81,7 +86,8 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 
 
 def set_default_backend(name: str | None) -> None:
-    """From here on every operation, in every thread, runs on backend ``name`` unless `use_backend` or ``backend=`` says otherwise; None undoes it.
+    """From here on every operation, in every thread, runs on backend ``name`` unless `use_backend`
+    or ``backend=`` says otherwise; None undoes it.
 
     Raises:
         ValueError: ``name`` is no backend.
@@ -90,9 +96,11 @@ def set_default_backend(name: str | None) -> None:
 
 
 def strict(enabled: bool = True) -> AbstractContextManager[None]:
-    """``with strict():`` an operation that would fall back to plain PyTorch raises :class:`BackendError`. A thread's own, like :func:`use_backend`.
+    """``with strict():`` an operation that would fall back to plain PyTorch raises
+    :class:`BackendError`. A thread's own, like :func:`use_backend`.
 
-    STORM_KERNELS_STRICT=1 does so everywhere. A backward pass falls back where its forward pass did, and nowhere else.
+    STORM_KERNELS_STRICT=1 does so everywhere. A backward pass falls back where its forward pass
+    did, and nowhere else.
     """
     return context.Setting("strict", bool(enabled), f"strict({enabled!r})")
 
@@ -141,7 +149,9 @@ def why_not(
     op = FUNCTIONS.get(op, op) if isinstance(op, str) else op
     if not isinstance(op, str) or op not in OPS:
         raise ValueError(f"op must be one of {', '.join(map(repr, (*OPS, *FUNCTIONS)))}, got {described(op)}")
-    return _why_not(op, _known(backend), None if device is None else _device_type(device), frozenset(dtypes), d_state, d_conv)
+    return _why_not(
+        op, _known(backend), None if device is None else _device_type(device), frozenset(dtypes), d_state, d_conv
+    )
 
 
 def _device_type(device: object) -> str:
@@ -149,7 +159,9 @@ def _device_type(device: object) -> str:
         return torch.device(device).type
     except (RuntimeError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"device must be a torch.device or name one, such as 'cpu', 'cuda' or 'cuda:1', got {described(device)}") from None
+        raise kind(
+            f"device must be a torch.device or name one, such as 'cpu', 'cuda' or 'cuda:1', got {described(device)}"
+        ) from None
 
 
 def _why_not(op: str, backend: str, device: str | None, dtypes: frozenset, d_state: int, d_conv: int) -> str | None:
@@ -166,7 +178,9 @@ def _remedy(error: ImportError) -> str:
 
 
 def choose(op: str, backend: str, *activations: Tensor | None, d_state: int = 0, d_conv: int = 0) -> Backend:
-    """The backend module that runs ``op`` on these tensors; ``backend`` is a result of :func:`requested`. Empty tensors are plain PyTorch's."""
+    """The backend module that runs ``op`` on these tensors; ``backend`` is a result of
+    :func:`requested`. Empty tensors are plain PyTorch's.
+    """
     present = [t for t in activations if t is not None]
     if present[0].numel() == 0:
         return load("torch")
@@ -223,9 +237,13 @@ def _callers_level() -> int:
 
 
 def run_plain(op: str, backend: str, reason: str) -> None:
-    """Note that plain PyTorch runs ``op`` outside its operator; raise where another backend was asked for by name, or in strict mode."""
+    """Note that plain PyTorch runs ``op`` outside its operator; raise where another backend was
+    asked for by name, or in strict mode.
+    """
     if backend not in ("", "torch"):
-        raise BackendError(f"backend={backend!r} cannot run {op}: {reason}; leave the choice open or ask for backend='torch'")
+        raise BackendError(
+            f"backend={backend!r} cannot run {op}: {reason}; leave the choice open or ask for backend='torch'"
+        )
     if torch.compiler.is_compiling():
         return
     if not backend:
@@ -252,7 +270,9 @@ def uncounted() -> Iterator[None]:
 
 
 def stats(*, reset: bool = False) -> dict[str, dict[str, int]]:
-    """How often each operation has run on each backend, in all threads together, for example ``{"scan": {"cpu": 12}}``."""
+    """How often each operation has run on each backend, in all threads together, for example
+    ``{"scan": {"cpu": 12}}``.
+    """
     with _lock:
         ran = sorted(_ran.items())
         if reset:

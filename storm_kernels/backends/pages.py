@@ -1,8 +1,9 @@
 """Large results on a CPU lie on huge pages: fewer page faults when they are first written.
 
-A fresh tensor has no memory behind it yet; the kernel brings it page by page, at the first write. With pages of 4 KB that costs more than the
-arithmetic of a scan; Linux brings 2 MB at a time where it was asked to ("madvise" in /sys/kernel/mm/transparent_hugepage/enabled, as most systems
-have it, or "always"). Elsewhere nothing happens.
+A fresh tensor has no memory behind it yet; the kernel brings it page by page, at the first write.
+With pages of 4 KB that costs more than the arithmetic of a scan; Linux brings 2 MB at a time where
+it was asked to ("madvise" in /sys/kernel/mm/transparent_hugepage/enabled, as most systems have it,
+or "always"). Elsewhere nothing happens.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
         return t
     if t.nbytes >= LEAST_BYTES and t.device.type == "cpu":
         first = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        # What the kernel answers does not matter: without huge pages the tensor is as good, and slower to write.
+        # What the kernel answers does not matter: without huge pages the tensor is as good, and
+        # slower to write.
         _madvise(first, (t.data_ptr() + t.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE, _ADVICE)
     return t

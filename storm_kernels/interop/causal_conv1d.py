@@ -18,12 +18,23 @@ from .layout import channel_major, read_slots, token_major, write_slots, zero_pa
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_ref", "causal_conv1d_update_ref"]
 
 
-def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None, activation=None):
+def causal_conv1d_fn(
+    x,
+    weight,
+    bias=None,
+    seq_idx=None,
+    initial_states=None,
+    return_final_states=False,
+    final_states_out=None,
+    activation=None,
+):
     """Depthwise causal convolution: x (b, d, l), weight (d, w), bias (d,) -> (b, d, l) in x's dtype and memory layout.
 
-    ``seq_idx`` (b, l) integer: a token meets those of the w - 1 before it that have its index; a negative index marks padding, whose result is
-    zero. ``initial_states`` (b, d, w - 1): the inputs before the first. With ``return_final_states`` the last w - 1 inputs (b, d, w - 1) come
-    second, written to ``final_states_out`` where that is given. ``activation`` None, "silu" or "swish"; older callers pass it fourth: so may you.
+    ``seq_idx`` (b, l) integer: a token meets those of the w - 1 before it that have its index; a
+    negative index marks padding, whose result is zero. ``initial_states`` (b, d, w - 1): the inputs
+    before the first. With ``return_final_states`` the last w - 1 inputs (b, d, w - 1) come second,
+    written to ``final_states_out`` where that is given. ``activation`` None, "silu" or "swish";
+    older callers pass it fourth: so may you.
     """
     if isinstance(seq_idx, str):
         seq_idx, activation = None, seq_idx
@@ -31,10 +42,19 @@ def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, re
     _check_input(x, weight)
     if seq_idx is not None:
         if initial_states is not None or return_final_states:
-            raise ValueError("seq_idx cannot be combined with initial_states or return_final_states: a packed row has more than one state")
+            raise ValueError(
+                "seq_idx cannot be combined with initial_states or return_final_states: a packed row has more than one state"
+            )
         out = after(_packed(x, weight, bias, seq_idx, fused))
         return channel_major(out.masked_fill((seq_idx < 0).unsqueeze(-1), 0), x)
-    out = ops.causal_conv1d(token_major(x), weight, bias, activation=fused, initial_state=initial_states, return_final_state=return_final_states)
+    out = ops.causal_conv1d(
+        token_major(x),
+        weight,
+        bias,
+        activation=fused,
+        initial_state=initial_states,
+        return_final_state=return_final_states,
+    )
     if not return_final_states:
         return channel_major(after(out), x)
     out, final_states = out
@@ -47,14 +67,17 @@ def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, re
 def _activation(name: str | None) -> tuple[str | None, Callable[[Tensor], Tensor]]:
     """The activation that the kernel applies, and the function for what it does not.
 
-    The originals know SiLU only. transformers hands over whatever ``hidden_act`` its model has, and its own convolution applies any of ACT2FN.
+    The originals know SiLU only. transformers hands over whatever ``hidden_act`` its model has, and
+    its own convolution applies any of ACT2FN.
     """
     if name in (None, "silu", "swish"):
         return name, _identity
     transformers = sys.modules.get("transformers.activations")
     if transformers is not None and name in transformers.ACT2FN:
         return None, transformers.ACT2FN[name]
-    raise NotImplementedError(f"activation must be None, 'silu' or 'swish', got {name!r} (where transformers is imported, any name of its ACT2FN)")
+    raise NotImplementedError(
+        f"activation must be None, 'silu' or 'swish', got {name!r} (where transformers is imported, any name of its ACT2FN)"
+    )
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -63,10 +86,18 @@ def _identity(x: Tensor) -> Tensor:
 
 def _check_input(x: Tensor, weight: Tensor) -> None:
     if weight.dim() != 2:
-        raise ValueError(f"weight must be (channels, taps), got shape {tuple(weight.shape)}; squeeze the middle axis of a Conv1d's weight")
+        raise ValueError(
+            f"weight must be (channels, taps), got shape {tuple(weight.shape)}; squeeze the middle axis of a Conv1d's weight"
+        )
     if x.dim() != 3 or x.shape[1] != weight.shape[0]:
-        hint = "; it looks token-major: transpose it, or call storm_kernels.causal_conv1d" if x.shape[-1] == weight.shape[0] else ""
-        raise ValueError(f"x must be (batch, channels, length) with the {weight.shape[0]} channels of weight, got shape {tuple(x.shape)}{hint}")
+        hint = (
+            "; it looks token-major: transpose it, or call storm_kernels.causal_conv1d"
+            if x.shape[-1] == weight.shape[0]
+            else ""
+        )
+        raise ValueError(
+            f"x must be (batch, channels, length) with the {weight.shape[0]} channels of weight, got shape {tuple(x.shape)}{hint}"
+        )
 
 
 def _packed(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, activation: str | None) -> Tensor:
@@ -81,13 +112,19 @@ def _packed(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, act
     bounds = starts.flatten().nonzero().flatten()
     cu_seqlens = torch.cat([bounds, bounds.new_tensor([batch * length])]).to(torch.int32)
     flat = token_major(x).reshape(1, batch * length, channels)
-    return ops.causal_conv1d(flat, weight, bias, activation=activation, cu_seqlens=cu_seqlens).view(batch, length, channels)
+    return ops.causal_conv1d(flat, weight, bias, activation=activation, cu_seqlens=cu_seqlens).view(
+        batch, length, channels
+    )
 
 
 def _comes_back(seq_idx: Tensor, starts: Tensor, taps: int) -> bool:
-    """Whether an index comes back within the taps after another one: then runs of equal indices are not what decides who meets whom."""
+    """Whether an index comes back within the taps after another one: then runs of equal indices are
+    not what decides who meets whom.
+    """
     run = starts.cumsum(1)
-    apart = [(seq_idx[:, k:] == seq_idx[:, :-k]) & (run[:, k:] != run[:, :-k]) for k in range(2, min(taps, seq_idx.shape[1]))]
+    apart = [
+        (seq_idx[:, k:] == seq_idx[:, :-k]) & (run[:, k:] != run[:, :-k]) for k in range(2, min(taps, seq_idx.shape[1]))
+    ]
     return bool(torch.cat(apart, 1).any()) if apart else False
 
 
@@ -105,12 +142,16 @@ def _by_tap(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, act
     return out.to(dtype).transpose(1, 2)
 
 
-def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None):
-    """The next token or tokens of a running convolution: x (b, d) or (b, d, l) -> the same shape; ``conv_state`` is updated in place.
+def causal_conv1d_update(
+    x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None
+):
+    """The next token or tokens of a running convolution: x (b, d) or (b, d, l) -> the same shape;
+    ``conv_state`` is updated in place.
 
-    conv_state (b, d, m), m >= w - 1: the inputs so far, oldest first. With ``cache_seqlens`` (b,) integer it is a ring buffer whose next
-    entry is ``cache_seqlens % m``. ``conv_state_indices`` (b,) names the rows of a larger ``conv_state`` that belong to the batch; a negative
-    one is padding: the result is zero there, and no row is touched.
+    conv_state (b, d, m), m >= w - 1: the inputs so far, oldest first. With ``cache_seqlens`` (b,)
+    integer it is a ring buffer whose next entry is ``cache_seqlens % m``. ``conv_state_indices``
+    (b,) names the rows of a larger ``conv_state`` that belong to the batch; a negative one is
+    padding: the result is zero there, and no row is touched.
     """
     fused, after = _activation(activation)
     squeeze = x.dim() == 2
@@ -118,7 +159,9 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cach
     _check_input(x, weight)
     taps, capacity = weight.shape[1], conv_state.shape[-1]
     if capacity < taps - 1:
-        raise ValueError(f"conv_state must hold at least taps - 1 = {taps - 1} inputs, got shape {tuple(conv_state.shape)}")
+        raise ValueError(
+            f"conv_state must hold at least taps - 1 = {taps - 1} inputs, got shape {tuple(conv_state.shape)}"
+        )
     rows = read_slots(conv_state, conv_state_indices)
     if cache_seqlens is None:
         history = rows[..., capacity - (taps - 1) :]
@@ -132,23 +175,30 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cach
 
 
 def _ring(rows: Tensor, x: Tensor, cache_seqlens: Tensor, taps: int) -> tuple[Tensor, Tensor]:
-    """The w - 1 inputs before position ``cache_seqlens`` of the ring buffers ``rows`` (b, d, m), and the buffers with x written."""
+    """The w - 1 inputs before position ``cache_seqlens`` of the ring buffers ``rows`` (b, d, m),
+    and the buffers with x written.
+    """
     capacity, length = rows.shape[-1], x.shape[-1]
     position = cache_seqlens.long().view(-1, 1, 1)
     before = (position + torch.arange(-(taps - 1), 0, dtype=torch.int64, device=x.device)) % capacity
     history = rows.gather(2, before.expand(-1, rows.shape[1], -1))
-    # Only the last `capacity` tokens fit; older ones would be overwritten in an order that scatter does not promise.
+    # Only the last `capacity` tokens fit; older ones would be overwritten in an order that scatter
+    # does not promise.
     first = max(0, length - capacity)
     after = (position + torch.arange(first, length, dtype=torch.int64, device=x.device)) % capacity
     return history, rows.scatter(2, after.expand(-1, rows.shape[1], -1), x[..., first:].to(rows.dtype))
 
 
-def causal_conv1d_ref(x, weight, bias=None, initial_states=None, return_final_states=False, final_states_out=None, activation=None):
+def causal_conv1d_ref(
+    x, weight, bias=None, initial_states=None, return_final_states=False, final_states_out=None, activation=None
+):
     """:func:`causal_conv1d_fn` in plain PyTorch, whatever backend is chosen; no ``seq_idx``. Older callers pass the activation fourth."""
     if isinstance(initial_states, str):
         initial_states, activation = None, initial_states
     with dispatch.use_backend("torch"):
-        return causal_conv1d_fn(x, weight, bias, None, initial_states, return_final_states, final_states_out, activation)
+        return causal_conv1d_fn(
+            x, weight, bias, None, initial_states, return_final_states, final_states_out, activation
+        )
 
 
 def causal_conv1d_update_ref(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None):

@@ -1,8 +1,10 @@
-"""The compiled modules that public models import, ``selective_scan_cuda``, its two kinds in VMamba, and ``causal_conv1d_cuda``, on our kernels.
+"""The compiled modules that public models import, ``selective_scan_cuda``, its two kinds in VMamba,
+and ``causal_conv1d_cuda``, on our kernels.
 
-Their functions take positions only, know no autograd, and write into buffers that the caller hands over, which models (Vim, VideoMamba, BIMBA)
-rely on: they pass the two halves of one gradient. Whatever device the tensors are on is served, a CPU included.
-Symbols: b batch, d channels, l tokens, n states, g groups, w taps.
+Their functions take positions only, know no autograd, and write into buffers that the caller hands
+over, which models (Vim, VideoMamba, BIMBA) rely on: they pass the two halves of one gradient.
+Whatever device the tensors are on is served, a CPU included. Symbols: b batch, d channels, l
+tokens, n states, g groups, w taps.
 """
 
 from __future__ import annotations
@@ -32,21 +34,35 @@ class ScanModule(NamedTuple):
 def selective_scan_fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     """``selective_scan_cuda.fwd``: u, delta, z (b, d, l); A (d, n); B, C (d, n) or (b, g, n, l); D, delta_bias (d,).
 
-    Returns [out, x] and, with ``z``, out * SiLU(z). out (b, d, l) is what ``z`` is not applied to; x (b, d, chunks, 2n) float32 holds for every
-    2,048 tokens the product of the decays so far and the state, one after the other: ``x[:, :, -1, 1::2]`` is the last state.
+    Returns [out, x] and, with ``z``, out * SiLU(z). out (b, d, l) is what ``z`` is not applied to;
+    x (b, d, chunks, 2n) float32 holds for every 2,048 tokens the product of the decays so far and
+    the state, one after the other: ``x[:, :, -1, 1::2]`` is the last state.
     """
     check_scan_layout(u, delta, A, B, C, z)
     # In float32, the gated result is rounded once, as theirs is.
-    out, x = _scan_with_states(u if z is None else u.to(torch.promote_types(u.dtype, torch.float32)), delta, A, B, C, D, delta_bias, delta_softplus)
+    out, x = _scan_with_states(
+        u if z is None else u.to(torch.promote_types(u.dtype, torch.float32)),
+        delta,
+        A,
+        B,
+        C,
+        D,
+        delta_bias,
+        delta_softplus,
+    )
     results = [channel_major(out, delta).to(u.dtype), x]
-    return results if z is None else [*results, channel_major(out * F.silu(token_major(z).to(out.dtype)), delta).to(u.dtype)]
+    return (
+        results
+        if z is None
+        else [*results, channel_major(out * F.silu(token_major(z).to(out.dtype)), delta).to(u.dtype)]
+    )
 
 
 def selective_scan_bwd(u, delta, A, B, C, D, z, delta_bias, dout, x, out, dz, delta_softplus, recompute_out_z):
     """``selective_scan_cuda.bwd``: the gradients [du, ddelta, dA, dB, dC, dD, ddelta_bias], with ``z`` also dz.
 
-    With ``recompute_out_z`` the result comes last.
-    dD and ddelta_bias are None where D and delta_bias are. ``dz`` (b, d, l), where given, is written to. ``x`` and ``out`` are not needed.
+    With ``recompute_out_z`` the result comes last. dD and ddelta_bias are None where D and
+    delta_bias are. ``dz`` (b, d, l), where given, is written to. ``x`` and ``out`` are not needed.
     """
     gated, grads = _scan_gradients((u, delta, A, B, C, D, delta_bias, z), dout, delta_softplus)
     results, dz_found = list(grads[:7]), grads[7]
@@ -61,7 +77,9 @@ def _core_fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, nrows=1):
 
 
 def _oflex_fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, nrows=1, out_float=True):
-    """``selective_scan_cuda_oflex.fwd`` of VMamba: out in float32 with ``out_float``; delta and delta_bias may have a divisor of u's channels."""
+    """``selective_scan_cuda_oflex.fwd`` of VMamba: out in float32 with ``out_float``; delta and
+    delta_bias may have a divisor of u's channels.
+    """
     delta, delta_bias = _repeated(u, delta, delta_bias)
     check_scan_layout(u, delta, A, B, C, None)
     dtype = torch.promote_types(u.dtype, torch.float32) if out_float else u.dtype
@@ -99,7 +117,11 @@ def _scan_with_states(u, delta, A, B, C, D, delta_bias, delta_softplus) -> tuple
             u[:, now], delta[:, now], A, B[:, now], C[:, now], D, delta_bias=delta_bias, delta_softplus=delta_softplus, initial_state=state,
             return_final_state=True,
         )  # fmt: skip
-        step = delta[:, now].to(state.dtype) if delta_bias is None else delta[:, now].to(state.dtype) + delta_bias.to(state.dtype)
+        step = (
+            delta[:, now].to(state.dtype)
+            if delta_bias is None
+            else delta[:, now].to(state.dtype) + delta_bias.to(state.dtype)
+        )
         total = total + (F.softplus(step) if delta_softplus else step).sum(1)
         decay = torch.exp(total.unsqueeze(-1) * A.to(state.dtype))
         outs.append(out)
@@ -107,7 +129,9 @@ def _scan_with_states(u, delta, A, B, C, D, delta_bias, delta_softplus) -> tuple
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1), torch.stack(pairs, 2)
 
 
-def _scan_gradients(operands: tuple[Tensor | None, ...], dout: Tensor, delta_softplus: bool) -> tuple[Tensor, list[Tensor | None]]:
+def _scan_gradients(
+    operands: tuple[Tensor | None, ...], dout: Tensor, delta_softplus: bool
+) -> tuple[Tensor, list[Tensor | None]]:
     """The gated result (b, d, l), and the gradient of each of u, delta, A, B, C, D, delta_bias, z; None for None."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in operands]
     with torch.enable_grad():
@@ -125,7 +149,9 @@ def _scan_gradients(operands: tuple[Tensor | None, ...], dout: Tensor, delta_sof
 
 
 def causal_conv1d_fwd_function(x, weight, bias, seq_idx, initial_states, final_states_out, silu_activation):
-    """``causal_conv1d.cpp_functions``: x (b, d, l), weight (d, w), bias (d,) -> (b, d, l); ``final_states_out`` (b, d, w - 1) is written to."""
+    """``causal_conv1d.cpp_functions``: x (b, d, l), weight (d, w), bias (d,) -> (b, d, l);
+    ``final_states_out`` (b, d, w - 1) is written to.
+    """
     found = causal_conv1d_fn(
         x, weight, bias, seq_idx, initial_states, final_states_out is not None, final_states_out, "silu" if silu_activation else None
     )  # fmt: skip
@@ -135,7 +161,8 @@ def causal_conv1d_fwd_function(x, weight, bias, seq_idx, initial_states, final_s
 def causal_conv1d_bwd_function(
     x, weight, bias, dout, seq_idx, initial_states, dfinal_states, dx, return_dinitial_states, silu_activation
 ):  # fmt: skip
-    """``causal_conv1d.cpp_functions``: the gradients (dx, dweight, dbias, dinitial_states); None where there is no bias or no wish for the last.
+    """``causal_conv1d.cpp_functions``: the gradients (dx, dweight, dbias, dinitial_states); None
+    where there is no bias or no wish for the last.
 
     ``dx``, where given, is written to.
     """
@@ -156,15 +183,21 @@ def causal_conv1d_bwd_function(
 
 
 def causal_conv1d_update_function(x, conv_state, weight, bias, silu_activation, cache_seqlens, conv_state_indices):
-    """``causal_conv1d.cpp_functions``: :func:`storm_kernels.interop.causal_conv1d.causal_conv1d_update` with a switch for its activation."""
-    return causal_conv1d_update(x, conv_state, weight, bias, "silu" if silu_activation else None, cache_seqlens, conv_state_indices)
+    """``causal_conv1d.cpp_functions``:
+    :func:`storm_kernels.interop.causal_conv1d.causal_conv1d_update` with a switch for its
+    activation.
+    """
+    return causal_conv1d_update(
+        x, conv_state, weight, bias, "silu" if silu_activation else None, cache_seqlens, conv_state_indices
+    )
 
 
 def causal_conv1d_fwd(*args):
     """``causal_conv1d_cuda.causal_conv1d_fwd`` in each of its generations, told apart by the number of arguments.
 
-    1.0: (x, weight, bias, silu); 1.1: (..., seq_idx, silu); 1.2: (..., seq_idx, initial_states, final_states_out, silu), all of which return the
-    result (b, d, l); 1.5.1: (..., seq_idx, initial_states, out, final_states_out, silu), which writes it to ``out``.
+    1.0: (x, weight, bias, silu); 1.1: (..., seq_idx, silu); 1.2: (..., seq_idx, initial_states,
+    final_states_out, silu), all of which return the result (b, d, l); 1.5.1: (..., seq_idx,
+    initial_states, out, final_states_out, silu), which writes it to ``out``.
     """
     if len(args) == 8:
         *first, out, final_states_out, silu = args
@@ -177,9 +210,11 @@ def causal_conv1d_fwd(*args):
 def causal_conv1d_bwd(*args):
     """``causal_conv1d_cuda.causal_conv1d_bwd`` in each of its generations, told apart by the number of arguments.
 
-    1.0: (x, weight, bias, dout, dx, silu); 1.1: (..., dout, seq_idx, dx, silu), which return [dx, dweight, dbias]; 1.2: (..., dout, seq_idx,
-    initial_states, dfinal_states, dx, return_dinitial_states, silu), which adds dinitial_states to them; 1.5.1: (..., dout, seq_idx,
-    initial_states, dfinal_states, dx, dweight, dbias, dinitial_states, silu), which writes dx and dinitial_states and adds to the others.
+    1.0: (x, weight, bias, dout, dx, silu); 1.1: (..., dout, seq_idx, dx, silu), which return [dx,
+    dweight, dbias]; 1.2: (..., dout, seq_idx, initial_states, dfinal_states, dx,
+    return_dinitial_states, silu), which adds dinitial_states to them; 1.5.1: (..., dout, seq_idx,
+    initial_states, dfinal_states, dx, dweight, dbias, dinitial_states, silu), which writes dx and
+    dinitial_states and adds to the others.
     """
     if len(args) == 12:
         *first, dx, dweight, dbias, dinitial_states, silu = args
@@ -200,8 +235,9 @@ def causal_conv1d_bwd(*args):
 def causal_conv1d_update_compiled(*args):
     """``causal_conv1d_cuda.causal_conv1d_update`` in each of its generations, told apart by the number of arguments.
 
-    1.0: (x, conv_state, weight, bias, silu); 1.4: (..., silu, cache_seqlens, conv_state_indices), both of which return the result in x's shape;
-    1.5.1: (..., bias, out, silu, cache_seqlens, conv_state_indices), which writes it to ``out``.
+    1.0: (x, conv_state, weight, bias, silu); 1.4: (..., silu, cache_seqlens, conv_state_indices),
+    both of which return the result in x's shape; 1.5.1: (..., bias, out, silu, cache_seqlens,
+    conv_state_indices), which writes it to ``out``.
     """
     if len(args) == 8:
         *first, out, silu, cache_seqlens, conv_state_indices = args
@@ -214,5 +250,7 @@ def causal_conv1d_update_compiled(*args):
 def _missing(name: str, args: tuple, absent: dict[int, int], newest: str) -> tuple[None, ...]:
     """So many None as this number of arguments leaves out."""
     if len(args) not in absent:
-        raise TypeError(f"{name} takes {', '.join(map(str, absent))}{newest} arguments, as one version of causal_conv1d has them, got {len(args)}")
+        raise TypeError(
+            f"{name} takes {', '.join(map(str, absent))}{newest} arguments, as one version of causal_conv1d has them, got {len(args)}"
+        )
     return (None,) * absent[len(args)]

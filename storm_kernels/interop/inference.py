@@ -13,7 +13,9 @@ from torch import Tensor
 
 @dataclass
 class InferenceParams:
-    """What a mixer keeps from one token to the next: ``key_value_memory_dict`` holds (conv_state, ssm_state) by layer_idx."""
+    """What a mixer keeps from one token to the next: ``key_value_memory_dict`` holds (conv_state,
+    ssm_state) by layer_idx.
+    """
 
     max_seqlen: int
     max_batch_size: int
@@ -32,7 +34,9 @@ class InferenceParams:
 
 @dataclass
 class DecodedTokens:
-    """What :func:`decode` returns: ``sequences`` (b, l) and, if they were asked for, ``scores``: logits (b, vocabulary) of each new token."""
+    """What :func:`decode` returns: ``sequences`` (b, l) and, if they were asked for, ``scores``:
+    logits (b, vocabulary) of each new token.
+    """
 
     sequences: Tensor
     scores: tuple[Tensor, ...] | None = None
@@ -58,10 +62,12 @@ def decode(
 ) -> DecodedTokens:
     """Greedy decoding: input_ids (b, l) -> sequences (b, at most ``max_length``).
 
-    ``model(input_ids, inference_params=...)`` returns logits, bare or as ``.logits``. Greedy is what ``top_k=1`` means, whatever ``top_p``,
-    ``min_p`` and ``temperature`` say; other values of ``top_k``, and a ``repetition_penalty``, raise. Decoding stops where every sequence
-    has ``eos_token_id`` at once. ``teacher_outputs`` (b, m) replace the choice of the first m tokens; only the first ``vocab_size`` logits
-    count; ``streamer`` has ``put`` and ``end``. ``cg`` and ``enable_timing`` (a CUDA graph, a printed time) change nothing.
+    ``model(input_ids, inference_params=...)`` returns logits, bare or as ``.logits``. Greedy is
+    what ``top_k=1`` means, whatever ``top_p``, ``min_p`` and ``temperature`` say; other values of
+    ``top_k``, and a ``repetition_penalty``, raise. Decoding stops where every sequence has
+    ``eos_token_id`` at once. ``teacher_outputs`` (b, m) replace the choice of the first m tokens;
+    only the first ``vocab_size`` logits count; ``streamer`` has ``put`` and ``end``. ``cg`` and
+    ``enable_timing`` (a CUDA graph, a printed time) change nothing.
     """
     if top_k != 1 or repetition_penalty != 1.0:
         raise NotImplementedError(
@@ -92,7 +98,9 @@ def decode(
 
 
 class GenerationMixin:
-    """Greedy generation for a language model whose forward takes (input_ids, inference_params=...) and returns logits, bare or as ``.logits``."""
+    """Greedy generation for a language model whose forward takes (input_ids, inference_params=...)
+    and returns logits, bare or as ``.logits``.
+    """
 
     def generate(
         self,
@@ -107,7 +115,9 @@ class GenerationMixin:
         **options,
     ) -> Tensor | DecodedTokens:
         """input_ids (b, l) -> (b, at most ``max_length``), or :class:`DecodedTokens`; options as in :func:`decode`."""
-        found = decode(input_ids, self, max_length, top_k, top_p, min_p, temperature, output_scores=output_scores, **options)
+        found = decode(
+            input_ids, self, max_length, top_k, top_p, min_p, temperature, output_scores=output_scores, **options
+        )
         return found if return_dict_in_generate else found.sequences
 
 
@@ -118,7 +128,9 @@ def load_config_hf(model_name: str) -> dict:
 
 
 def load_state_dict_hf(model_name: str, device=None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The weights in model.safetensors of a local folder, or of the hub; pickled weights are refused, for reading a pickle can run code."""
+    """The weights in model.safetensors of a local folder, or of the hub; pickled weights are
+    refused, for reading a pickle can run code.
+    """
     from safetensors.torch import load_file
 
     try:

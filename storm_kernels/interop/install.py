@@ -1,6 +1,8 @@
-"""``import mamba_ssm``, ``import causal_conv1d`` and their compiled modules where the originals are absent, or on request in their place.
+"""``import mamba_ssm``, ``import causal_conv1d`` and their compiled modules where the originals are
+absent, or on request in their place.
 
-What is offered stands in :mod:`storm_kernels.interop.packages`; anything else is an ImportError that names it, as for any module.
+What is offered stands in :mod:`storm_kernels.interop.packages`; anything else is an ImportError
+that names it, as for any module.
 """
 
 from __future__ import annotations
@@ -34,12 +36,14 @@ class InstallReport:
 
 
 def install(*, replace: bool = False) -> InstallReport:
-    """Make ``import mamba_ssm`` and ``import causal_conv1d`` resolve to storm_kernels, in this process, until :func:`uninstall`.
+    """Make ``import mamba_ssm`` and ``import causal_conv1d`` resolve to storm_kernels, in this
+    process, until :func:`uninstall`.
 
-    So do the compiled modules behind them, which some models import themselves: ``selective_scan_cuda``, VMamba's ``selective_scan_cuda_core``
-    and ``selective_scan_cuda_oflex``, and ``causal_conv1d_cuda``.
-    A package that is really there is left alone, and the report says so; ``replace=True`` puts ours in its place and warns. What was imported
-    from it before keeps what it has.
+    So do the compiled modules behind them, which some models import themselves:
+    ``selective_scan_cuda``, VMamba's ``selective_scan_cuda_core`` and
+    ``selective_scan_cuda_oflex``, and ``causal_conv1d_cuda``. A package that is really there is
+    left alone, and the report says so; ``replace=True`` puts ours in its place and warns. What was
+    imported from it before keeps what it has.
     """
     installed, skipped = [], {}
     for package, modules in PACKAGES.items():
@@ -52,14 +56,18 @@ def install(*, replace: bool = False) -> InstallReport:
             continue
         if origin:
             warnings.warn(f"storm_kernels takes the place of {package} at {origin}", stacklevel=2)
-        _displaced[package] = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == package}
+        _displaced[package] = {
+            name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == package
+        }
         _add(modules)
         installed.append(package)
     return InstallReport(tuple(installed), skipped)
 
 
 def uninstall() -> tuple[str, ...]:
-    """Undo :func:`install`; returns the packages that no longer resolve to storm_kernels. Raises RuntimeError if none did."""
+    """Undo :func:`install`; returns the packages that no longer resolve to storm_kernels. Raises
+    RuntimeError if none did.
+    """
     if not _displaced:
         raise RuntimeError("uninstall: neither mamba_ssm nor causal_conv1d resolves to storm_kernels")
     names = tuple(_displaced)
@@ -82,11 +90,17 @@ def _add(modules: dict[str, dict]) -> None:
     for name, names in modules.items():
         module = ModuleType(name, f"{name}, provided by storm_kernels.interop.")
         is_package = any(other.startswith(f"{name}.") for other in modules)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, loader=None, origin="storm_kernels.interop", is_package=is_package)
+        module.__spec__ = importlib.machinery.ModuleSpec(
+            name, loader=None, origin="storm_kernels.interop", is_package=is_package
+        )
         module.__package__ = name if is_package else name.rpartition(".")[0]
         if is_package:
             module.__path__ = []
-        looked_up = {key: value for key, value in names.items() if key == "mamba_inner_fn" or isinstance(value, Absent) or _is_absent_class(value)}
+        looked_up = {
+            key: value
+            for key, value in names.items()
+            if key == "mamba_inner_fn" or isinstance(value, Absent) or _is_absent_class(value)
+        }
         vars(module).update({key: value for key, value in names.items() if key not in looked_up})
         if looked_up:
             module.__all__ = [key for key in names if not key.startswith("_")]
@@ -104,10 +118,12 @@ def _is_absent_class(value: object) -> bool:
 def _lookup(module: str, names: dict[str, object]) -> Callable[[str], object]:
     """The ``__getattr__`` of a module for the names whose value depends on who asks.
 
-    transformers, which has plain code beside each kernel, is not shown what would raise. In place of mamba_inner_fn it gets back the function
-    that it holds beside it, which tells a mixer to run its steps one by one, on our convolution and scan: mamba_inner_fn knows neither the
-    activation and the padding of the mixer, nor adapters and hooks on its projections, and it norms delta after the projection of delta where
-    FalconMamba norms it before. So training computes what inference does.
+    transformers, which has plain code beside each kernel, is not shown what would raise. In place
+    of mamba_inner_fn it gets back the function that it holds beside it, which tells a mixer to run
+    its steps one by one, on our convolution and scan: mamba_inner_fn knows neither the activation
+    and the padding of the mixer, nor adapters and hooks on its projections, and it norms delta
+    after the projection of delta where FalconMamba norms it before. So training computes what
+    inference does.
     """
 
     def __getattr__(name: str) -> object:
@@ -131,7 +147,8 @@ def _of_transformers(frame: FrameType | None) -> bool:
 def _fallback_of(frame: FrameType | None) -> Callable | None:
     """The function of one of transformers' models that it is about to replace by ours, or None.
 
-    Its decorator holds it in a local variable. A module's own frame is not asked: its locals are all that the module has.
+    Its decorator holds it in a local variable. A module's own frame is not asked: its locals are
+    all that the module has.
     """
     while _of_transformers(frame) and frame.f_code.co_name != "<module>":
         for value in frame.f_locals.values():
@@ -142,7 +159,9 @@ def _fallback_of(frame: FrameType | None) -> Callable | None:
 
 
 def _stand_in(fallback: Callable) -> Callable:
-    """``fallback`` under another identity, for transformers takes the same function as "nothing is installed" and says so."""
+    """``fallback`` under another identity, for transformers takes the same function as "nothing is
+    installed" and says so.
+    """
 
     @functools.wraps(fallback)
     def call(*args, **kwargs):

@@ -1,6 +1,8 @@
-"""mamba_ssm's language model of Mamba-1 blocks, with its parameter names: ``backbone.layers.N.mixer.*`` and so on, ``lm_head.weight`` tied.
+"""mamba_ssm's language model of Mamba-1 blocks, with its parameter names:
+``backbone.layers.N.mixer.*`` and so on, ``lm_head.weight`` tied.
 
-Checkpoints of the original load, its blocks serve other models, and generation is greedy (:mod:`storm_kernels.interop.inference`).
+Checkpoints of the original load, its blocks serve other models, and generation is greedy
+(:mod:`storm_kernels.interop.inference`).
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ class GatedMLP(nn.Module):
         hidden = math.ceil(wanted / multiple_of) * multiple_of
         self.fc1 = nn.Linear(in_features, 2 * hidden, bias=bias, device=device, dtype=dtype)
         self.activation = activation
-        self.fc2 = nn.Linear(hidden, in_features if out_features is None else out_features, bias=bias, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(
+            hidden, in_features if out_features is None else out_features, bias=bias, device=device, dtype=dtype
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
@@ -84,9 +88,13 @@ class Block(nn.Module):
         if mlp_cls is not nn.Identity:
             self.norm2, self.mlp = norm_cls(dim), mlp_cls(dim)
         if fused_add_norm and not isinstance(self.norm, nn.LayerNorm | RMSNorm):
-            raise TypeError(f"fused_add_norm wants norm_cls to make a LayerNorm or mamba_ssm's RMSNorm, got {type(self.norm).__name__}")
+            raise TypeError(
+                f"fused_add_norm wants norm_cls to make a LayerNorm or mamba_ssm's RMSNorm, got {type(self.norm).__name__}"
+            )
 
-    def forward(self, hidden_states: Tensor, residual: Tensor | None = None, inference_params=None, **mixer_kwargs) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden_states: Tensor, residual: Tensor | None = None, inference_params=None, **mixer_kwargs
+    ) -> tuple[Tensor, Tensor]:
         """hidden_states, residual (b, l, dim) -> both, the residual not yet added."""
         hidden_states, residual = self._add_and_norm(hidden_states, residual, self.norm)
         hidden_states = self.mixer(hidden_states, inference_params=inference_params, **mixer_kwargs)
@@ -137,20 +145,34 @@ def create_block(
     """The block number ``layer_idx`` of the model that these entries of :class:`MambaConfig` describe."""
     factory = {"device": device, "dtype": dtype}
     if layer_idx in (attn_layer_idx or ()):
-        raise NotImplementedError(f"attn_layer_idx={attn_layer_idx!r}: attention layers (MHA) are not supported, only Mamba-1 layers are")
+        raise NotImplementedError(
+            f"attn_layer_idx={attn_layer_idx!r}: attention layers (MHA) are not supported, only Mamba-1 layers are"
+        )
     options = dict(ssm_cfg or {})
     layer = options.pop("layer", "Mamba1")
     if layer != "Mamba1":
-        raise NotImplementedError(f"ssm_cfg['layer'] is {layer!r}: only 'Mamba1' is supported; transformers has Mamba-2")
-    mlp = nn.Identity if d_intermediate == 0 else partial(GatedMLP, hidden_features=d_intermediate, out_features=d_model, **factory)
+        raise NotImplementedError(
+            f"ssm_cfg['layer'] is {layer!r}: only 'Mamba1' is supported; transformers has Mamba-2"
+        )
+    mlp = (
+        nn.Identity
+        if d_intermediate == 0
+        else partial(GatedMLP, hidden_features=d_intermediate, out_features=d_model, **factory)
+    )
     norm = partial(RMSNorm if rms_norm else nn.LayerNorm, eps=norm_epsilon, **factory)
-    block = Block(d_model, partial(Mamba, layer_idx=layer_idx, **options, **factory), mlp, norm, fused_add_norm, residual_in_fp32)
+    block = Block(
+        d_model, partial(Mamba, layer_idx=layer_idx, **options, **factory), mlp, norm, fused_add_norm, residual_in_fp32
+    )
     block.layer_idx = layer_idx
     return block
 
 
-def _initialise(module: nn.Module, n_layer: int, initializer_range=0.02, rescale_prenorm_residual=True, n_residuals_per_layer=1) -> None:
-    """Embeddings normal, biases zero, and what is added to the residual scaled down by the number of such additions (GPT-2)."""
+def _initialise(
+    module: nn.Module, n_layer: int, initializer_range=0.02, rescale_prenorm_residual=True, n_residuals_per_layer=1
+) -> None:
+    """Embeddings normal, biases zero, and what is added to the residual scaled down by the number
+    of such additions (GPT-2).
+    """
     if isinstance(module, nn.Linear) and module.bias is not None and not getattr(module.bias, "_no_reinit", False):
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
@@ -164,7 +186,9 @@ def _initialise(module: nn.Module, n_layer: int, initializer_range=0.02, rescale
 
 
 class MixerModel(nn.Module):
-    """Embedding, blocks and a last norm; arguments as in :class:`MambaConfig`. ``initializer_cfg`` goes to the initialisation."""
+    """Embedding, blocks and a last norm; arguments as in :class:`MambaConfig`. ``initializer_cfg``
+    goes to the initialisation.
+    """
 
     def __init__(
         self,
@@ -197,7 +221,10 @@ class MixerModel(nn.Module):
 
     def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
         """The states of every layer, by its number."""
-        return {i: layer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs) for i, layer in enumerate(self.layers)}
+        return {
+            i: layer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
+            for i, layer in enumerate(self.layers)
+        }
 
     def forward(self, input_ids: Tensor, inference_params=None, **mixer_kwargs) -> Tensor:
         """input_ids (b, l) -> (b, l, d_model)."""
@@ -244,8 +271,12 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         """The states of every layer, by its number."""
         return self.backbone.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
 
-    def forward(self, input_ids: Tensor, position_ids=None, inference_params=None, num_last_tokens: int = 0, **mixer_kwargs) -> CausalLMOutput:
-        """input_ids (b, l) -> ``.logits`` (b, l, vocabulary), of the last ``num_last_tokens`` if above 0. ``position_ids`` changes nothing."""
+    def forward(
+        self, input_ids: Tensor, position_ids=None, inference_params=None, num_last_tokens: int = 0, **mixer_kwargs
+    ) -> CausalLMOutput:
+        """input_ids (b, l) -> ``.logits`` (b, l, vocabulary), of the last ``num_last_tokens`` if
+        above 0. ``position_ids`` changes nothing.
+        """
         hidden = self.backbone(input_ids, inference_params=inference_params, **mixer_kwargs)
         return CausalLMOutput(self.lm_head(hidden[:, -num_last_tokens:] if num_last_tokens > 0 else hidden))
 
@@ -273,6 +304,8 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         tied = self.config.tie_embeddings
-        weights = {name: w.contiguous() for name, w in self.state_dict().items() if not (tied and name == "lm_head.weight")}
+        weights = {
+            name: w.contiguous() for name, w in self.state_dict().items() if not (tied and name == "lm_head.weight")
+        }
         save_file(weights, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=4))

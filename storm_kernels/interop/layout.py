@@ -1,4 +1,6 @@
-"""From the channel-major layout of the original libraries, (batch, channels, length), to our token-major one, and the checks both need."""
+"""From the channel-major layout of the original libraries, (batch, channels, length), to our
+token-major one, and the checks both need.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +9,26 @@ from torch import Tensor
 
 
 def token_major(x: Tensor | None) -> Tensor | None:
-    """(b, d, l) -> (b, l, d) with the channels innermost in memory, as the kernels read: a view, or a copy where x has the length innermost."""
+    """(b, d, l) -> (b, l, d) with the channels innermost in memory, as the kernels read: a view, or
+    a copy where x has the length innermost.
+    """
     if x is None:
         return None
     return _turned(x) if x.stride(-1) == 1 and x.shape[1] > 1 else x.transpose(1, 2)
 
 
 def channel_major(y: Tensor, like: Tensor) -> Tensor:
-    """(b, l, d) -> (b, d, l): with the length innermost in memory where ``like`` (b, d, l) has it there, as the originals return it, else a view."""
+    """(b, l, d) -> (b, d, l): with the length innermost in memory where ``like`` (b, d, l) has it
+    there, as the originals return it, else a view.
+    """
     return _turned(y) if like.stride(-1) == 1 else y.transpose(1, 2)
 
 
 def _turned(x: Tensor) -> Tensor:
     """(b, m, n) -> (b, n, m), contiguous.
 
-    On a CPU one matrix after the other: PyTorch copies a transposed matrix by blocks, but more than two axes element by element, which takes
-    about four times as long (2048 x 1536, float32).
+    On a CPU one matrix after the other: PyTorch copies a transposed matrix by blocks, but more than
+    two axes element by element, which takes about four times as long (2048 x 1536, float32).
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return x.transpose(1, 2).contiguous()
@@ -33,7 +39,9 @@ def _turned(x: Tensor) -> Tensor:
 
 
 def read_slots(states: Tensor, slots: Tensor | None) -> Tensor:
-    """The rows of ``states`` that ``slots`` (b,) names, copied; a negative slot is padding and gets some row. All rows where ``slots`` is None."""
+    """The rows of ``states`` that ``slots`` (b,) names, copied; a negative slot is padding and gets
+    some row. All rows where ``slots`` is None.
+    """
     return states.clone() if slots is None else states[slots.clamp(min=0)]
 
 
@@ -41,7 +49,8 @@ def read_slots(states: Tensor, slots: Tensor | None) -> Tensor:
 def write_slots(states: Tensor, slots: Tensor | None, rows: Tensor) -> None:
     """Write ``rows`` (b, ...) back to where :func:`read_slots` took them from; a row of padding is dropped.
 
-    Nothing here waits for the device: a row of padding repeats the first one that is none, or, where all are padding, what row 0 holds already.
+    Nothing here waits for the device: a row of padding repeats the first one that is none, or,
+    where all are padding, what row 0 holds already.
     """
     if slots is None:
         states.copy_(rows)
@@ -50,7 +59,9 @@ def write_slots(states: Tensor, slots: Tensor | None, rows: Tensor) -> None:
         return
     slots = slots.to(states.device)
     real = slots >= 0
-    source = torch.where(real, torch.arange(len(slots), dtype=torch.int64, device=slots.device), real.to(torch.int32).argmax())
+    source = torch.where(
+        real, torch.arange(len(slots), dtype=torch.int64, device=slots.device), real.to(torch.int32).argmax()
+    )
     target = slots[source].clamp(min=0)
     keep = (~real[source]).view(-1, *[1] * (rows.dim() - 1))
     states[target] = torch.where(keep, states[target], rows[source].to(states.dtype))
@@ -65,7 +76,9 @@ def check_scan_layout(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     """Raise if a tensor is complex or not laid out as ``selective_scan_fn`` of mamba_ssm has it."""
     for name, tensor in (("A", A), ("B", B), ("C", C), ("u", u)):
         if tensor.is_complex():
-            raise TypeError(f"{name} is {tensor.dtype}: complex state spaces are not supported; only real A, B and C are")
+            raise TypeError(
+                f"{name} is {tensor.dtype}: complex state spaces are not supported; only real A, B and C are"
+            )
     if u.dim() != 3:
         raise ValueError(f"u must be (batch, channels, length), got shape {tuple(u.shape)}")
     if A.dim() != 2:
@@ -74,7 +87,9 @@ def check_scan_layout(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
         hint = ""
         if u.shape[2] == A.shape[0]:
             hint = "; its last axis has A's channels, so it looks token-major: transpose it, or call storm_kernels.selective_scan"
-        raise ValueError(f"u must be (batch, channels, length) with the {A.shape[0]} channels of A, got shape {tuple(u.shape)}{hint}")
+        raise ValueError(
+            f"u must be (batch, channels, length) with the {A.shape[0]} channels of A, got shape {tuple(u.shape)}{hint}"
+        )
     for name, tensor in (("delta", delta), ("z", z)):
         if tensor is not None and tensor.shape != u.shape:
             raise ValueError(f"{name} must have the shape of u, {tuple(u.shape)}, got {tuple(tensor.shape)}")

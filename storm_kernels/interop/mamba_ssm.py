@@ -1,7 +1,9 @@
-"""The functions and the module of mamba_ssm (Mamba-1) on our kernels: signatures, layouts, dtypes and parameter names are theirs.
+"""The functions and the module of mamba_ssm (Mamba-1) on our kernels: signatures, layouts, dtypes
+and parameter names are theirs.
 
-Symbols: b batch, d channels (d_inner), l tokens, n states, g groups of channels that share B and C. Every tensor argument gets a gradient,
-the RMS weights of ``mamba_inner_fn`` included. Contracts: docs/compat.md, Call signatures.
+Symbols: b batch, d channels (d_inner), l tokens, n states, g groups of channels that share B and C.
+Every tensor argument gets a gradient, the RMS weights of ``mamba_inner_fn`` included. Contracts:
+docs/compat.md, Call signatures.
 """
 
 from __future__ import annotations
@@ -13,7 +15,16 @@ from torch import Tensor
 from .. import ops, reference
 from ..backends import dispatch
 from ..nn.linear import linear
-from .layout import accumulate, channel_major, check_scan_layout, read_slots, scan_operands, token_major, write_slots, zero_padding
+from .layout import (
+    accumulate,
+    channel_major,
+    check_scan_layout,
+    read_slots,
+    scan_operands,
+    token_major,
+    write_slots,
+    zero_padding,
+)
 from .mixer import Mamba
 from .norms import RMSNorm, layer_norm_fn, rms_norm_fn
 
@@ -31,17 +42,22 @@ __all__ = [
 ]
 
 
-def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
+def selective_scan_fn(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+):
     """Mamba's selective scan (arXiv 2312.00752, algorithm 2).
 
-    u, delta, z (b, d, l); A (d, n) real; B, C (d, n), (b, n, l) or (b, g, n, l); D, delta_bias (d,).
-    Returns (b, d, l) in u's dtype, contiguous where u's last axis is, and, with ``return_last_state``, the state after the last token
-    (b, d, n) in float32, which gets gradients.
+    u, delta, z (b, d, l); A (d, n) real; B, C (d, n), (b, n, l) or (b, g, n, l); D, delta_bias
+    (d,). Returns (b, d, l) in u's dtype, contiguous where u's last axis is, and, with
+    ``return_last_state``, the state after the last token (b, d, n) in float32, which gets
+    gradients.
     """
     return _scan(ops.selective_scan, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 
-def selective_scan_ref(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
+def selective_scan_ref(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+):
     """:func:`selective_scan_fn` in plain PyTorch, one token after the other, whatever backend is chosen."""
     return _scan(reference.selective_scan, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
@@ -90,9 +106,11 @@ def mamba_inner_fn(
     dt_rms_weight=None,
     b_c_dt_rms_eps=1e-6,
 ):
-    """A Mamba mixer after its in_proj: convolution, projections, scan, gate, out_proj. xz (b, 2d, l) -> (b, l, d_model).
+    """A Mamba mixer after its in_proj: convolution, projections, scan, gate, out_proj. xz (b, 2d,
+    l) -> (b, l, d_model).
 
-    conv1d_weight (d, 1, w); x_proj_weight (r + 2n, d); delta_proj_weight (d, r); A (d, n). B or C, where given (as in
+    conv1d_weight (d, 1, w); x_proj_weight (r + 2n, d); delta_proj_weight (d, r); A (d, n). B or C,
+    where given (as in
     :func:`selective_scan_fn`), replace the projected ones, and x_proj_weight need not have their n rows; otherwise ``B_proj_bias`` (n,) and
     ``C_proj_bias`` (n,) are added to those. ``b_rms_weight`` (n,), ``c_rms_weight`` (n,) and ``dt_rms_weight`` switch on RMS norms: of B, of C,
     and of delta after its projection, if that weight is (d,) as mamba_ssm has it, or before it, if it is (r,); where r = d it is after.
@@ -123,11 +141,15 @@ def inner_operands(
     rms: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """From xz (b, 2d, l) all that the scan needs, token-major: u, z (b, l, d) and delta (b, l, d), B, C (b, l, g, n)."""
+    """From xz (b, 2d, l) all that the scan needs, token-major: u, z (b, l, d) and delta (b, l, d),
+    B, C (b, l, g, n).
+    """
     if A.is_complex():
         raise TypeError(f"A is {A.dtype}: complex state spaces are not supported; only real A is")
     if xz.dim() != 3 or xz.shape[1] != 2 * A.shape[0]:
-        raise ValueError(f"xz must be (batch, 2 * channels, length) with the {A.shape[0]} channels of A, got shape {tuple(xz.shape)}")
+        raise ValueError(
+            f"xz must be (batch, 2 * channels, length) with the {A.shape[0]} channels of A, got shape {tuple(xz.shape)}"
+        )
     batch, _, length = xz.shape
     channels, states = A.shape
     x, z = token_major(xz).chunk(2, dim=-1)
@@ -147,7 +169,9 @@ def inner_operands(
 def _projected(
     u: Tensor, x_proj_weight: Tensor, rank: int, states: int, B: Tensor | None, C: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dt (b, l, r), and B and C (b, l, n) where they are not given. x_proj_weight has the rows of what is projected, or all r + 2n."""
+    """dt (b, l, r), and B and C (b, l, n) where they are not given. x_proj_weight has the rows of
+    what is projected, or all r + 2n.
+    """
     needed, rows = rank + states * ((B is None) + (C is None)), x_proj_weight.shape[0]
     if rows not in (needed, rank + 2 * states):
         raise ValueError(
@@ -170,7 +194,9 @@ def _given_or_projected(given: Tensor | None, projected: Tensor | None, bias: Te
 
 
 def _norms_before(dt_rms_weight: Tensor | None, channels: int, rank: int) -> bool:
-    """Whether delta's norm comes before delta_proj, read off the weight's length; (d,) means after it, as in mamba_ssm."""
+    """Whether delta's norm comes before delta_proj, read off the weight's length; (d,) means after
+    it, as in mamba_ssm.
+    """
     if dt_rms_weight is None or dt_rms_weight.shape == (channels,):
         return False
     if dt_rms_weight.shape != (rank,):
@@ -212,18 +238,23 @@ def mamba_inner_ref(
         )  # fmt: skip
 
 
-def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, state_batch_indices=None):
+def selective_state_update(
+    state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, state_batch_indices=None
+):
     """One token of the recurrence: ``state`` (b, d, n) is updated in place, (b, d) in x's dtype is returned.
 
-    x, dt, z (b, d); A (d, n); B, C (b, n) or (b, g, n); D, dt_bias (d,). With heads every d becomes (h, d), as in state (b, h, d, n).
-    ``state_batch_indices`` (b,) names the rows of a larger ``state`` that belong to the batch; a negative one is padding: the result is zero
-    there, and no row is touched.
-    Gradients reach every argument of this step, the state before it included; the updated state carries none to the next step.
+    x, dt, z (b, d); A (d, n); B, C (b, n) or (b, g, n); D, dt_bias (d,). With heads every d becomes
+    (h, d), as in state (b, h, d, n). ``state_batch_indices`` (b,) names the rows of a larger
+    ``state`` that belong to the batch; a negative one is padding: the result is zero there, and no
+    row is touched. Gradients reach every argument of this step, the state before it included; the
+    updated state carries none to the next step.
     """
     if A.is_complex():
         raise TypeError(f"A is {A.dtype}: complex state spaces are not supported; only real A is")
     if state.dim() not in (3, 4) or state.dim() != x.dim() + 1:
-        raise ValueError(f"state must be (batch, [heads,] channels, states) and x one axis less, got {tuple(state.shape)} and {tuple(x.shape)}")
+        raise ValueError(
+            f"state must be (batch, [heads,] channels, states) and x one axis less, got {tuple(state.shape)} and {tuple(x.shape)}"
+        )
     acc = accumulate(state, x, A)
     # A copy, for autograd needs the state as it was before the update in place.
     old = read_slots(state, state_batch_indices).to(acc)
@@ -245,7 +276,9 @@ def selective_state_update_ref(state, x, dt, A, B, C, D=None, z=None, dt_bias=No
 
 
 def _per_head(x: Tensor, heads: int, state_dims: int) -> Tensor:
-    """B or C, (b, n) or (b, g, n), as it multiplies a state of ``state_dims`` axes whose second axis has ``heads`` entries."""
+    """B or C, (b, n) or (b, g, n), as it multiplies a state of ``state_dims`` axes whose second
+    axis has ``heads`` entries.
+    """
     x = x.unsqueeze(1) if x.dim() == 2 else x
     if x.shape[1] not in (1, heads):
         x = x.repeat_interleave(heads // x.shape[1], 1)

@@ -23,10 +23,13 @@ def check_bimamba_type(bimamba_type: str | None) -> str:
     kind = "none" if bimamba_type is None else bimamba_type
     if kind == "v3":
         raise NotImplementedError(
-            "bimamba_type='v3' (SegMamba's third scan, over slices) is not supported; supported are " + ", ".join(map(repr, BIDIRECTIONAL_TYPES))
+            "bimamba_type='v3' (SegMamba's third scan, over slices) is not supported; supported are "
+            + ", ".join(map(repr, BIDIRECTIONAL_TYPES))
         )
     if kind not in BIDIRECTIONAL_TYPES:
-        raise ValueError(f"bimamba_type must be one of {', '.join(map(repr, BIDIRECTIONAL_TYPES))}, got {bimamba_type!r}")
+        raise ValueError(
+            f"bimamba_type must be one of {', '.join(map(repr, BIDIRECTIONAL_TYPES))}, got {bimamba_type!r}"
+        )
     return kind
 
 
@@ -43,14 +46,17 @@ class MambaForward(nn.Module):
     def forward(self, hidden_states: Tensor, inference_params=None, T: int = 1) -> Tensor:
         """hidden_states (b, l, d_model) -> the same shape.
 
-        ``inference_params`` (an object with ``seqlen_offset`` and ``key_value_memory_dict``) makes a forward-only mixer keep its state and, with an
-        offset above 0, take one token at a time; a bidirectional mixer needs the whole sequence and raises. ``T``, VideoMamba's
-        number of frames, is accepted and changes nothing, as there.
+        ``inference_params`` (an object with ``seqlen_offset`` and ``key_value_memory_dict``) makes
+        a forward-only mixer keep its state and, with an offset above 0, take one token at a time; a
+        bidirectional mixer needs the whole sequence and raises. ``T``, VideoMamba's number of
+        frames, is accepted and changes nothing, as there.
         """
         kind = bidirectional_kind(self)
         if inference_params is not None:
             if kind != "none":
-                raise NotImplementedError(f"a bidirectional mixer ({kind!r}) cannot decode step by step: its backward scan needs the future")
+                raise NotImplementedError(
+                    f"a bidirectional mixer ({kind!r}) cannot decode step by step: its backward scan needs the future"
+                )
             conv_state, ssm_state = self._get_states_from_cache(inference_params, hidden_states.shape[0])
             if inference_params.seqlen_offset > 0:
                 return self.step(hidden_states, conv_state, ssm_state)[0]
@@ -85,38 +91,54 @@ class MambaForward(nn.Module):
         return out * self.gamma if hasattr(self, "gamma") else out
 
     def _prefill(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
-        """Gated y (b, l, d); the states after the last token are written to ``conv_state`` (b, d, w) and ``ssm_state`` (b, d, n)."""
+        """Gated y (b, l, d); the states after the last token are written to ``conv_state`` (b, d,
+        w) and ``ssm_state`` (b, d, n).
+        """
         x, z = project(hidden_states, self.in_proj).chunk(2, dim=-1)
         # A negative pad crops: the last w inputs, with zeros before a shorter sequence.
         conv_state.copy_(F.pad(x.transpose(1, 2), (self.d_conv - x.shape[1], 0)))
         u = convolve(x, self.conv1d, _activation(self))
         one = self._operands(u, self.x_proj, self.dt_proj, self.A_log, self.D)
-        y, state = ops.selective_scan(*one[:6], z=z, delta_bias=one.delta_bias, delta_softplus=True, return_final_state=True)
+        y, state = ops.selective_scan(
+            *one[:6], z=z, delta_bias=one.delta_bias, delta_softplus=True, return_final_state=True
+        )
         ssm_state.copy_(state)
         return y
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One token: hidden_states (b, 1, d_model) -> (the same shape, conv_state, ssm_state), both states updated in place."""
+        """One token: hidden_states (b, 1, d_model) -> (the same shape, conv_state, ssm_state), both
+        states updated in place.
+        """
         if hidden_states.shape[1] != 1:
-            raise ValueError(f"step takes one token at a time: hidden_states must be (batch, 1, d_model), got shape {tuple(hidden_states.shape)}")
+            raise ValueError(
+                f"step takes one token at a time: hidden_states must be (batch, 1, d_model), got shape {tuple(hidden_states.shape)}"
+            )
         x, z = project(hidden_states, self.in_proj).chunk(2, dim=-1)
         history = conv_state[..., 1:].to(x.dtype, copy=True)
         conv_state.copy_(torch.cat([conv_state[..., 1:], x.transpose(1, 2).to(conv_state.dtype)], -1))
         u = convolve(x, self.conv1d, _activation(self), initial_state=history)
         one = self._operands(u, self.x_proj, self.dt_proj, self.A_log, self.D)
         before = ssm_state.to(one.A.dtype, copy=True)
-        y, state = ops.selective_scan(*one[:6], z=z, delta_bias=one.delta_bias, delta_softplus=True, initial_state=before, return_final_state=True)
+        y, state = ops.selective_scan(
+            *one[:6], z=z, delta_bias=one.delta_bias, delta_softplus=True, initial_state=before, return_final_state=True
+        )
         ssm_state.copy_(state)
         return self._out(y), conv_state, ssm_state
 
-    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs) -> tuple[Tensor, Tensor]:
-        """Zero states (b, d, w) and (b, d, n), in the convolution's dtype unless told; they do not grow with ``max_seqlen``."""
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Zero states (b, d, w) and (b, d, n), in the convolution's dtype unless told; they do not
+        grow with ``max_seqlen``.
+        """
         floating = (p.dtype for p in self.conv1d.parameters() if p.is_floating_point())
         dtype = next(floating, self.D.dtype) if dtype is None else dtype
         conv_state = self.D.new_zeros(batch_size, self.D.shape[0], self.d_conv, dtype=dtype)
         return conv_state, self.D.new_zeros(batch_size, self.D.shape[0], self.d_state, dtype=dtype)
 
-    def _get_states_from_cache(self, inference_params, batch_size: int, initialize_states: bool = False) -> tuple[Tensor, Tensor]:
+    def _get_states_from_cache(
+        self, inference_params, batch_size: int, initialize_states: bool = False
+    ) -> tuple[Tensor, Tensor]:
         if self.layer_idx is None:
             raise ValueError("inference_params needs a mixer with a layer_idx: construct Mamba(..., layer_idx=i)")
         memory = inference_params.key_value_memory_dict
@@ -145,7 +167,8 @@ class Mamba(MambaForward, ReferenceMixer):
         if_divide_out, if_devide_out: halve the sum of the two directions of "v2".
         init_layer_scale: start of a learned factor ``gamma`` (d_model,) on the output, none if None.
 
-    ``A_log``, ``D``, the bias of ``dt_proj`` and their backward twins stay float32 when the module is moved to a half precision.
+    ``A_log``, ``D``, the bias of ``dt_proj`` and their backward twins stay float32 when the module
+    is moved to a half precision.
     """
 
     def __init__(
@@ -177,7 +200,9 @@ class Mamba(MambaForward, ReferenceMixer):
         if unknown:
             raise TypeError(f"Mamba got unknown arguments: {', '.join(f'{k}={v!r}' for k, v in unknown.items())}")
         if bimamba and kind == "v1":
-            raise ValueError(f"bimamba={bimamba!r} means bimamba_type='v2' and contradicts bimamba_type={bimamba_type!r}")
+            raise ValueError(
+                f"bimamba={bimamba!r} means bimamba_type='v2' and contradicts bimamba_type={bimamba_type!r}"
+            )
         kind = "v2" if bimamba else kind
         divide = bool(if_divide_out or if_devide_out)
         super().__init__(
@@ -192,7 +217,9 @@ class Mamba(MambaForward, ReferenceMixer):
             self.A_b_log = nn.Parameter(self.A_log.detach().clone())
             self.A_b_log._no_weight_decay = True
         if init_layer_scale is not None:
-            self.gamma = nn.Parameter(torch.full((d_model,), float(init_layer_scale), dtype=torch.get_default_dtype(), device=device))
+            self.gamma = nn.Parameter(
+                torch.full((d_model,), float(init_layer_scale), dtype=torch.get_default_dtype(), device=device)
+            )
 
 
 def _init_dt_weight(weight: Tensor, dt_init: str, scale: float) -> None:

@@ -1,7 +1,9 @@
-"""mamba_ssm's residual norms (``mamba_ssm.ops.triton.layer_norm``) in plain PyTorch: sums in float32, results in x's dtype.
+"""mamba_ssm's residual norms (``mamba_ssm.ops.triton.layer_norm``) in plain PyTorch: sums in
+float32, results in x's dtype.
 
-The signatures are those of mamba_ssm 2.x. Version 1.x had no ``x1`` to ``rowscale``: there the number after the residual was ``eps`` of
-``layer_norm_fn`` and ``prenorm`` of ``rms_norm_fn``. A number in that place is read so, a tensor or None as ``x1``.
+The signatures are those of mamba_ssm 2.x. Version 1.x had no ``x1`` to ``rowscale``: there the
+number after the residual was ``eps`` of ``layer_norm_fn`` and ``prenorm`` of ``rms_norm_fn``. A
+number in that place is read so, a tensor or None as ``x1``.
 """
 
 from __future__ import annotations
@@ -34,10 +36,11 @@ def layer_norm_fn(
 ):
     """Norm over the last axis of ``dropout(x * rowscale) + dropout(x1) + residual``, in x's dtype.
 
-    x, x1, residual (..., n); weight, bias, weight1, bias1 (n,); rowscale (...), not with ``x1``. ``dropout_p`` always acts: pass 0 to infer.
-    Returns the norm; with ``weight1`` also the norm with weight1 and bias1; with ``prenorm`` also the sum, in the residual's dtype, or where
-    there is no residual in x's, or float32 with ``residual_in_fp32``; with ``return_dropout_mask`` also what was kept of x and of x1, boolean,
-    or None.
+    x, x1, residual (..., n); weight, bias, weight1, bias1 (n,); rowscale (...), not with ``x1``.
+    ``dropout_p`` always acts: pass 0 to infer. Returns the norm; with ``weight1`` also the norm
+    with weight1 and bias1; with ``prenorm`` also the sum, in the residual's dtype, or where there
+    is no residual in x's, or float32 with ``residual_in_fp32``; with ``return_dropout_mask`` also
+    what was kept of x and of x1, boolean, or None.
     """
     if _is_number(x1):  # version 1.x: eps, prenorm, residual_in_fp32, is_rms_norm
         is_rms_norm = eps if isinstance(eps, bool) else is_rms_norm
@@ -90,7 +93,14 @@ def _is_number(x) -> bool:
     return isinstance(x, Number)
 
 
-def _check(x: Tensor, residual: Tensor | None, x1: Tensor | None, weight1: Tensor | None, bias1: Tensor | None, rowscale: Tensor | None) -> None:
+def _check(
+    x: Tensor,
+    residual: Tensor | None,
+    x1: Tensor | None,
+    weight1: Tensor | None,
+    bias1: Tensor | None,
+    rowscale: Tensor | None,
+) -> None:
     tensors = {"residual": (residual, x.shape), "x1": (x1, x.shape), "rowscale": (rowscale, x.shape[:-1])}
     tensors |= {"weight1": (weight1, x.shape[-1:]), "bias1": (bias1, x.shape[-1:])}
     for name, (tensor, shape) in tensors.items():
@@ -105,7 +115,9 @@ def _check(x: Tensor, residual: Tensor | None, x1: Tensor | None, weight1: Tenso
 
 
 def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
-    """x with its elements dropped at probability p and the others scaled by 1 / (1 - p), and which were kept; None for p = 0."""
+    """x with its elements dropped at probability p and the others scaled by 1 / (1 - p), and which
+    were kept; None for p = 0.
+    """
     if p == 0:
         return x, None
     kept = torch.rand_like(x) >= p
@@ -147,7 +159,9 @@ def layer_norm_ref(
         x1 = x1 if x1 is None or dropout_mask1 is None else x1.masked_fill(~dropout_mask1, 0) / (1 - dropout_p)
         dropout_p, rowscale = 0.0, None
     residual = residual if residual is None else residual.to(dtype)
-    return layer_norm_fn(x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, upcast, is_rms_norm)
+    return layer_norm_fn(
+        x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, upcast, is_rms_norm
+    )
 
 
 def rms_norm_ref(x, weight, bias, residual=None, *args, **options):

@@ -1,7 +1,8 @@
 """Which modules and names :func:`storm_kernels.interop.install` offers, and what stands behind each.
 
-The module paths are those that mamba_ssm's users import: Vim, VideoMamba, BIMBA, VMamba, U-Mamba, transformers. What storm_kernels does not
-have (Mamba-2, Mamba-3, attention) can be imported where mamba_ssm has it, for many files import it and never use it, and raises at the call.
+The module paths are those that mamba_ssm's users import: Vim, VideoMamba, BIMBA, VMamba, U-Mamba,
+transformers. What storm_kernels does not have (Mamba-2, Mamba-3, attention) can be imported where
+mamba_ssm has it, for many files import it and never use it, and raises at the call.
 """
 
 from __future__ import annotations
@@ -40,12 +41,20 @@ def _einops(name: str):
         return _AbsentFunction(name, "it is einops', which is not installed: pip install einops")
 
 
-_MAMBA_2 = "it belongs to Mamba-2, which transformers has in plain PyTorch (Mamba2ForCausalLM); this library has Mamba-1"
+_MAMBA_2 = (
+    "it belongs to Mamba-2, which transformers has in plain PyTorch (Mamba2ForCausalLM); this library has Mamba-1"
+)
 _MAMBA_3 = "it is another model; this library has Mamba-1"
 _MAMBA_2_CLASSES = {name: _absent_class(name, _MAMBA_2) for name in ("Mamba2", "Mamba2Simple")}
 _MAMBA_3_CLASS = {"Mamba3": _absent_class("Mamba3", _MAMBA_3)}
 _MHA = {"MHA": _absent_class("MHA", "use torch.nn.MultiheadAttention, or mamba_ssm's own")}
-_SSD = ("mamba_chunk_scan_combined", "mamba_conv1d_scan_ref", "mamba_split_conv1d_scan_combined", "mamba_split_conv1d_scan_ref", "ssd_selective_scan")
+_SSD = (
+    "mamba_chunk_scan_combined",
+    "mamba_conv1d_scan_ref",
+    "mamba_split_conv1d_scan_combined",
+    "mamba_split_conv1d_scan_ref",
+    "ssd_selective_scan",
+)
 
 
 def _names(module, *names: str) -> dict[str, object]:
@@ -62,7 +71,8 @@ _CONV_REFS = _names(causal_conv1d, "causal_conv1d_ref", "causal_conv1d_update_re
 _UPDATE = _names(mamba_ssm, "selective_state_update", "selective_state_update_ref")
 _MODEL = _names(language_model, "MambaConfig", "MixerModel", "MambaLMHeadModel", "create_block")
 
-# The version is that of the interface: below 2.0.4, at which transformers takes Mamba-2 to be there.
+# The version is that of the interface: below 2.0.4, at which transformers takes Mamba-2 to be
+# there.
 PACKAGES: dict[str, dict[str, dict[str, object]]] = {
     "mamba_ssm": {
         "mamba_ssm": {

@@ -1,4 +1,5 @@
-"""The Mamba, FalconMamba, Jamba and Zamba mixers of transformers on our kernels: prefill, cached decoding and training, in two forms.
+"""The Mamba, FalconMamba, Jamba and Zamba mixers of transformers on our kernels: prefill, cached
+decoding and training, in two forms.
 
 Same results as the plain PyTorch path of the form that a module comes from:
 
@@ -8,10 +9,11 @@ Same results as the plain PyTorch path of the form that a module comes from:
   start from a zero state (as transformers' own fallback does); one token continues the state. The weights of conv1d and dt_proj are used
   without calling the modules, the activation is a function.
 
-A module is called where the original calls it and it is more than its weights (:mod:`storm_kernels.plain`); where the original takes the weights,
-so does this, and lets accelerate bring offloaded ones first. Zamba's mixers work by head, each with a part of the channels and with B and C
-of its own. Nothing here imports transformers.
-Symbols: b batch, l tokens, d channels, n states, w taps, r rank of dt, h heads.
+A module is called where the original calls it and it is more than its weights
+(:mod:`storm_kernels.plain`); where the original takes the weights, so does this, and lets
+accelerate bring offloaded ones first. Zamba's mixers work by head, each with a part of the channels
+and with B and C of its own. Nothing here imports transformers. Symbols: b batch, l tokens, d
+channels, n states, w taps, r rank of dt, h heads.
 """
 
 from __future__ import annotations
@@ -32,9 +34,16 @@ _Result = TypeVar("_Result")
 
 
 def mixer_forward(
-    mixer: nn.Module, hidden_states: Tensor, cache=None, attention_mask: Tensor | None = None, cache_position: Tensor | None = None, *, old: bool
+    mixer: nn.Module,
+    hidden_states: Tensor,
+    cache=None,
+    attention_mask: Tensor | None = None,
+    cache_position: Tensor | None = None,
+    *,
+    old: bool,
 ) -> Tensor:
-    """What the mixer's own forward computes: hidden_states (b, l, d_model) -> the same shape; ``cache``, where given, is updated in place.
+    """What the mixer's own forward computes: hidden_states (b, l, d_model) -> the same shape;
+    ``cache``, where given, is updated in place.
 
     ``attention_mask`` (b, l): zero where a token is padding. ``old``: which of the two forms.
     """
@@ -87,7 +96,9 @@ def _mask(mixer: nn.Module, attention_mask: Tensor | None, length: int, before: 
     """The mask as (b, l, 1)."""
     if attention_mask is None:
         return None
-    if by_head(mixer) and hasattr(mixer, "slow_forward"):  # the mask of the whole sequence comes along with its last tokens
+    if by_head(mixer) and hasattr(
+        mixer, "slow_forward"
+    ):  # the mask of the whole sequence comes along with its last tokens
         if before is not None and before.started and length == 1:
             return None
         attention_mask = attention_mask[:, -length:]
@@ -110,7 +121,9 @@ def _convolve(mixer: nn.Module, x: Tensor, history: Tensor | None, old: bool) ->
     silu = _is_silu(mixer) if old else _names_silu(mixer)
 
     def run(conv: nn.Module) -> Tensor:
-        return ops.causal_conv1d(x, conv.weight.squeeze(1), conv.bias, activation="silu" if silu else None, initial_state=history)
+        return ops.causal_conv1d(
+            x, conv.weight.squeeze(1), conv.bias, activation="silu" if silu else None, initial_state=history
+        )
 
     u = _with_weights(mixer.conv1d, run)
     if silu:
@@ -121,7 +134,9 @@ def _convolve(mixer: nn.Module, x: Tensor, history: Tensor | None, old: bool) ->
 
 
 def _gate(mixer: nn.Module, z: Tensor) -> Tensor:
-    """``act`` of z (b, l, d), called on the layout that the old form calls it with: (b, d, l), or by head (h, b, d / h, l)."""
+    """``act`` of z (b, l, d), called on the layout that the old form calls it with: (b, d, l), or
+    by head (h, b, d / h, l).
+    """
     if not by_head(mixer):
         return mixer.act(z.transpose(1, 2)).transpose(1, 2)
     return mixer.act(z.unflatten(-1, (mixer.A_log.shape[0], -1)).permute(2, 0, 3, 1)).permute(1, 3, 0, 2).flatten(2)
@@ -137,7 +152,9 @@ def _is_silu(mixer: nn.Module) -> bool:
 
 
 def _with_weights(module: nn.Module, function: Callable[[nn.Module], _Result]) -> _Result:
-    """``function(module)``, while the weights that accelerate keeps elsewhere are here: it brings them when a module is called, which this is not."""
+    """``function(module)``, while the weights that accelerate keeps elsewhere are here: it brings
+    them when a module is called, which this is not.
+    """
     hook = vars(module).get("_hf_hook")
     if hook is None:
         return function(module)
@@ -159,14 +176,18 @@ def _operands(mixer: nn.Module, u: Tensor, old: bool) -> tuple[Tensor, Tensor | 
         dt_raw, B, C = (F.rms_norm(t.float(), t.shape[-1:], eps=mixer.rms_eps).to(t.dtype) for t in (dt_raw, B, C))
     if old:
         return project(dt_raw, mixer.dt_proj), None, B, C
-    if hasattr(getattr(mixer, "config", None), "_is_quantized"):  # the weight is packed: only the module can multiply with it
+    if hasattr(
+        getattr(mixer, "config", None), "_is_quantized"
+    ):  # the weight is packed: only the module can multiply with it
         bias = _with_weights(mixer.dt_proj, lambda dt_proj: dt_proj.bias)
         return mixer.dt_proj(dt_raw) - bias, bias, B, C
     return *_with_weights(mixer.dt_proj, lambda dt_proj: (linear(dt_raw, dt_proj.weight), dt_proj.bias)), B, C
 
 
 def _operands_by_head(mixer: nn.Module, u: Tensor, old: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """delta (b, l, d), its bias or None, B and C (b, l, h, n) from x_proj_weight (h, r + 2n, d / h) and dt_proj_weight (h, d / h, r)."""
+    """delta (b, l, d), its bias or None, B and C (b, l, h, n) from x_proj_weight (h, r + 2n, d / h)
+    and dt_proj_weight (h, d / h, r).
+    """
     heads, _, states = mixer.A_log.shape
     rank = mixer.dt_proj_weight.shape[-1]
     projected = torch.einsum("blhd,hrd->blhr", u.unflatten(-1, (heads, -1)), mixer.x_proj_weight)

@@ -1,8 +1,10 @@
-"""The caches that the mixers of transformers leave their states in: what a mixer reads there before a call and writes after it.
+"""The caches that the mixers of transformers leave their states in: what a mixer reads there before
+a call and writes after it.
 
-Three kinds: a list of layers with conv_states and recurrent_states; one object with conv_states and ssm_states by layer, with
-``cache_position`` (Mamba, FalconMamba) or with ``has_previous_state`` (Jamba, Zamba). Nothing here imports transformers.
-Symbols: b batch, l tokens, d channels, n states, w taps.
+Three kinds: a list of layers with conv_states and recurrent_states; one object with conv_states and
+ssm_states by layer, with ``cache_position`` (Mamba, FalconMamba) or with ``has_previous_state``
+(Jamba, Zamba). Nothing here imports transformers. Symbols: b batch, l tokens, d channels, n states,
+w taps.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from torch import Tensor, nn
 
 
 def past(mixer: nn.Module, cache, length: int, old: bool, cache_position: Tensor | None) -> Past:
-    """What ``mixer`` finds in ``cache`` before ``length`` tokens; ``old`` and ``cache_position`` as in :func:`.transformers.mixer_forward`."""
+    """What ``mixer`` finds in ``cache`` before ``length`` tokens; ``old`` and ``cache_position`` as
+    in :func:`.transformers.mixer_forward`.
+    """
     if not hasattr(cache, "ssm_states"):
         return _LayerPast(mixer, cache, carry_state=old or length == 1)
     if cache_position is not None:  # Mamba and FalconMamba mark a prefill by a position for each tap
@@ -36,7 +40,9 @@ class Past(ABC):
 
     @abstractmethod
     def read(self) -> tuple[Tensor | None, Tensor | None]:
-        """The w - 1 inputs before the first (b, d, w - 1) and the state (b, d, n), as copies, for the cache is written in place; or None."""
+        """The w - 1 inputs before the first (b, d, w - 1) and the state (b, d, n), as copies, for
+        the cache is written in place; or None.
+        """
 
     @abstractmethod
     def keep_inputs(self, x: Tensor) -> None:
@@ -63,7 +69,9 @@ class Past(ABC):
 
 
 class _LayerPast(Past):
-    """A ``Cache`` of layers, each with conv_states and recurrent_states, by state index in a dict since 5.12 or so, bare before."""
+    """A ``Cache`` of layers, each with conv_states and recurrent_states, by state index in a dict
+    since 5.12 or so, bare before.
+    """
 
     def __init__(self, mixer: nn.Module, cache, carry_state: bool):
         super().__init__(mixer, cache)
@@ -78,7 +86,8 @@ class _LayerPast(Past):
         return self._history(_first(self.layer.conv_states)), state
 
     def keep_inputs(self, x):
-        # A layer that records its past wants every input; one without a past takes its size from what it gets first.
+        # A layer that records its past wants every input; one without a past takes its size from
+        # what it gets first.
         whole = self.started or self.recording
         inputs = x.transpose(1, 2) if whole else self._last_inputs(x)
         self.cache.update_conv_state(inputs, self.layer_idx, conv_kernel_size=self.taps)
@@ -88,7 +97,9 @@ class _LayerPast(Past):
 
 
 class _FlatPast(Past):
-    """MambaCache, FalconMambaCache and the hybrid caches of Jamba and Zamba: conv_states (b, d, w) and ssm_states (b, d, n) by layer."""
+    """MambaCache, FalconMambaCache and the hybrid caches of Jamba and Zamba: conv_states (b, d, w)
+    and ssm_states (b, d, n) by layer.
+    """
 
     def __init__(self, mixer: nn.Module, cache, fresh: bool):
         super().__init__(mixer, cache)
@@ -100,9 +111,12 @@ class _FlatPast(Past):
 
     def keep_inputs(self, x):
         old = self.cache.conv_states[self.layer_idx]
-        inputs = torch.cat([old[..., 1:], x.transpose(1, 2).to(old.dtype)], -1) if self.started else self._last_inputs(x)
+        inputs = (
+            torch.cat([old[..., 1:], x.transpose(1, 2).to(old.dtype)], -1) if self.started else self._last_inputs(x)
+        )
         old.copy_(inputs)
-        # MambaCache of 5.4 tells by itself, after its last layer, that there is a past; other caches are told by the model.
+        # MambaCache of 5.4 tells by itself, after its last layer, that there is a past; other
+        # caches are told by the model.
         if (
             hasattr(self.cache, "update_conv_state")
             and self.layer_idx == len(self.cache.conv_states) - 1

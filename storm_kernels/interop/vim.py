@@ -1,4 +1,6 @@
-"""Vim's two fused functions (arXiv 2401.09417) on our kernels; VideoMamba calls the second one too. Symbols as in mamba_ssm.py."""
+"""Vim's two fused functions (arXiv 2401.09417) on our kernels; VideoMamba calls the second one too.
+Symbols as in mamba_ssm.py.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,11 @@ def bimamba_inner_fn(
     C_proj_bias=None,
     delta_softplus=True,
 ):
-    """Vim's bimamba v1: one convolution and one set of projections, scanned in both directions with A and with A_b, both (d, n).
+    """Vim's bimamba v1: one convolution and one set of projections, scanned in both directions with
+    A and with A_b, both (d, n).
 
-    xz (b, 2d, l) -> (b, l, d_model). Each direction is gated by z and skips with D; the two are added before out_proj.
+    xz (b, 2d, l) -> (b, l, d_model). Each direction is gated by z and skips with D; the two are
+    added before out_proj.
     """
     if A_b.is_complex():
         raise TypeError(f"A_b is {A_b.dtype}: complex state spaces are not supported; only real A_b is")

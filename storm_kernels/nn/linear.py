@@ -1,8 +1,10 @@
-"""A mixer's projections and convolutions: fused or without a detour where the module is plain, the module itself where it is not (:mod:`plain`).
+"""A mixer's projections and convolutions: fused or without a detour where the module is plain, the
+module itself where it is not (:mod:`plain`).
 
-Matrix products are PyTorch's, but go through float32 where PyTorch has no half-precision kernel for this CPU.
-Without AVX-512 or Arm's bfloat16 instructions (float16: AVX512-FP16) PyTorch multiplies half-precision matrices in a plain loop, ten times slower
-than float32. Products of halves are exact in float32 and sums are kept in float32 either way, so the results are as exact.
+Matrix products are PyTorch's, but go through float32 where PyTorch has no half-precision kernel for
+this CPU. Without AVX-512 or Arm's bfloat16 instructions (float16: AVX512-FP16) PyTorch multiplies
+half-precision matrices in a plain loop, ten times slower than float32. Products of halves are exact
+in float32 and sums are kept in float32 either way, so the results are as exact.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from ..backends.pages import LEAST_BYTES, empty
 from ..ops.autograd import forward_mode, transformed
 from ..plain import call_convolution, call_dt_proj, is_plain, is_plain_convolution, is_silu
 
-# From here on the product outweighs widening the weight (measured on AVX2: equal between 8 and 16 rows).
+# From here on the product outweighs widening the weight (measured on AVX2: equal between 8 and 16
+# rows).
 _LEAST_ROWS = 16
 
 
@@ -30,17 +33,21 @@ _SLOW = _without_kernels()
 
 
 def project(x: Tensor, projection: nn.Module, bias: bool = True) -> Tensor:
-    """``projection(x)``, or without its bias; a module that is more than a plain ``nn.Linear`` (hooks, adapters, a packed weight) runs as it is."""
+    """``projection(x)``, or without its bias; a module that is more than a plain ``nn.Linear``
+    (hooks, adapters, a packed weight) runs as it is.
+    """
     if not bias:
         return linear(x, projection.weight)
     return linear(x, projection.weight, projection.bias) if is_plain(projection) else projection(x)
 
 
 def project_dt(dt_raw: Tensor, dt_proj: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """delta before bias and softplus, and the bias that the scan adds in float32: dt_raw (batch, L, R) -> (batch, L, E), (E,) or None.
+    """delta before bias and softplus, and the bias that the scan adds in float32: dt_raw (batch, L,
+    R) -> (batch, L, E), (E,) or None.
 
-    A module that is more than a plain ``nn.Linear`` is called, bias and all; nothing is left for the scan to add. On the meta device, which
-    has shapes only, formats need not agree and nothing is called.
+    A module that is more than a plain ``nn.Linear`` is called, bias and all; nothing is left for
+    the scan to add. On the meta device, which has shapes only, formats need not agree and nothing
+    is called.
     """
     if is_plain(dt_proj) or dt_raw.is_meta:
         return linear(dt_raw, dt_proj.weight), dt_proj.bias
@@ -58,8 +65,9 @@ def convolve(
 ) -> Tensor:
     """The causal convolution and its activation: x (batch, L, E) -> (batch, L, E).
 
-    ``conv`` is a mixer's ``conv1d``, ``act`` its activation: None, ``F.silu`` or a module; what of them is not plain is called, on (batch, E, L).
-    The other arguments are those of :func:`storm_kernels.causal_conv1d`.
+    ``conv`` is a mixer's ``conv1d``, ``act`` its activation: None, ``F.silu`` or a module; what of
+    them is not plain is called, on (batch, E, L). The other arguments are those of
+    :func:`storm_kernels.causal_conv1d`.
     """
     options = {"reverse": reverse, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     silu = is_silu(act)
@@ -69,7 +77,9 @@ def convolve(
     return _activate(call_convolution(conv, x, **options), F.silu if silu else act)
 
 
-def convolve_both(x: Tensor, conv: nn.Module, conv_b: nn.Module, act: object = None, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def convolve_both(
+    x: Tensor, conv: nn.Module, conv_b: nn.Module, act: object = None, *, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """:func:`convolve` in both directions: from one read of x where all is plain. Returns two tensors (batch, L, E)."""
     if is_silu(act) and is_plain_convolution(conv) and is_plain_convolution(conv_b):
         weights = (conv.weight.squeeze(1), conv.bias, conv_b.weight.squeeze(1), conv_b.bias)
@@ -82,7 +92,9 @@ def _activate(u: Tensor, act) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``: x (..., in), weight (out, in), bias (out,) -> (..., out) in x's dtype, or in autocast's where that is on."""
+    """``F.linear``: x (..., in), weight (out, in), bias (out,) -> (..., out) in x's dtype, or in
+    autocast's where that is on.
+    """
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
     autocast = torch.is_autocast_enabled("cpu")
@@ -91,7 +103,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     alike = autocast or all(t.dtype == dtype for t in operands)
     if dtype not in _SLOW or not alike or x.dtype == torch.float64 or x.numel() < _LEAST_ROWS * x.shape[-1]:
         large = x.numel() // x.shape[-1] * weight.shape[0] * x.element_size() >= LEAST_BYTES if x.shape[-1] else False
-        return _product(*operands) if large and alike and not autocast and _eager_inference(*operands) else F.linear(x, weight, bias)
+        return (
+            _product(*operands)
+            if large and alike and not autocast and _eager_inference(*operands)
+            else F.linear(x, weight, bias)
+        )
     operands = tuple(t.to(dtype) for t in operands)
     if transformed() or forward_mode(*operands):
         with torch.autocast("cpu", enabled=False):
@@ -100,7 +116,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _eager_inference(*operands: Tensor) -> bool:
-    """Whether plain tensors are multiplied here and now, and nobody else looks on: no gradient, no transform, no mode, no trace."""
+    """Whether plain tensors are multiplied here and now, and nobody else looks on: no gradient, no
+    transform, no mode, no trace.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() or transformed():
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
@@ -109,7 +127,9 @@ def _eager_inference(*operands: Tensor) -> bool:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` of tensors of one dtype, without autograd, to memory of our own (:mod:`storm_kernels.backends.pages`)."""
+    """``F.linear`` of tensors of one dtype, without autograd, to memory of our own
+    (:mod:`storm_kernels.backends.pages`).
+    """
     out = empty((*x.shape[:-1], weight.shape[0]), x.dtype, x.device)
     rows, to = x.reshape(-1, x.shape[-1]), out.view(-1, weight.shape[0])
     if bias is None:
@@ -131,7 +151,8 @@ class _Float32Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         operands = (x, weight) if bias is None else (x, weight, bias)
         with torch.autocast("cpu", enabled=False):
-            # A tensor without memory of its own, as when tracing, or one of a subclass keeps its kind only through PyTorch's own operations.
+            # A tensor without memory of its own, as when tracing, or one of a subclass keeps its
+            # kind only through PyTorch's own operations.
             if not _eager_inference(*operands):
                 return F.linear(*(t.float() for t in operands)).to(x.dtype)
             out = _product(_in_float32(x), *(t.float() for t in operands[1:]))

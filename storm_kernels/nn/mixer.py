@@ -1,8 +1,9 @@
 """The mixer, a drop-in for the reference's: the same parameters and state_dict, a faster forward.
 
-What it does beside calling the kernels is docs/spec.md's algebra: reduction is linear, so with one the scan writes only reduced y and out_proj
-runs on what survives; frames that sampling drops get no gate. A module that is not plain (:mod:`storm_kernels.plain`) is called on every token and
-in the reference's order: the reduction comes after an out_proj that may not be linear.
+What it does beside calling the kernels is docs/spec.md's algebra: reduction is linear, so with one
+the scan writes only reduced y and out_proj runs on what survives; frames that sampling drops get no
+gate. A module that is not plain (:mod:`storm_kernels.plain`) is called on every token and in the
+reference's order: the reduction comes after an out_proj that may not be linear.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from ..reference import Direction, ReferenceMixer
 from ..tokens import TokenGrid, TokenReduction
 from .linear import convolve, convolve_both, linear, project, project_dt
 
-# A traced program takes a grid or a reduction as it takes an integer: torch.export accepts them among the inputs.
+# A traced program takes a grid or a reduction as it takes an integer: torch.export accepts them
+# among the inputs.
 for _kind in (TokenGrid, TokenReduction):
     torch.utils._pytree.register_constant(_kind)
 
@@ -27,7 +29,13 @@ class BiMambaMixer(ReferenceMixer):
 
     _project, _project_dt = staticmethod(project), staticmethod(project_dt)
 
-    def forward(self, x: Tensor, grid: TokenGrid | None = None, reduction: TokenReduction | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid: TokenGrid | None = None,
+        reduction: TokenReduction | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """x (batch, L, D) -> (batch, L', D) in x's dtype; with a reduction, ``grid`` says where the tokens sit."""
         grid, reduction = self._checked(x, grid, reduction, cu_seqlens)
         if reduction is not None and cu_seqlens is None and not is_plain(self.out_proj):
@@ -58,7 +66,12 @@ class BiMambaMixer(ReferenceMixer):
         return convolve_both(x, self.conv1d, self.conv1d_b, cu_seqlens=cu_seqlens)
 
     def _fused_scan(
-        self, directions: list[Direction], z: Tensor, cu_seqlens: Tensor | None, grid: TokenGrid | None, reduction: TokenReduction | None
+        self,
+        directions: list[Direction],
+        z: Tensor,
+        cu_seqlens: Tensor | None,
+        grid: TokenGrid | None,
+        reduction: TokenReduction | None,
     ) -> Tensor:
         options = {"delta_softplus": True, "cu_seqlens": cu_seqlens, "grid": grid, "reduction": reduction}
         if not self.bidirectional:

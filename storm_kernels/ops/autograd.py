@@ -1,7 +1,9 @@
-"""Autograd's doors to a registered operator: reverse mode, batched and second derivatives, forward mode, the transforms of torch.func.
+"""Autograd's doors to a registered operator: reverse mode, batched and second derivatives, forward
+mode, the transforms of torch.func.
 
-Kernels compute values and first derivatives in reverse mode. So under ``vmap``, and for batched gradients, they run once a slice; what no kernel
-computes (forward mode, derivatives of gradients) runs as plain PyTorch, which PyTorch then differentiates as it does every function.
+Kernels compute values and first derivatives in reverse mode. So under ``vmap``, and for batched
+gradients, they run once a slice; what no kernel computes (forward mode, derivatives of gradients)
+runs as plain PyTorch, which PyTorch then differentiates as it does every function.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ _EXPORT = "an ONNX model holds none but PyTorch's own operators"
 _ASKED_FOR = "plain PyTorch was asked for"
 
 
-def register(op, *, kind: str, plain: Callable, backward: Callable | None = None, setup_context: Callable | None = None) -> Callable:
+def register(
+    op, *, kind: str, plain: Callable, backward: Callable | None = None, setup_context: Callable | None = None
+) -> Callable:
     """Give an operator all derivatives; return the function through which the library calls it.
 
     Args:
@@ -37,9 +41,12 @@ def register(op, *, kind: str, plain: Callable, backward: Callable | None = None
         backward, setup_context = _through_plain(plain, kind), _keep_everything
     op.register_autograd(backward, setup_context=setup_context)
     op.register_vmap(_slice_by_slice(overload))
-    # Under torch.func an operator's own autograd formula is not found: it takes a Function with the same formula.
+    # Under torch.func an operator's own autograd formula is not found: it takes a Function with the
+    # same formula.
     formula = {"forward": overload.__call__, "setup_context": setup_context, "backward": backward}
-    function = type(f"{kind}_under_transforms", (torch.autograd.Function,), {name: staticmethod(f) for name, f in formula.items()})
+    function = type(
+        f"{kind}_under_transforms", (torch.autograd.Function,), {name: staticmethod(f) for name, f in formula.items()}
+    )
     function.generate_vmap_rule = True
 
     def call(*args):
@@ -59,7 +66,9 @@ def transformed() -> bool:
 
 
 def forward_mode(*tensors: object) -> bool:
-    """Whether forward-mode derivatives are taken with respect to one of the tensors, by torch.func or by ``torch.autograd.forward_ad``."""
+    """Whether forward-mode derivatives are taken with respect to one of the tensors, by torch.func
+    or by ``torch.autograd.forward_ad``.
+    """
     if forward_ad._current_level < 0:
         return False
     if _under("Jvp"):
@@ -74,7 +83,9 @@ def _under(kind: str) -> bool:
 
 
 def refuse_forward_mode(name: str, *tensors: object) -> None:
-    """Raise where an operator itself meets forward mode (a traced program was differentiated): it would drop the tangents in silence."""
+    """Raise where an operator itself meets forward mode (a traced program was differentiated): it
+    would drop the tangents in silence.
+    """
     if forward_ad._current_level >= 0 and forward_mode(*tensors):
         raise NotImplementedError(
             f"storm_kernels.{name}: {_FORWARD_MODE}; differentiate the model before it is traced, or trace it within use_backend('torch')"
@@ -91,7 +102,9 @@ def without_autocast(function: Callable, args: tuple):
 
 
 def vjp(function: Callable, args: tuple, positions: list[int], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The gradients of ``function(*args)`` with respect to the arguments at ``positions``; they can be differentiated again."""
+    """The gradients of ``function(*args)`` with respect to the arguments at ``positions``; they can
+    be differentiated again.
+    """
 
     def of_those(*values):
         filled = list(args)
@@ -126,7 +139,10 @@ def _slice_by_slice(overload) -> Callable:
 
     def rule(info, in_dims, *args):
         def slice_of(i):
-            return (a.select(dim, i) if isinstance(a, Tensor) and dim is not None else a for a, dim in zip(args, in_dims, strict=True))
+            return (
+                a.select(dim, i) if isinstance(a, Tensor) and dim is not None else a
+                for a, dim in zip(args, in_dims, strict=True)
+            )
 
         results = [overload(*slice_of(i)) for i in range(info.batch_size)]
         if isinstance(results[0], Tensor):
@@ -147,7 +163,13 @@ def _through_plain(plain: Callable, kind: str) -> Callable:
         args = tuple(next(tensors) if other is None else other[0] for other in ctx.others)
         dispatch.run_plain(kind, args[-1], _HIGHER)
         positions = [i for i, wanted in enumerate(ctx.needs_input_grad) if wanted]
-        found = dict(zip(positions, without_autocast(lambda *a: vjp(plain, a, positions, grads if len(grads) > 1 else grads[0]), args), strict=True))
+        found = dict(
+            zip(
+                positions,
+                without_autocast(lambda *a: vjp(plain, a, positions, grads if len(grads) > 1 else grads[0]), args),
+                strict=True,
+            )
+        )
         return tuple(found.get(i) for i in range(len(args)))
 
     return backward

@@ -1,4 +1,6 @@
-"""Argument checks of the public functions. A message is one line; it names the argument and prints a type, shape or number, never contents."""
+"""Argument checks of the public functions. A message is one line; it names the argument and prints
+a type, shape or number, never contents.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str, hin
 
 
 def channel_major(name: str, channels: int, x: Tensor, module: str) -> str:
-    """What to add to an error where x has the ``channels`` of its parameters on its second axis, as other libraries' functions take it."""
+    """What to add to an error where x has the ``channels`` of its parameters on its second axis, as
+    other libraries' functions take it.
+    """
     return f"; {name} looks channel-major, see storm_kernels.interop.{module}" if x.shape[1] == channels else ""
 
 
@@ -62,11 +66,15 @@ def scan_operands(prefix: str, u, delta, A, B, C, D, delta_bias, like: Tensor | 
         tensor(f"{prefix}{name}", value, (3, 4), u)
         groups = value.shape[2] if value.dim() == 4 else 1
         if groups == 0 or channels % groups:
-            raise ValueError(f"{prefix}{name} must have a number of groups that divides the {channels} channels, got shape {tuple(value.shape)}")
+            raise ValueError(
+                f"{prefix}{name} must have a number of groups that divides the {channels} channels, got shape {tuple(value.shape)}"
+            )
         expected = (batch, length, states) if value.dim() == 3 else (batch, length, groups, states)
         shape(f"{prefix}{name}", value, expected, "(batch, L, S)" if value.dim() == 3 else "(batch, L, G, S)")
     if (B.shape[2] if B.dim() == 4 else 1) != (C.shape[2] if C.dim() == 4 else 1):
-        raise ValueError(f"{prefix}B and {prefix}C must have the same groups, got shapes {tuple(B.shape)} and {tuple(C.shape)}")
+        raise ValueError(
+            f"{prefix}B and {prefix}C must have the same groups, got shapes {tuple(B.shape)} and {tuple(C.shape)}"
+        )
     for name, value in (("D", D), ("delta_bias", delta_bias)):
         if value is not None:
             tensor(f"{prefix}{name}", value, 1, u)
@@ -88,10 +96,16 @@ def gate(z: object, u: Tensor, grid: TokenGrid | None, reduction: TokenReduction
 
 
 def packed(cu_seqlens: object, x: Tensor) -> int:
-    """The number of sequences; raise unless ``cu_seqlens`` can bound the sequences of x (1, L, ...). The values are checked by :func:`bounds`."""
+    """The number of sequences; raise unless ``cu_seqlens`` can bound the sequences of x (1, L,
+    ...). The values are checked by :func:`bounds`.
+    """
     if cu_seqlens is None:
         return x.shape[0]
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1:
+    if (
+        not isinstance(cu_seqlens, Tensor)
+        or cu_seqlens.dtype not in (torch.int32, torch.int64)
+        or cu_seqlens.dim() != 1
+    ):
         raise TypeError(f"cu_seqlens must be a one-dimensional int32 or int64 tensor, got {described(cu_seqlens)}")
     if cu_seqlens.device != x.device:
         raise ValueError(f"cu_seqlens must be on {x.device} like the first operand, got {cu_seqlens.device}")
@@ -103,13 +117,19 @@ def packed(cu_seqlens: object, x: Tensor) -> int:
 
 
 def bounds(cu_seqlens: Tensor | None, length: int) -> None:
-    """Raise unless the bounds ascend from 0 to ``length``. On a GPU the values are the caller's affair: reading them would wait for the device."""
+    """Raise unless the bounds ascend from 0 to ``length``. On a GPU the values are the caller's
+    affair: reading them would wait for the device.
+    """
     if cu_seqlens is None or cu_seqlens.device.type != "cpu":
         return
     values = cu_seqlens.tolist()
     falls = next((i for i, (a, b) in enumerate(zip(values, values[1:], strict=False), 1) if a > b), None)
     if values[0] != 0 or values[-1] != length or falls is not None:
-        got = f"{values[0]} to {values[-1]}" if falls is None else f"{values[falls]} after {values[falls - 1]} at cu_seqlens[{falls}]"
+        got = (
+            f"{values[0]} to {values[-1]}"
+            if falls is None
+            else f"{values[falls]} after {values[falls - 1]} at cu_seqlens[{falls}]"
+        )
         raise ValueError(f"cu_seqlens must ascend from 0 to L = {length}, got {got}")
 
 
@@ -125,6 +145,10 @@ def memory(what: str, device: torch.device, elements: int, itemsize: int) -> Non
     wanted = elements * itemsize
     if wanted < 2**30 or device.type not in ("cpu", "cuda"):
         return
-    free = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = (
+        torch.cuda.mem_get_info(device)[1]
+        if device.type == "cuda"
+        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
     if wanted > free:
         raise MemoryError(f"{what} needs {wanted / 2**30:.1f} GiB on {device}, which has {free / 2**30:.1f} GiB")

@@ -30,7 +30,8 @@ def causal_conv1d(
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Depthwise convolution over time in which a token meets itself and the K - 1 before it (after it with ``reverse``), then SiLU.
+    """Depthwise convolution over time in which a token meets itself and the K - 1 before it (after
+    it with ``reverse``), then SiLU.
 
     Args:
         x: (batch, L, E), float32, bfloat16, float16 or float64.
@@ -70,7 +71,8 @@ def bidirectional_causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     """The causal convolution with (weight, bias) and the anti-causal one with (weight_b, bias_b), from one read of x.
 
-    Shapes, dtypes and errors as in :func:`causal_conv1d`; the two weights have one shape. Returns two tensors (batch, L, E).
+    Shapes, dtypes and errors as in :func:`causal_conv1d`; the two weights have one shape. Returns
+    two tensors (batch, L, E).
     """
     _check(x, weight, bias, activation, "")
     _check(x, weight_b, bias_b, activation, "_b")
@@ -94,13 +96,17 @@ def _check(x, weight, bias, activation, suffix: str) -> None:
         raise ValueError(f"activation must be None, 'silu' or 'swish', got {described(activation)}")
 
 
-def _run(x, weight, bias, weight_b, bias_b, initial_state, cu_seqlens, activation, reverse, backend) -> tuple[Tensor, Tensor]:
+def _run(
+    x, weight, bias, weight_b, bias_b, initial_state, cu_seqlens, activation, reverse, backend
+) -> tuple[Tensor, Tensor]:
     acc = accumulator(x)
     parameters = (parameter(t, acc) for t in (weight, bias, weight_b, bias_b, initial_state))
     return _call(x, *parameters, cu_seqlens, activation is not None, reverse, dispatch.requested(backend))
 
 
-def _final_state(x: Tensor, width: int, reverse: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def _final_state(
+    x: Tensor, width: int, reverse: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
     """The last K - 1 inputs in scan order, (n, E, K - 1): a slice, or a gather where sequences are packed."""
     tail = width - 1
     if cu_seqlens is None:
@@ -110,12 +116,18 @@ def _final_state(x: Tensor, width: int, reverse: bool, initial_state: Tensor | N
         if missing == 0:
             return recent.contiguous()
         before = F.pad(recent, (missing, 0)) if initial_state is None else None
-        return before if before is not None else torch.cat([initial_state[..., recent.shape[-1] :].to(x.dtype), recent], -1)
+        return (
+            before
+            if before is not None
+            else torch.cat([initial_state[..., recent.shape[-1] :].to(x.dtype), recent], -1)
+        )
     start, end = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
     age = torch.arange(tail - 1, -1, -1, dtype=torch.int64, device=x.device)  # 0 is the newest
     index = start + age if reverse else end - 1 - age
     inside = ((index >= start) & (index < end)).unsqueeze(1)
-    recent = x[0].index_select(0, index.clamp(0, max(x.shape[1] - 1, 0)).flatten()).unflatten(0, index.shape).transpose(1, 2)
+    recent = (
+        x[0].index_select(0, index.clamp(0, max(x.shape[1] - 1, 0)).flatten()).unflatten(0, index.shape).transpose(1, 2)
+    )
     if initial_state is None:
         return recent.masked_fill(~inside, 0)
     # An older input moves up by the sequence's length.
@@ -148,7 +160,9 @@ def _conv(
     return outs[0], outs[1] if len(outs) == 2 else x.new_empty(0)
 
 
-def _plain(x, weight, bias, weight_b, bias_b, initial_state, cu_seqlens, silu, reverse, backend) -> tuple[Tensor, Tensor]:
+def _plain(
+    x, weight, bias, weight_b, bias_b, initial_state, cu_seqlens, silu, reverse, backend
+) -> tuple[Tensor, Tensor]:
     """The operator in differentiable PyTorch."""
     checks.bounds(cu_seqlens, x.shape[1])
     filters = _filters(weight, bias, weight_b, bias_b, reverse)

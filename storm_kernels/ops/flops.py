@@ -1,8 +1,9 @@
 """What `torch.utils.flop_counter.FlopCounterMode` counts for our operators.
 
-A multiplication with its addition is two, as PyTorch counts products. Both directions count alike, and every token does, whatever the
-reduction leaves of them. A backward pass counts twice its forward pass: each product of the forward pass has two there. What a backward pass
-computes once more from checkpoints is not counted, as it would not be for a plain layer.
+A multiplication with its addition is two, as PyTorch counts products. Both directions count alike,
+and every token does, whatever the reduction leaves of them. A backward pass counts twice its
+forward pass: each product of the forward pass has two there. What a backward pass computes once
+more from checkpoints is not counted, as it would not be for a plain layer.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import sys
 
 import torch
 
-# Of the scan, for each token, channel and state: the figure by which the Mamba family is reported (github.com/state-spaces/mamba, issue 110).
-# Ours by hand is less: delta*A and exp (2), times h (1), delta*u*B and its addition (2), times C and the sum over states (2).
+# Of the scan, for each token, channel and state: the figure by which the Mamba family is reported
+# (github.com/state-spaces/mamba, issue 110). Ours by hand is less: delta*A and exp (2), times h
+# (1), delta*u*B and its addition (2), times C and the sum over states (2).
 SCAN_PER_STATE = 9
-# Of the norm, for each element: mean (1), difference (1), its square and the sum (2), times rstd (1), weight and bias (2).
+# Of the norm, for each element: mean (1), difference (1), its square and the sum (2), times rstd
+# (1), weight and bias (2).
 NORM_PER_ELEMENT = 7
 
 _COUNTER = "torch.utils.flop_counter"
@@ -73,7 +76,9 @@ def _register(counter) -> None:
 
 
 class _OnceImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Registers the formulas when the counter is imported, and not before: it imports Triton, a fifth of a second that few imports of ours need."""
+    """Registers the formulas when the counter is imported, and not before: it imports Triton, a
+    fifth of a second that few imports of ours need.
+    """
 
     def find_spec(self, name, path=None, target=None):
         if name != _COUNTER:

@@ -1,4 +1,6 @@
-"""residual_layer_norm: checks, schema, fake kernel and autograd (the projector's ``X + Mixer(LayerNorm(X))``, STORM eq. 5)."""
+"""residual_layer_norm: checks, schema, fake kernel and autograd (the projector's ``X +
+Mixer(LayerNorm(X))``, STORM eq. 5).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,13 @@ from .normalise import accumulator, parameter, unit_innermost
 
 
 def residual_layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *, backend: str | None = None
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm of a residual sum, in one pass.
 
@@ -47,7 +55,9 @@ def residual_layer_norm(
 
 
 @torch.library.custom_op("storm_kernels::norm", mutates_args=())
-def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     refuse_forward_mode("norm", x, residual, weight, bias)
     module = dispatch.choose("norm", backend, x)
     dispatch.count("norm", module)
@@ -55,7 +65,9 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps:
 
 
 def _plain(x, residual, weight, bias, eps, backend):
-    """The operator in differentiable PyTorch, from elementary operations: torch.func's second derivative of F.layer_norm is wrong in torch 2.13."""
+    """The operator in differentiable PyTorch, from elementary operations: torch.func's second
+    derivative of F.layer_norm is wrong in torch 2.13.
+    """
     summed = x.clone() if residual is None else (x.to(weight.dtype) + residual.to(weight.dtype)).to(x.dtype)
     mean = summed.to(weight.dtype).mean(-1, keepdim=True)
     centred = summed.to(weight.dtype) - mean
@@ -71,7 +83,14 @@ def _(x, residual, weight, bias, eps, backend):
 
 @torch.library.custom_op("storm_kernels::norm_backward", mutates_args=())
 def _norm_backward(
-    grad_normed: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, eps: float, backend: str
+    grad_normed: Tensor,
+    grad_sum: Tensor | None,
+    summed: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of the sum, of weight and of bias; ``eps`` is for derivatives of these alone."""
     refuse_forward_mode("norm_backward", grad_normed, grad_sum, summed, weight)
@@ -86,9 +105,16 @@ def _(grad_normed, grad_sum, summed, weight, mean, rstd, eps, backend):
 
 
 def _plain_backward(grad_normed, grad_sum, summed, weight, mean, rstd, eps, backend):
-    """The gradients in PyTorch that can be differentiated again: those of the plain norm. mean and rstd follow from the sum."""
+    """The gradients in PyTorch that can be differentiated again: those of the plain norm. mean and
+    rstd follow from the sum.
+    """
     grads = (grad_normed, torch.zeros_like(summed) if grad_sum is None else grad_sum)
-    return vjp(lambda *values: _plain(*values, eps, backend)[:2], (summed, None, weight, torch.zeros_like(weight)), [0, 2, 3], grads)
+    return vjp(
+        lambda *values: _plain(*values, eps, backend)[:2],
+        (summed, None, weight, torch.zeros_like(weight)),
+        [0, 2, 3],
+        grads,
+    )
 
 
 _call_backward = register(_norm_backward, kind="norm", plain=_plain_backward)
@@ -106,7 +132,9 @@ def _backward(ctx, grad_normed, grad_sum, *_):
     summed, weight, mean, rstd = ctx.saved_tensors
     if grad_normed is None:
         grad_normed = torch.zeros_like(summed)
-    grad, grad_weight, grad_bias = _call_backward(grad_normed, grad_sum, summed, weight, mean, rstd, ctx.eps, ctx.backend)
+    grad, grad_weight, grad_bias = _call_backward(
+        grad_normed, grad_sum, summed, weight, mean, rstd, ctx.eps, ctx.backend
+    )
     return grad, grad if ctx.has_residual else None, grad_weight, grad_bias, None, None
 
 

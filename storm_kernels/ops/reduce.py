@@ -16,7 +16,8 @@ from .normalise import unit_innermost
 
 
 def reduce_tokens(x: Tensor, grid: TokenGrid, reduction: TokenReduction, *, backend: str | None = None) -> Tensor:
-    """Average over blocks of frames and tokens, then keep every s-th pooled frame (docs/spec.md, Token reduction), in one pass.
+    """Average over blocks of frames and tokens, then keep every s-th pooled frame (docs/spec.md,
+    Token reduction), in one pass.
 
     Args:
         x: (batch, T*H*W, C), float32, bfloat16, float16 or float64; averaged in float32 (float64).
@@ -72,7 +73,9 @@ def _(grad, grid, reduction, backend):
 
 
 def _plain_backward(grad, grid, reduction, backend):
-    """The gradient in PyTorch that can be differentiated again. The reduction is linear: that of x = 0 is that of any."""
+    """The gradient in PyTorch that can be differentiated again. The reduction is linear: that of x
+    = 0 is that of any.
+    """
     x = grad.new_zeros(grad.shape[0], TokenGrid(*grid).tokens, grad.shape[2])
     (found,) = vjp(_plain, (x, grid, reduction, backend), [0], grad)
     return found

@@ -1,4 +1,6 @@
-"""selective_scan and bidirectional_selective_scan: checks, schema, fake kernel and autograd (docs/spec.md, Mixer and Token reduction)."""
+"""selective_scan and bidirectional_selective_scan: checks, schema, fake kernel and autograd
+(docs/spec.md, Mixer and Token reduction).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from . import checks
 from .autograd import refuse_forward_mode, register, transformed, vjp
 from .normalise import accumulator, parameter, unit_innermost
 
-# The operands of one direction, in the order of the schema; the backward direction's follow with "_b".
+# The operands of one direction, in the order of the schema; the backward direction's follow with
+# "_b".
 _ONE = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 _DIFFERENTIABLE = (*_ONE, *(f"{name}_b" for name in _ONE), "z", "initial_state")
 _CHECKPOINTS = 3  # tensors that the operator hands to its backward
@@ -44,8 +47,9 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba-1's selective scan, gated and reduced (docs/spec.md, Mixer; arXiv 2312.00752, algorithm 2).
 
-    ``h_l = exp(delta_l A) h_{l-1} + delta_l u_l B_l``, ``y_l = C_l h_l + D u_l``, result ``reduce(y * SiLU(z))``. States and sums are float32.
-    Activations may be float32, bfloat16 or float16, each its own; float64 in any of them moves the whole to float64 and plain PyTorch.
+    ``h_l = exp(delta_l A) h_{l-1} + delta_l u_l B_l``, ``y_l = C_l h_l + D u_l``, result ``reduce(y
+    * SiLU(z))``. States and sums are float32. Activations may be float32, bfloat16 or float16, each
+    its own; float64 in any of them moves the whole to float64 and plain PyTorch.
 
     Args:
         u, delta: (batch, L, E). ``delta`` comes before bias and softplus.
@@ -92,8 +96,9 @@ def bidirectional_selective_scan(
 ) -> Tensor:
     """Both directions of a scan in one launch: ``reduce((y_forward + y_backward) * SiLU(z))`` (docs/spec.md, Mixer).
 
-    ``forward`` and ``backward`` are :class:`Direction` tuples in the sequence's own order; the second is scanned from the end, without a flip.
-    The other arguments, the result (batch, L', E) and the errors are those of :func:`selective_scan`.
+    ``forward`` and ``backward`` are :class:`Direction` tuples in the sequence's own order; the
+    second is scanned from the end, without a flip. The other arguments, the result (batch, L', E)
+    and the errors are those of :func:`selective_scan`.
     """
     forward, backward = checks.direction("forward", forward), checks.direction("backward", backward)
     checks.scan_operands("forward.", *forward)
@@ -106,7 +111,9 @@ def bidirectional_selective_scan(
     return _run(forward, backward, z, None, cu_seqlens, delta_softplus, False, grid, reduction, backend)[0]
 
 
-def _run(forward, backward, z, initial_state, cu_seqlens, delta_softplus, reverse, grid, reduction, backend) -> tuple[Tensor, Tensor]:
+def _run(
+    forward, backward, z, initial_state, cu_seqlens, delta_softplus, reverse, grid, reduction, backend
+) -> tuple[Tensor, Tensor]:
     """Bring the operands to the forms of `contract.py` and call the operator."""
     out_dtype = forward.u.dtype
     others = () if backward is None else (backward.u, backward.delta, backward.B, backward.C)
@@ -116,12 +123,15 @@ def _run(forward, backward, z, initial_state, cu_seqlens, delta_softplus, revers
         z = z.double()
     initial_state = parameter(initial_state, acc)
     differentiable = (*one, *two, z, initial_state)
-    # An exported program is for inference; were it differentiated, the backward pass would compute the checkpoints.
+    # An exported program is for inference; were it differentiated, the backward pass would compute
+    # the checkpoints.
     save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
     save = save and (any(t is not None and t.requires_grad for t in differentiable) or transformed())
     where = None if grid is None else [grid.frames, grid.height, grid.width]
     how = None if reduction is None else [reduction.temporal_pool, reduction.spatial_pool, reduction.temporal_stride]
-    out, final_state, *_ = _call(*differentiable, cu_seqlens, delta_softplus, reverse, where, how, save, dispatch.requested(backend))
+    out, final_state, *_ = _call(
+        *differentiable, cu_seqlens, delta_softplus, reverse, where, how, save, dispatch.requested(backend)
+    )
     return out.to(out_dtype), final_state
 
 
@@ -196,7 +206,9 @@ def _(u, delta, A, B, C, D, delta_bias, u_b, delta_b, A_b, *rest):
     if save:
         module = dispatch.choose("scan", backend, u, delta, B, C, z, d_state=A.shape[1])
         packed, where = 0 if cu_seqlens is None else sequences, {name: options[name] for name in ("grid", "reduction")}
-        shapes = module.checkpoint_shapes(*u.shape, A.shape[1], directions=1 if u_b is None else 2, sequences=packed, gated=z is not None, **where)
+        shapes = module.checkpoint_shapes(
+            *u.shape, A.shape[1], directions=1 if u_b is None else 2, sequences=packed, gated=z is not None, **where
+        )
     return (out, final_state, *(A.new_empty(shape) for shape in (*shapes, *((0,),) * _CHECKPOINTS)[:_CHECKPOINTS]))
 
 
@@ -266,7 +278,9 @@ def _plain_backward(grad_out, grad_final_state, *rest):
     operands, cu_seqlens, options, names = rest[:16], rest[16], rest[20:24], rest[24].split()
     positions = [_DIFFERENTIABLE.index(name) for name in names]
     grads = (grad_out,) if grad_final_state is None else (grad_out, grad_final_state)
-    found = vjp(lambda *values: _plain(*values, cu_seqlens, *options, False, "torch")[: len(grads)], operands, positions, grads)
+    found = vjp(
+        lambda *values: _plain(*values, cu_seqlens, *options, False, "torch")[: len(grads)], operands, positions, grads
+    )
     by_name = dict(zip(names, found, strict=True))
     return tuple(by_name[name] if name in by_name else operands[2].new_empty(0) for name in _DIFFERENTIABLE)
 
@@ -295,7 +309,9 @@ def _backward(ctx, grad_out, grad_final_state, *_):
     if grad_final_state is not None and grad_final_state.numel() == 0:  # of the empty tensor that stands for no state
         grad_final_state = None
     needs = [name for name, wanted in zip(_DIFFERENTIABLE, ctx.needs_input_grad, strict=False) if wanted]
-    found = _call_backward(grad_out, grad_final_state, *operands, cu_seqlens, *checkpoints, *ctx.options, " ".join(needs), ctx.backend)
+    found = _call_backward(
+        grad_out, grad_final_state, *operands, cu_seqlens, *checkpoints, *ctx.options, " ".join(needs), ctx.backend
+    )
     return (*(grad if name in needs else None for name, grad in zip(_DIFFERENTIABLE, found, strict=True)), *(None,) * 7)
 
 

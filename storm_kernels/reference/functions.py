@@ -1,8 +1,10 @@
-"""The plain-PyTorch truth: every public function, to be read beside docs/spec.md. Slow, differentiable, right in float64.
+"""The plain-PyTorch truth: every public function, to be read beside docs/spec.md. Slow,
+differentiable, right in float64.
 
-Symbols: batch; L tokens; E = d_inner channels; S = d_state; G groups of channels that share B and C; K = d_conv;
-L' tokens after the reduction. States, decays and sums are float32, or float64 when any operand is, whatever the activations' dtype.
-The scan is Mamba's (arXiv 2312.00752, algorithm 2), the token reduction STORM's (arXiv 2503.04130, eqs. 6-8).
+Symbols: batch; L tokens; E = d_inner channels; S = d_state; G groups of channels that share B and
+C; K = d_conv; L' tokens after the reduction. States, decays and sums are float32, or float64 when
+any operand is, whatever the activations' dtype. The scan is Mamba's (arXiv 2312.00752, algorithm
+2), the token reduction STORM's (arXiv 2503.04130, eqs. 6-8).
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ def bidirectional_selective_scan(
     grid: TokenGrid | None = None,
     reduction: TokenReduction | None = None,
 ) -> Tensor:
-    """Plain twin of :func:`storm_kernels.bidirectional_selective_scan`: ``reduce((y_forward + y_backward) * SiLU(z))``."""
+    """Plain twin of :func:`storm_kernels.bidirectional_selective_scan`: ``reduce((y_forward +
+    y_backward) * SiLU(z))``.
+    """
     y_forward, _ = _scan_sequences(forward, delta_softplus, False, None, cu_seqlens)
     y_backward, _ = _scan_sequences(backward, delta_softplus, True, None, cu_seqlens)
     return _gate_and_reduce(y_forward + y_backward, z, grid, reduction).to(forward.u.dtype)
@@ -124,13 +128,20 @@ def reduce_tokens(x: Tensor, grid: TokenGrid | None, reduction: TokenReduction |
         )
     ]
     pooled = F.avg_pool3d(video, block, block, ceil_mode=True, count_include_pad=False)
-    # By index: the size of a slice with a step is one that torch.export cannot prove for every number of frames.
-    kept = pooled.index_select(2, torch.arange(reduction.reduced(grid).frames, dtype=torch.int64, device=x.device) * reduction.temporal_stride)
+    # By index: the size of a slice with a step is one that torch.export cannot prove for every
+    # number of frames.
+    kept = pooled.index_select(
+        2, torch.arange(reduction.reduced(grid).frames, dtype=torch.int64, device=x.device) * reduction.temporal_stride
+    )
     return kept.movedim(1, -1).reshape(batch, -1, channels).to(x.dtype)
 
 
-def residual_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """Plain twin of :func:`storm_kernels.residual_layer_norm`: (LayerNorm(x + residual), x + residual), each (..., C) in x's dtype."""
+def residual_layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Plain twin of :func:`storm_kernels.residual_layer_norm`: (LayerNorm(x + residual), x +
+    residual), each (..., C) in x's dtype.
+    """
     acc = _accumulate(x)
     summed = x if residual is None else (x.to(acc) + residual.to(acc)).to(x.dtype)
     normed = F.layer_norm(summed.to(acc), weight.shape, weight.to(acc), None if bias is None else bias.to(acc), eps)
@@ -154,7 +165,9 @@ def _scan_sequences(
     direction: Direction, delta_softplus: bool, reverse: bool, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y (batch, L, E) before gate and rounding, and the final states (n, E, S)."""
-    parts = zip(*(_sequences(t, cu_seqlens) for t in (direction.u, direction.delta, direction.B, direction.C)), strict=True)
+    parts = zip(
+        *(_sequences(t, cu_seqlens) for t in (direction.u, direction.delta, direction.B, direction.C)), strict=True
+    )
     ys, states = [], []
     for i, (u, delta, B, C) in enumerate(parts):
         h = None if initial_state is None else initial_state if cu_seqlens is None else initial_state[i : i + 1]
@@ -164,7 +177,9 @@ def _scan_sequences(
     return torch.cat(ys, 1), torch.cat(states)
 
 
-def _scan_sequence(direction: Direction, delta_softplus: bool, reverse: bool, h: Tensor | None) -> tuple[Tensor, Tensor]:
+def _scan_sequence(
+    direction: Direction, delta_softplus: bool, reverse: bool, h: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The recurrence of docs/spec.md, Mixer, one token after the other."""
     acc = _accumulate(*direction, h)
     u, delta, A, B, C, D, delta_bias = (None if t is None else t.to(acc) for t in direction)
@@ -187,8 +202,12 @@ def _scan_sequence(direction: Direction, delta_softplus: bool, reverse: bool, h:
     return (y if D is None else y + D * u), h.flatten(1, 2)
 
 
-def _recurrence(A: Tensor, h: Tensor, step: Tensor, drive: Tensor, B: Tensor, C: Tensor, reverse: bool) -> tuple[Tensor | None, Tensor]:
-    """A (G, E/G, S), h (batch, G, E/G, S); step, drive (batch, L, G, E/G); B, C (batch, L, G, S) -> y (batch, L, G, E/G), None without tokens; h."""
+def _recurrence(
+    A: Tensor, h: Tensor, step: Tensor, drive: Tensor, B: Tensor, C: Tensor, reverse: bool
+) -> tuple[Tensor | None, Tensor]:
+    """A (G, E/G, S), h (batch, G, E/G, S); step, drive (batch, L, G, E/G); B, C (batch, L, G, S) ->
+    y (batch, L, G, E/G), None without tokens; h.
+    """
 
     def advance(h, step, drive, B, C):
         h = torch.exp(step * A) * h + drive * B
@@ -196,7 +215,9 @@ def _recurrence(A: Tensor, h: Tensor, step: Tensor, drive: Tensor, B: Tensor, C:
 
     if torch.compiler.is_exporting():  # one operator that holds the loop, in place of a graph as long as the sequence
         h, y = scan(
-            lambda h, token: advance(h, token[0].unsqueeze(-1), token[1].unsqueeze(-1), token[2].unsqueeze(2), token[3].unsqueeze(2)),
+            lambda h, token: advance(
+                h, token[0].unsqueeze(-1), token[1].unsqueeze(-1), token[2].unsqueeze(2), token[3].unsqueeze(2)
+            ),
             h,
             tuple(t.movedim(1, 0) for t in (step, drive, B, C)),
             reverse=reverse,
@@ -225,7 +246,9 @@ def _gate_and_reduce(y: Tensor, z: Tensor | None, grid: TokenGrid | None, reduct
 def _conv_sequence(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, reverse: bool, history: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One sequence's convolution (batch, L, E) and its last K-1 inputs in scan order (batch, E, K-1); in reverse nothing but the weight turns."""
+    """One sequence's convolution (batch, L, E) and its last K-1 inputs in scan order (batch, E,
+    K-1); in reverse nothing but the weight turns.
+    """
     acc = _accumulate(x, weight, bias, history)
     channels, width = weight.shape
     inputs = x.transpose(1, 2)  # (batch, E, L)

@@ -1,6 +1,8 @@
-"""The plain-PyTorch projector of STORM: the truth that the fused one is compared with, and whose parameters it inherits.
+"""The plain-PyTorch projector of STORM: the truth that the fused one is compared with, and whose
+parameters it inherits.
 
-The mixer is Vim's bimamba v2 (arXiv 2401.09417), the projector STORM's (arXiv 2503.04130, eqs. 3, 5-8); see docs/spec.md.
+The mixer is Vim's bimamba v2 (arXiv 2401.09417), the projector STORM's (arXiv 2503.04130, eqs. 3,
+5-8); see docs/spec.md.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from .functions import Direction, bidirectional_selective_scan, causal_conv1d, r
 
 
 class ReferenceMixer(nn.Module):
-    """Bidirectional Mamba-1 mixer, Vim's bimamba v2 with Vim's parameter names (docs/spec.md, Mixer); ``bidirectional=False`` is plain Mamba-1.
+    """Bidirectional Mamba-1 mixer, Vim's bimamba v2 with Vim's parameter names (docs/spec.md,
+    Mixer); ``bidirectional=False`` is plain Mamba-1.
 
-    ``A_log``, ``D``, the bias of ``dt_proj`` and their backward twins stay float32 when the module is moved to a half precision.
-    A child that is more than a plain layer (an adapter, hooks, a quantised or replaced layer) is called as a module: a convolution on
-    (batch, E, L), flipped for the backward direction; dt_proj on dt_raw, bias included.
+    ``A_log``, ``D``, the bias of ``dt_proj`` and their backward twins stay float32 when the module
+    is moved to a half precision. A child that is more than a plain layer (an adapter, hooks, a
+    quantised or replaced layer) is called as a module: a convolution on (batch, E, L), flipped for
+    the backward direction; dt_proj on dt_raw, bias included.
 
     Args:
         d_model: width D of the input and the output.
@@ -59,32 +63,50 @@ class ReferenceMixer(nn.Module):
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        d_model, d_state, d_conv = (positive_int(n, size) for n, size in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv)))
+        d_model, d_state, d_conv = (
+            positive_int(n, size) for n, size in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv))
+        )
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
         self.d_inner = _expanded(d_model, expand)
         self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) and dt_rank == "auto" else _rank(dt_rank)
         if not 0 < dt_min <= dt_max:
-            raise ValueError(f"dt_min and dt_max must be positive and in this order, got {described(dt_min)} and {described(dt_max)}")
+            raise ValueError(
+                f"dt_min and dt_max must be positive and in this order, got {described(dt_min)} and {described(dt_max)}"
+            )
         self.bidirectional, self.if_divide_out = bidirectional, if_divide_out
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
         self.suffixes = ("", "_b") if bidirectional else ("",)
         for suffix in self.suffixes:
-            conv = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **factory)
+            conv = nn.Conv1d(
+                self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **factory
+            )
             dt_proj = nn.Linear(self.dt_rank, self.d_inner, **factory)
             nn.init.uniform_(dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-            dt_proj.bias = nn.Parameter(initial_dt_bias(self.d_inner, dt_min, dt_max, dt_init_floor, dt_proj.weight.device))
+            dt_proj.bias = nn.Parameter(
+                initial_dt_bias(self.d_inner, dt_min, dt_max, dt_init_floor, dt_proj.weight.device)
+            )
             dt_proj.bias._no_reinit = True
             rows = torch.arange(1, d_state + 1, dtype=torch.float32, device=device).expand(self.d_inner, -1)
             self.add_module(f"conv1d{suffix}", conv)
-            self.add_module(f"x_proj{suffix}", nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **factory))
+            self.add_module(
+                f"x_proj{suffix}", nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **factory)
+            )
             self.add_module(f"dt_proj{suffix}", dt_proj)
             self.register_parameter("A_b_log" if suffix else "A_log", nn.Parameter(rows.log()))
-            self.register_parameter(f"D{suffix}", nn.Parameter(torch.ones(self.d_inner, dtype=torch.float32, device=device)))
+            self.register_parameter(
+                f"D{suffix}", nn.Parameter(torch.ones(self.d_inner, dtype=torch.float32, device=device))
+            )
         for parameter in self._float32_parameters():
             parameter._no_weight_decay = True
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
 
-    def forward(self, x: Tensor, grid: TokenGrid | None = None, reduction: TokenReduction | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid: TokenGrid | None = None,
+        reduction: TokenReduction | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """x (batch, L, D) -> (batch, L', D) in x's dtype; with a reduction, ``grid`` says where the tokens sit."""
         grid, reduction = self._checked(x, grid, reduction, cu_seqlens)
         with stage("in_proj"):
@@ -100,15 +122,21 @@ class ReferenceMixer(nn.Module):
             out = self._project(y, self.out_proj)
         return out if reduction is None else reduce_tokens(out, grid, reduction)
 
-    def _checked(self, x: object, grid: object, reduction: object, cu_seqlens: object) -> tuple[TokenGrid | None, TokenReduction | None]:
-        """(grid, reduction) where there is something to reduce, else (None, None); raise, by name, unless the arguments of forward fit."""
+    def _checked(
+        self, x: object, grid: object, reduction: object, cu_seqlens: object
+    ) -> tuple[TokenGrid | None, TokenReduction | None]:
+        """(grid, reduction) where there is something to reduce, else (None, None); raise, by name,
+        unless the arguments of forward fit.
+        """
         check_input("x", x, ("batch", "L"), self.in_proj)
         return placed(x.shape[1], grid, reduction, cu_seqlens)
 
     @staticmethod
     def _convolve(x: Tensor, conv: nn.Module, reverse: bool, cu_seqlens: Tensor | None) -> Tensor:
         if is_plain_convolution(conv):
-            return causal_conv1d(x, conv.weight.squeeze(1), conv.bias, activation="silu", reverse=reverse, cu_seqlens=cu_seqlens)
+            return causal_conv1d(
+                x, conv.weight.squeeze(1), conv.bias, activation="silu", reverse=reverse, cu_seqlens=cu_seqlens
+            )
         return F.silu(call_convolution(conv, x, reverse=reverse, cu_seqlens=cu_seqlens))
 
     def _scan(self, directions: list[Direction], z: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -148,7 +176,9 @@ class ReferenceMixer(nn.Module):
         return [p for p in (*own, *biases) if isinstance(p, nn.Parameter)]
 
     def _apply(self, fn, recurse=True):
-        """Moves as nn.Module does, but gives the float32 parameters their values back where a half precision was asked for."""
+        """Moves as nn.Module does, but gives the float32 parameters their values back where a half
+        precision was asked for.
+        """
         before = [p.data for p in self._float32_parameters()]
         super()._apply(fn, recurse)
         for parameter, data in zip(self._float32_parameters(), before, strict=True):
@@ -162,7 +192,9 @@ def _expanded(d_model: int, expand: object) -> int:
     if isinstance(expand, bool) or not isinstance(expand, Real):
         raise TypeError(f"expand must be a number, got {described(expand)}")
     if not 1 <= expand * d_model < math.inf:
-        raise ValueError(f"expand must give one channel or more, expand * d_model >= 1, got {described(expand)} with d_model={d_model}")
+        raise ValueError(
+            f"expand must give one channel or more, expand * d_model >= 1, got {described(expand)} with d_model={d_model}"
+        )
     return int(expand * d_model)
 
 
@@ -173,15 +205,18 @@ def _rank(dt_rank: object) -> int:
 
 
 def check_input(name: str, value: object, axes: tuple[str, ...], projection: nn.Module, parts: int = 1) -> None:
-    """Raise, by name, unless ``value`` is a floating-point tensor with ``axes`` and a last one that ``parts`` times fills ``projection``.
+    """Raise, by name, unless ``value`` is a floating-point tensor with ``axes`` and a last one that
+    ``parts`` times fills ``projection``.
 
-    That width is read off the weight where the projection is plain (:func:`is_plain`); what another module takes is its own affair.
+    That width is read off the weight where the projection is plain (:func:`is_plain`); what another
+    module takes is its own affair.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {described(value)}")
     width = projection.weight.shape[1] // parts if is_plain(projection) else None
     if value.dim() != len(axes) + 1 or (width is not None and value.shape[-1] != width):
-        # The channels of an image encoder that is a convolutional network come before height and width.
+        # The channels of an image encoder that is a convolutional network come before height and
+        # width.
         first = width is not None and value.dim() == len(axes) + 1 and width in value.shape[1:-1]
         hint = f"; the {width} channels belong on the last axis, see Tensor.movedim" if first else ""
         wanted = ", ".join((*axes, "width" if width is None else str(width)))
@@ -195,8 +230,12 @@ def decay(A_log: Tensor) -> Tensor:
     return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
 
 
-def initial_dt_bias(channels: int, dt_min: float = 0.001, dt_max: float = 0.1, floor: float = 1e-4, device: torch.device | None = None) -> Tensor:
-    """A bias of dt_proj whose softplus is log-uniform in [dt_min, dt_max]: (channels,) float32 (arXiv 2312.00752, 3.6)."""
+def initial_dt_bias(
+    channels: int, dt_min: float = 0.001, dt_max: float = 0.1, floor: float = 1e-4, device: torch.device | None = None
+) -> Tensor:
+    """A bias of dt_proj whose softplus is log-uniform in [dt_min, dt_max]: (channels,) float32
+    (arXiv 2312.00752, 3.6).
+    """
     low, high = math.log(dt_min), math.log(dt_max)
     dt = torch.exp(torch.rand(channels, dtype=torch.float32, device=device) * (high - low) + low).clamp(min=floor)
     return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
@@ -218,7 +257,8 @@ class MixerLayer(nn.Module):
 
 
 class ReferenceTemporalProjector(nn.Module):
-    """STORM's projector: 2x2 downsample, linear, M bidirectional mixers over all frames' tokens, token reduction (docs/spec.md, Projector).
+    """STORM's projector: 2x2 downsample, linear, M bidirectional mixers over all frames' tokens,
+    token reduction (docs/spec.md, Projector).
 
     Args:
         vision_width: Dv, the width of the image encoder's tokens.
@@ -244,13 +284,19 @@ class ReferenceTemporalProjector(nn.Module):
         **mixer_options,
     ):
         super().__init__()
-        vision_width, d_model, layers = positive_int("vision_width", vision_width), positive_int("d_model", d_model), integer("layers", layers)
+        vision_width, d_model, layers = (
+            positive_int("vision_width", vision_width),
+            positive_int("d_model", d_model),
+            integer("layers", layers),
+        )
         if layers < 0:
             raise ValueError(f"layers must be at least 0, got {described(layers)}")
         self._know(mixer_options)
         factory = {"device": device, "dtype": dtype}
         self.proj = nn.Linear(4 * vision_width, d_model, **factory)
-        mixers = (self.mixer_class(d_model, bidirectional=bidirectional, **mixer_options, **factory) for _ in range(layers))
+        mixers = (
+            self.mixer_class(d_model, bidirectional=bidirectional, **mixer_options, **factory) for _ in range(layers)
+        )
         self.layers = nn.ModuleList(MixerLayer(mixer, **factory) for mixer in mixers)
 
     @classmethod
@@ -270,10 +316,12 @@ class ReferenceTemporalProjector(nn.Module):
         lengths: Sequence[int] | Tensor | None = None,
         packed: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
-        """features (batch, T, h, w, vision_width) -> (batch, tokens, D), averaged and sampled as ``reduction`` says, by default not at all.
+        """features (batch, T, h, w, vision_width) -> (batch, tokens, D), averaged and sampled as
+        ``reduction`` says, by default not at all.
 
-        ``lengths`` (batch,), a list, an array or a tensor, gives each video's number of frames where the batch is padded at the end; each video
-        then comes out as if it ran alone, followed by zeros. ``packed`` (videos,) gives it where the videos follow one another in a batch of 1;
+        ``lengths`` (batch,), a list, an array or a tensor, gives each video's number of frames
+        where the batch is padded at the end; each video then comes out as if it ran alone, followed
+        by zeros. ``packed`` (videos,) gives it where the videos follow one another in a batch of 1;
         their tokens then do so too, each video's as if it ran alone.
 
         Raises:
@@ -295,8 +343,12 @@ class ReferenceTemporalProjector(nn.Module):
             grid = TokenGrid(*blocks.shape[1:4])
             return self.mixer_class._project(blocks, self.proj).flatten(1, 3), grid
 
-    def mix(self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction | None, cu_seqlens: Tensor | None) -> Tensor:
-        """The layers and the reduction: (batch, L, D) -> (batch, L', D); packed videos (``cu_seqlens``) are not reduced."""
+    def mix(
+        self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """The layers and the reduction: (batch, L, D) -> (batch, L', D); packed videos
+        (``cu_seqlens``) are not reduced.
+        """
         for layer in self.layers:
             x = layer(x, cu_seqlens=cu_seqlens)
         with stage("reduce"):
@@ -304,40 +356,58 @@ class ReferenceTemporalProjector(nn.Module):
 
 
 def downsample(features: Tensor) -> Tensor:
-    """2x2 pixel shuffle (batch, T, h, w, c) -> (batch, T, ceil(h/2), ceil(w/2), 4c), row-major in the block, odd sides zero-padded at the end."""
+    """2x2 pixel shuffle (batch, T, h, w, c) -> (batch, T, ceil(h/2), ceil(w/2), 4c), row-major in
+    the block, odd sides zero-padded at the end.
+    """
     height, width = features.shape[2:4]
     padded = F.pad(features, (0, 0, 0, width % 2, 0, height % 2))
     return padded.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4).flatten(4, 6)
 
 
-def run_padded(mix, x: Tensor, grid: TokenGrid, reduction: TokenReduction | None, lengths: Sequence[int] | Tensor | None) -> Tensor:
-    """Run ``mix`` over whole videos x (batch, T*N, D), or, with ``lengths`` in frames, over the valid tokens packed one after the other."""
+def run_padded(
+    mix, x: Tensor, grid: TokenGrid, reduction: TokenReduction | None, lengths: Sequence[int] | Tensor | None
+) -> Tensor:
+    """Run ``mix`` over whole videos x (batch, T*N, D), or, with ``lengths`` in frames, over the
+    valid tokens packed one after the other.
+    """
     if lengths is None:
         return mix(x, grid, reduction, None)
     lengths = _frame_counts("lengths", lengths)
     if len(lengths) != x.shape[0]:
-        raise ValueError(f"lengths must name one number of frames for each of the {x.shape[0]} videos, got {len(lengths)}")
+        raise ValueError(
+            f"lengths must name one number of frames for each of the {x.shape[0]} videos, got {len(lengths)}"
+        )
     for i, frames in enumerate(lengths):
         if not 1 <= frames <= grid.frames:
-            raise ValueError(f"lengths must be between 1 and {grid.frames}, the frames of the batch, got {described(frames)} for lengths[{i}]")
+            raise ValueError(
+                f"lengths must be between 1 and {grid.frames}, the frames of the batch, got {described(frames)} for lengths[{i}]"
+            )
     grids = [TokenGrid(n, grid.height, grid.width) for n in lengths]
     packed = torch.cat([video[: own.tokens] for video, own in zip(x, grids, strict=True)])
-    return nn.utils.rnn.pad_sequence([video[0] for video in _mix_packed(mix, packed[None], grids, reduction)], batch_first=True)
+    return nn.utils.rnn.pad_sequence(
+        [video[0] for video in _mix_packed(mix, packed[None], grids, reduction)], batch_first=True
+    )
 
 
 def packed_grids(x: Tensor, grid: TokenGrid, packed: Sequence[int] | Tensor) -> list[TokenGrid]:
-    """The grid of each video of x (1, L, D), whose ``packed`` frames make up ``grid`` together; raise, by name, where they do not."""
+    """The grid of each video of x (1, L, D), whose ``packed`` frames make up ``grid`` together;
+    raise, by name, where they do not.
+    """
     lengths = _frame_counts("packed", packed)
     if x.shape[0] != 1:
         raise ValueError(f"with packed the batch must be 1, got {x.shape[0]}")
     grids = [TokenGrid(positive_int(f"packed[{i}]", n), grid.height, grid.width) for i, n in enumerate(lengths)]
     if sum(lengths) != grid.frames:
-        raise ValueError(f"packed must add up to the {grid.frames} frames of features, got {sum(lengths)} in {len(lengths)} videos")
+        raise ValueError(
+            f"packed must add up to the {grid.frames} frames of features, got {sum(lengths)} in {len(lengths)} videos"
+        )
     return grids
 
 
 def _mix_packed(mix, x: Tensor, grids: list[TokenGrid], reduction: TokenReduction | None) -> list[Tensor]:
-    """Run ``mix`` over videos one after the other, x (1, L, D) -> each video's reduced tokens (1, L', D). One alone is reduced by ``mix`` itself."""
+    """Run ``mix`` over videos one after the other, x (1, L, D) -> each video's reduced tokens (1,
+    L', D). One alone is reduced by ``mix`` itself.
+    """
     if len(grids) == 1:
         return [mix(x, grids[0], reduction, None)]
     tokens = [own.tokens for own in grids]
@@ -347,7 +417,9 @@ def _mix_packed(mix, x: Tensor, grids: list[TokenGrid], reduction: TokenReductio
 
 
 def _frame_counts(name: str, lengths: object) -> list[int]:
-    """``lengths`` as a list of int, named ``name`` in errors. A tensor is read in one go: on a GPU each number would wait for the device."""
+    """``lengths`` as a list of int, named ``name`` in errors. A tensor is read in one go: on a GPU
+    each number would wait for the device.
+    """
     values = lengths.tolist() if hasattr(lengths, "tolist") else lengths
     if not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a sequence of integers, one a video, got {described(lengths)}")

@@ -1,4 +1,6 @@
-"""`use_backend`, `strict`, `recording`: a thread's own, a task's own, right in compiled code; and what is said about calls that do nothing."""
+"""`use_backend`, `strict`, `recording`: a thread's own, a task's own, right in compiled code; and
+what is said about calls that do nothing.
+"""
 
 import asyncio
 import contextvars
@@ -42,13 +44,16 @@ def in_thread(function):
         return pool.submit(function).result(60)
 
 
-# --- threads and tasks ----------------------------------------------------------------------------------------------------------------------------
+# --- threads and tasks
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_thread_does_not_see_anothers_settings():
     seen = []
     with sk.use_backend("torch"), sk.strict(), recording(seen.append):
-        assert in_thread(lambda: (context.current("backend"), context.current("strict"), context.current("recorder"))) == ("", False, None)
+        assert in_thread(
+            lambda: (context.current("backend"), context.current("strict"), context.current("recorder"))
+        ) == ("", False, None)
         assert ran() == {"torch"} and context.current("strict")
     assert (context.current("backend"), context.current("strict"), context.current("recorder")) == ("", False, None)
 
@@ -84,7 +89,10 @@ def test_a_task_does_not_see_anothers_settings():
 
     async def main():
         entered, leave = [asyncio.Event() for _ in range(2)], asyncio.Event()
-        tasks = [asyncio.create_task(inside(name, event, leave)) for name, event in zip(("torch", "cpu"), entered, strict=True)]
+        tasks = [
+            asyncio.create_task(inside(name, event, leave))
+            for name, event in zip(("torch", "cpu"), entered, strict=True)
+        ]
         for event in entered:
             await event.wait()
         outside = context.current("backend")
@@ -144,7 +152,9 @@ def test_the_backward_pass_runs_where_the_forward_pass_did():
 
 
 def test_autograds_own_threads_see_what_held_where_backward_was_called():
-    """A GPU's backward pass has a thread of its own, which autograd hands the caller's state: activation checkpointing runs forward passes there."""
+    """A GPU's backward pass has a thread of its own, which autograd hands the caller's state:
+    activation checkpointing runs forward passes there.
+    """
     if not hasattr(torch._C, "_remove_obj_from_tls"):
         pytest.skip(f"PyTorch {torch.__version__} does not hand the caller's context on")
     with sk.use_backend("torch"):
@@ -166,7 +176,8 @@ def test_counts_of_many_threads_add_up():
     assert sk.stats(reset=True) == {"scan": {"torch": 8000}}
 
 
-# --- compiled code --------------------------------------------------------------------------------------------------------------------------------
+# --- compiled code
+# --------------------------------------------------------------------------------------------------------------------------------
 
 
 def compiled(function):
@@ -214,7 +225,8 @@ def test_strict_holds_where_compiled_code_runs():
         call(*double)
 
 
-# --- what is said ---------------------------------------------------------------------------------------------------------------------------------
+# --- what is said
+# ---------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", [lambda: sk.use_backend("cudaa"), lambda: sk.set_default_backend("cudaa")])

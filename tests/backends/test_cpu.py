@@ -1,4 +1,6 @@
-"""The "cpu" backend beyond the shared parity suite: variants, determinism, empty inputs, memory. For building: test_cpu_build.py."""
+"""The "cpu" backend beyond the shared parity suite: variants, determinism, empty inputs, memory.
+For building: test_cpu_build.py.
+"""
 
 import ctypes
 import os
@@ -36,19 +38,29 @@ def scan_inputs(batch, length, channels, states=16, dtype=torch.float32, reverse
 
 
 def options(**changes) -> dict:
-    return {"delta_softplus": True, "initial_state": None, "cu_seqlens": None, "grid": None, "reduction": None} | changes
+    return {
+        "delta_softplus": True,
+        "initial_state": None,
+        "cu_seqlens": None,
+        "grid": None,
+        "reduction": None,
+    } | changes
 
 
 def forward_and_backward(directions, z, **changes) -> list[torch.Tensor]:
     result = cpu.scan(ScanCall(directions, z, **options(**changes)), save_checkpoints=True)
     draw = torch.randn(result.out.shape, generator=torch.Generator().manual_seed(9)).to(result.out.dtype)
-    grads, grad_z, _ = cpu.scan_backward(draw, None, ScanCall(directions, z, **options(**changes)), result.checkpoints, needs=GRADIENTS)
+    grads, grad_z, _ = cpu.scan_backward(
+        draw, None, ScanCall(directions, z, **options(**changes)), result.checkpoints, needs=GRADIENTS
+    )
     return [result.out, grad_z, *(t for one in grads for t in one)]
 
 
-# --- elementary functions -------------------------------------------------------------------------------------------------------------------------
+# --- elementary functions
+# -------------------------------------------------------------------------------------------------------------------------
 
-# Units in the last place above PyTorch's own largest error; without fused multiply-add every step of the polynomials rounds twice.
+# Units in the last place above PyTorch's own largest error; without fused multiply-add every step
+# of the polynomials rounds twice.
 MARGIN = {"avx512": 0.4, "avx2": 0.4, "generic": 0.8}
 FUNCTIONS = [
     # name, number in probe.cpp, float64 truth, range
@@ -62,7 +74,9 @@ FUNCTIONS = [
 
 def elementary(isa: str, number: int, x: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(x)
-    probe = loader.Library(loader.LIBRARY, isa).function("probe_function", ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+    probe = loader.Library(loader.LIBRARY, isa).function(
+        "probe_function", ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64
+    )
     assert probe(number, x.data_ptr(), out.data_ptr(), x.numel()) == 0
     return out
 
@@ -92,13 +106,17 @@ def test_elementary_functions_at_the_ends(isa):
         (3, [0, 0, 0, 200, 1e30, inf, nan, 0.6931472, 0, 100, 150]),
         (4, [0, 0, 0, inf, inf, inf, nan, 1, 0, 2.0**100, inf]),
     ):
-        torch.testing.assert_close(elementary(isa, number, x), torch.tensor(expected, dtype=torch.float32), equal_nan=True)
+        torch.testing.assert_close(
+            elementary(isa, number, x), torch.tensor(expected, dtype=torch.float32), equal_nan=True
+        )
 
 
 @built
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_number_formats_round_as_torch_does(dtype):
-    """Every number of the format, times some factors, through a convolution of one tap: subnormals, ties, overflow, infinities and NaN."""
+    """Every number of the format, times some factors, through a convolution of one tap: subnormals,
+    ties, overflow, infinities and NaN.
+    """
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     factors = torch.tensor([1.0, 1 + 2**-9, 1 + 2**-12, 1 / 3, 2.0, 2**-10, 3e38, 1.0])
     factors.view(torch.int32)[-1] = 0x7FFFFFFF  # a NaN that would become -0 if it were rounded like a number
@@ -108,7 +126,8 @@ def test_number_formats_round_as_torch_does(dtype):
     assert torch.equal(out[~out.isnan()], expected[~out.isnan()])
 
 
-# --- variants -------------------------------------------------------------------------------------------------------------------------------------
+# --- variants
+# -------------------------------------------------------------------------------------------------------------------------------------
 
 SCANS = [
     {"states": 16, "direction": "both", "reduction": (2, 2, 2), "z": "kept"},
@@ -133,7 +152,9 @@ def check_variant() -> None:
     for changes in SCANS:
         check(scan_case(**changes), "cpu")
     for direction, width in (("both", 4), ("reverse", 7)):
-        check(ConvCase(5, 2, 67, 21, width, direction, "float32", "sliced", True, True, direction != "both", False), "cpu")
+        check(
+            ConvCase(5, 2, 67, 21, width, direction, "float32", "sliced", True, True, direction != "both", False), "cpu"
+        )
     check(ReduceCase(6, 2, (5, 3, 3), 21, "float16", "transposed", (2, 2, 2)), "cpu")
     check_enormous_decays("cpu")
 
@@ -145,20 +166,27 @@ def test_every_variant_keeps_the_bound(isa):
 
 @built
 def test_sixteen_lanes_keep_the_bound(tmp_path):
-    """The lanes of AVX-512 on whatever vectors this processor has: indices and tails are those of the AVX-512 variant."""
+    """The lanes of AVX-512 on whatever vectors this processor has: indices and tails are those of
+    the AVX-512 variant.
+    """
     isa, library = loader.library().isa, tmp_path / "lanes16.so"
     build.build(library, flags=("-O1", "-DSTORM_LANES=16"), only=(isa,))
-    code = f"from pathlib import Path; import storm_kernels.backends.cpu.loader as l; l.LIBRARY = Path({str(library)!r}); "
+    code = (
+        f"from pathlib import Path; import storm_kernels.backends.cpu.loader as l; l.LIBRARY = Path({str(library)!r}); "
+    )
     run_python(code + "from tests.backends.test_cpu import check_variant; check_variant()", STORM_KERNELS_CPU_ISA=isa)
 
 
 def run_python(code: str, **environment: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-# --- determinism ----------------------------------------------------------------------------------------------------------------------------------
+# --- determinism
+# ----------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -180,7 +208,9 @@ def test_bitwise_the_same_over_1000_reruns_and_any_number_of_threads(threads, dt
         results = forward_and_backward(pair, z)
         grads = tuple(torch.ones_like(z) for _ in filters)
         needs = frozenset({"x", "weight", "bias"})
-        grad_x, parameters, _ = cpu.conv_backward(grads, ConvCall(z, filters, silu=True, initial_state=None, cu_seqlens=None), needs=needs)
+        grad_x, parameters, _ = cpu.conv_backward(
+            grads, ConvCall(z, filters, silu=True, initial_state=None, cu_seqlens=None), needs=needs
+        )
         out = cpu.conv(ConvCall(z, filters, silu=True, initial_state=None, cu_seqlens=None))
         found = [*results, *out, grad_x, *(t for one in parameters for t in one)]
         first = first or found
@@ -197,12 +227,15 @@ def test_bitwise_the_same_alone_and_in_a_batch():
         assert torch.equal(result.out, out[i : i + 1])
 
 
-# --- long sequences -------------------------------------------------------------------------------------------------------------------------------
+# --- long sequences
+# -------------------------------------------------------------------------------------------------------------------------------
 
 
 @built
 def test_long_sums_lose_nothing():
-    """Parameters' gradients over 200,000 tokens, of one sign, so that every rounding of a plain sum would add up: within two ulp."""
+    """Parameters' gradients over 200,000 tokens, of one sign, so that every rounding of a plain sum
+    would add up: within two ulp.
+    """
     u = torch.rand(1, 200_000, 8, generator=torch.Generator().manual_seed(0))
     D, bias, weight = (torch.zeros(shape, requires_grad=True) for shape in (8, 8, (8, 1)))
     # exp(delta A) is zero: y = (delta + bias + D) u, and each of these gradients is the sum of u
@@ -214,11 +247,14 @@ def test_long_sums_lose_nothing():
         assert ((got.flatten() - truth).abs() <= 2 * torch.finfo(torch.float32).eps * truth).all()
 
 
-# --- values and shapes at the edges ---------------------------------------------------------------------------------------------------------------
+# --- values and shapes at the edges
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @built
-@pytest.mark.parametrize(("batch", "length", "offsets"), [(0, 7, None), (2, 0, None), (1, 0, [0, 0, 0]), (1, 5, [0, 0, 5, 5])])
+@pytest.mark.parametrize(
+    ("batch", "length", "offsets"), [(0, 7, None), (2, 0, None), (1, 0, [0, 0, 0]), (1, 5, [0, 0, 5, 5])]
+)
 def test_empty_batches_and_sequences(batch, length, offsets):
     inputs = scan_inputs(batch, length, 9)
     cu_seqlens = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
@@ -229,7 +265,9 @@ def test_empty_batches_and_sequences(batch, length, offsets):
     empty = [i for i in range(sequences) if (length if offsets is None else offsets[i + 1] - offsets[i]) == 0]
     assert torch.equal(result.final_state[empty], start[empty])
     needs = (GRADIENTS - {"z"}) | {"initial_state"}
-    grads, _, grad_start = cpu.scan_backward(torch.ones_like(result.out), start, ScanCall((inputs,), None, **call), result.checkpoints, needs=needs)
+    grads, _, grad_start = cpu.scan_backward(
+        torch.ones_like(result.out), start, ScanCall((inputs,), None, **call), result.checkpoints, needs=needs
+    )
     assert torch.equal(grad_start[empty], start[empty])
     assert all(torch.isfinite(t).all() for t in grads[0])
 
@@ -292,18 +330,25 @@ def test_backward_memory_is_below_three_times_inputs_and_gradients():
     assert grown + 3 * tensor < 3 * inputs_and_gradients
 
 
-# --- what the backend says of itself -------------------------------------------------------------------------------------------------------------
+# --- what the backend says of itself
+# -------------------------------------------------------------------------------------------------------------
 
 
 @built
 def test_an_unknown_instruction_set_is_named():
-    reason = run_python("from storm_kernels.backends.cpu import loader; print(loader.why_missing())", STORM_KERNELS_CPU_ISA="mmx")
+    reason = run_python(
+        "from storm_kernels.backends.cpu import loader; print(loader.why_missing())", STORM_KERNELS_CPU_ISA="mmx"
+    )
     assert "'mmx' is not available" in reason and "generic" in reason
 
 
 @pytest.mark.parametrize(
     ("op", "device", "dtype", "said"),
-    [("scan", "cuda", torch.float32, "'cuda'"), ("scan", "cpu", torch.float64, "torch.float64"), ("norm", "cpu", torch.float32, "LayerNorm")],
+    [
+        ("scan", "cuda", torch.float32, "'cuda'"),
+        ("scan", "cpu", torch.float64, "torch.float64"),
+        ("norm", "cpu", torch.float32, "LayerNorm"),
+    ],
 )
 def test_why_not_says_why(op, device, dtype, said):
     assert said in cpu.why_not(op, device=device, dtypes=frozenset({dtype}), d_state=16, d_conv=0)

@@ -13,7 +13,8 @@ from storm_kernels.backends.cpu import loader, structs
 
 from .test_cpu import GRADIENTS, built, forward_and_backward, options, run_python, scan_inputs
 
-# --- buffers --------------------------------------------------------------------------------------------------------------------------------------
+# --- buffers
+# --------------------------------------------------------------------------------------------------------------------------------------
 
 
 def cut(t: torch.Tensor) -> torch.Tensor:
@@ -40,10 +41,14 @@ def scan_call(short: str | None):
 
 
 @built
-@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C", "D", "delta_bias", "u_b", "A_b", "C_b", "z", "gradient of out", "checkpoints"])
+@pytest.mark.parametrize(
+    "name", ["u", "delta", "A", "B", "C", "D", "delta_bias", "u_b", "A_b", "C_b", "z", "gradient of out", "checkpoints"]
+)
 def test_a_scan_refuses_a_buffer_that_is_too_small(name):
     scan_call(None)
-    with pytest.raises(RuntimeError, match=rf"selective_scan.* of \(2, 70, 9\) torch.bfloat16: {name} is absent, or does not hold"):
+    with pytest.raises(
+        RuntimeError, match=rf"selective_scan.* of \(2, 70, 9\) torch.bfloat16: {name} is absent, or does not hold"
+    ):
         scan_call(name)
 
 
@@ -62,7 +67,11 @@ def test_a_convolution_refuses_a_buffer_that_is_too_small(name):
         if name != "out":
             cpu.conv(ConvCall(inputs, filters, silu=True, initial_state=start, cu_seqlens=None))
         needs = frozenset({"x", "weight", "bias"})
-        cpu.conv_backward(grads[: len(filters)], ConvCall(inputs, filters, silu=True, initial_state=start, cu_seqlens=None), needs=needs)
+        cpu.conv_backward(
+            grads[: len(filters)],
+            ConvCall(inputs, filters, silu=True, initial_state=start, cu_seqlens=None),
+            needs=needs,
+        )
 
 
 @built
@@ -76,7 +85,9 @@ def test_what_the_backend_allocates_is_measured_too(dtype, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: cut(empty(*shape, **options)))
     for name in sorted(GRADIENTS - {"z"}):
         with pytest.raises(RuntimeError, match=f"gradient of {name} {refused}"):
-            cpu.scan_backward(inputs.u, None, ScanCall((inputs,), None, **options()), checkpoints, needs=frozenset({name}))
+            cpu.scan_backward(
+                inputs.u, None, ScanCall((inputs,), None, **options()), checkpoints, needs=frozenset({name})
+            )
     with pytest.raises(RuntimeError, match=f"checkpoints {refused}"):
         cpu.scan(ScanCall((inputs,), None, **options()), save_checkpoints=True)
     with pytest.raises(RuntimeError, match=f"out {refused}"):
@@ -85,7 +96,9 @@ def test_what_the_backend_allocates_is_measured_too(dtype, monkeypatch):
         cpu.conv(ConvCall(x, (weight,), silu=True, initial_state=None, cu_seqlens=None))
     for name in ("x", "weight"):
         with pytest.raises(RuntimeError, match=f"gradient of {name} {refused}"):
-            cpu.conv_backward((x,), ConvCall(x, (weight,), silu=True, initial_state=None, cu_seqlens=None), needs=frozenset({name}))
+            cpu.conv_backward(
+                (x,), ConvCall(x, (weight,), silu=True, initial_state=None, cu_seqlens=None), needs=frozenset({name})
+            )
     for call, name in ((cpu.reduce, "out"), (cpu.reduce_backward, "x")):
         with pytest.raises(RuntimeError, match=f"{name} {refused}"):
             call(x if name == "out" else x[:, :4], grid, reduction)
@@ -108,19 +121,25 @@ def test_freed_memory_is_refused():
         sk.causal_conv1d(torch.ones(1, 5, 4), weight, backend="cpu")
 
 
-# --- processes ------------------------------------------------------------------------------------------------------------------------------------
+# --- processes
+# ------------------------------------------------------------------------------------------------------------------------------------
 
 
 @built
 def test_threads_share_the_library():
-    """The C functions' types are set once (changing them under a running call is a crash, python/cpython#127946): many threads at a time agree."""
+    """The C functions' types are set once (changing them under a running call is a crash,
+    python/cpython#127946): many threads at a time agree.
+    """
     first = loader.Library(loader.LIBRARY).function
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: first("reduce", ctypes.POINTER(structs.CReduce)), range(64)))
         assert all(function is found[0] for function in found)
         inputs = scan_inputs(2, 70, 40)
         whole = forward_and_backward((inputs,), inputs.u)
-        assert all(all(map(torch.equal, one, whole)) for one in pool.map(lambda _: forward_and_backward((inputs,), inputs.u), range(64)))
+        assert all(
+            all(map(torch.equal, one, whole))
+            for one in pool.map(lambda _: forward_and_backward((inputs,), inputs.u), range(64))
+        )
 
 
 FORK = """

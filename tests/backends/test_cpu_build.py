@@ -38,14 +38,18 @@ def test_installation_succeeds_without_a_compiler(tmp_path):
         ignore=shutil.ignore_patterns("*.so", "__pycache__"),
     )
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"CXX": "no-such-compiler"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"CXX": "no-such-compiler"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "the cpu backend is left out: no C++ compiler" in done.stderr
     assert not list(tmp_path.rglob("*.so"))
 
 
 def test_a_missing_library_is_named_with_the_way_to_build_it(tmp_path):
-    with pytest.raises(loader.LibraryMissing, match=r"absent\.so is not there.*python -m storm_kernels\.backends\.cpu\.build"):
+    with pytest.raises(
+        loader.LibraryMissing, match=r"absent\.so is not there.*python -m storm_kernels\.backends\.cpu\.build"
+    ):
         loader.Library(tmp_path / "absent.so")
 
 

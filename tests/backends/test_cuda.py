@@ -1,4 +1,6 @@
-"""The CUDA backend's kernels, run on a CPU by tests/support/cuda_on_cpu: indices, tails, halos, order, reductions, hand-over and the adjoint."""
+"""The CUDA backend's kernels, run on a CPU by tests/support/cuda_on_cpu: indices, tails, halos,
+order, reductions, hand-over and the adjoint.
+"""
 
 import dataclasses
 
@@ -21,7 +23,8 @@ from ..support.parity import check
 from ..support.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
 from ..support.parity_random import CASES, fuzz_cases
 
-# Every draw of formats and sizes would be one more compilation: these cover each format in each place and each mapping of threads.
+# Every draw of formats and sizes would be one more compilation: these cover each format in each
+# place and each mapping of threads.
 SCANS = [
     {"states": 16, "dtype": "float32", "dtype_delta": "float32", "dtype_state": "float32"},
     {"states": 16, "dtype": "bfloat16", "dtype_delta": "bfloat16", "dtype_state": "bfloat16"},
@@ -49,7 +52,12 @@ def test_random_cases_keep_the_bound(op, on_cpu):
     variants = st.sampled_from(VARIANTS[op])
     cases = st.builds(lambda case, changes: dataclasses.replace(case, **changes), CASES[op], variants)
 
-    @settings(max_examples=fuzz_cases(CASE_COUNTS[op]), deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(
+        max_examples=fuzz_cases(CASE_COUNTS[op]),
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+    )
     @given(cases)
     def run(case):
         check(case, "cuda")
@@ -58,14 +66,21 @@ def test_random_cases_keep_the_bound(op, on_cpu):
 
 
 def test_decays_at_the_end_of_float32(on_cpu):
-    """Of an infinite A the tokens that fill the last tile make NaN, in the gradients of the sequence's last ones too."""
+    """Of an infinite A the tokens that fill the last tile make NaN, in the gradients of the
+    sequence's last ones too.
+    """
     check_enormous_decays("cuda", FINITE)
 
 
 @pytest.mark.parametrize("changes", SCANS, ids=lambda changes: f"states{changes['states']}-{changes['dtype']}")
 @pytest.mark.parametrize("direction", ["forward", "both"])
 def test_scan_over_several_chunks(changes, direction, on_cpu):
-    check(simplest(ScanCase, length=300, direction=direction, initial=True, D=True, z="all", bias=True, batch=1, **changes), "cuda")
+    check(
+        simplest(
+            ScanCase, length=300, direction=direction, initial=True, D=True, z="all", bias=True, batch=1, **changes
+        ),
+        "cuda",
+    )
 
 
 @pytest.mark.parametrize("length", [127, 128, 129, 256])
@@ -80,7 +95,9 @@ def test_scan_of_packed_sequences_longer_than_a_chunk(on_cpu):
 
 @pytest.mark.parametrize("channels", [63, 64, 65, 130])
 def test_channel_tails(channels, on_cpu):
-    check(simplest(ScanCase, channels_per_group=channels, batch=1, states=16, direction="both", z="all", D=True), "cuda")
+    check(
+        simplest(ScanCase, channels_per_group=channels, batch=1, states=16, direction="both", z="all", D=True), "cuda"
+    )
 
 
 @pytest.mark.parametrize("states", [200, 512])
@@ -91,35 +108,89 @@ def test_states_over_all_lanes(states, on_cpu):
 @pytest.mark.parametrize("reduction", [(4, 1, 2), (3, 2, 1), (4, 2, 2)])
 @pytest.mark.parametrize("z", ["all", "kept"])
 def test_reduced_scan_over_many_frames(reduction, z, on_cpu):
-    check(simplest(ScanCase, grid=(23, 3, 5), reduction=reduction, direction="both", z=z, D=True, states=16, batch=1), "cuda")
+    check(
+        simplest(ScanCase, grid=(23, 3, 5), reduction=reduction, direction="both", z=z, D=True, states=16, batch=1),
+        "cuda",
+    )
 
 
-# Frames of 20 tokens: a tile lies within a group of its own, or where two meet, never at the same place; of 32: where a group begins; and rows of 16
-# pooled in twos.
-@pytest.mark.parametrize("grid, reduction", [((9, 4, 5), (2, 1, 2)), ((9, 4, 5), (3, 1, 1)), ((10, 4, 8), (2, 1, 3)), ((7, 3, 16), (2, 2, 1))])
+# Frames of 20 tokens: a tile lies within a group of its own, or where two meet, never at the same
+# place; of 32: where a group begins; and rows of 16 pooled in twos.
+@pytest.mark.parametrize(
+    "grid, reduction",
+    [((9, 4, 5), (2, 1, 2)), ((9, 4, 5), (3, 1, 1)), ((10, 4, 8), (2, 1, 3)), ((7, 3, 16), (2, 2, 1))],
+)
 @pytest.mark.parametrize("direction, z", [("both", "kept"), ("reverse", "all")])
 def test_reduced_scan_of_tiles_within_a_group(grid, reduction, direction, z, on_cpu):
-    check(simplest(ScanCase, grid=grid, reduction=reduction, direction=direction, z=z, D=True, states=16, channels_per_group=70, batch=2), "cuda")
+    check(
+        simplest(
+            ScanCase,
+            grid=grid,
+            reduction=reduction,
+            direction=direction,
+            z=z,
+            D=True,
+            states=16,
+            channels_per_group=70,
+            batch=2,
+        ),
+        "cuda",
+    )
 
 
-# Rows of whole 16 bytes come by asynchronous copies: those of a group that ends with its tile must not meet the next group's.
-@pytest.mark.parametrize("grid, reduction", [((10, 4, 8), (2, 1, 1)), ((9, 4, 8), (2, 1, 2)), ((9, 4, 5), (2, 1, 1)), ((7, 3, 16), (2, 2, 1))])
+# Rows of whole 16 bytes come by asynchronous copies: those of a group that ends with its tile must
+# not meet the next group's.
+@pytest.mark.parametrize(
+    "grid, reduction",
+    [((10, 4, 8), (2, 1, 1)), ((9, 4, 8), (2, 1, 2)), ((9, 4, 5), (2, 1, 1)), ((7, 3, 16), (2, 2, 1))],
+)
 @pytest.mark.parametrize("z", ["all", "kept"])
 def test_reduced_scan_by_asynchronous_copies(grid, reduction, z, on_cpu):
-    check(simplest(ScanCase, grid=grid, reduction=reduction, direction="both", z=z, D=True, states=16, channels_per_group=64, batch=1), "cuda")
+    check(
+        simplest(
+            ScanCase,
+            grid=grid,
+            reduction=reduction,
+            direction="both",
+            z=z,
+            D=True,
+            states=16,
+            channels_per_group=64,
+            batch=1,
+        ),
+        "cuda",
+    )
 
 
 # A grid of 529 cells: their sums take 135 KB.
 @pytest.mark.parametrize("shared", [163 * 1024, 227 * 1024])
 def test_reduced_scan_whose_sums_grow_past_shared_memory(shared):
     with launcher.using(OnCpu(shared=shared)):
-        check(simplest(ScanCase, grid=(3, 23, 23), reduction=(2, 1, 1), direction="both", z="all", D=True, states=16, batch=1), "cuda")
+        check(
+            simplest(
+                ScanCase, grid=(3, 23, 23), reduction=(2, 1, 1), direction="both", z="all", D=True, states=16, batch=1
+            ),
+            "cuda",
+        )
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "both"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_convolution_over_several_tiles(direction, packed, on_cpu):
-    check(simplest(ConvCase, seed=3, length=530, channels=5, direction=direction, packed=packed, initial=True, bias=True, width=4), "cuda")
+    check(
+        simplest(
+            ConvCase,
+            seed=3,
+            length=530,
+            channels=5,
+            direction=direction,
+            packed=packed,
+            initial=True,
+            bias=True,
+            width=4,
+        ),
+        "cuda",
+    )
 
 
 def test_reduction_of_a_large_grid(on_cpu):
@@ -127,7 +198,9 @@ def test_reduction_of_a_large_grid(on_cpu):
 
 
 def _scan(**changes) -> dict:
-    case = simplest(ScanCase, length=150, channels_per_group=70, direction="both", z="all", D=True, states=16, **changes)
+    case = simplest(
+        ScanCase, length=150, channels_per_group=70, direction="both", z="all", D=True, states=16, **changes
+    )
     operands = case.operands()
     leaves = {name: value.requires_grad_() for name, value in operands.items()}
     out = case.call(_Cuda(), leaves)["out"]
@@ -165,7 +238,9 @@ def test_rows_more_than_2_to_the_31_bytes_apart(on_cpu):
     near = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     far.copy_(near)
     y = torch.randn(1, 1, 2, 32, generator=torch.Generator().manual_seed(1))
-    for found, expected in zip(gate_backward(far, 2, far, y, None, None), gate_backward(near, 2, near, y, None, None), strict=True):
+    for found, expected in zip(
+        gate_backward(far, 2, far, y, None, None), gate_backward(near, 2, near, y, None, None), strict=True
+    ):
         assert torch.equal(found, expected)
     sums = [merge_directions(y[0], y[0], z, torch.bfloat16, keep=False) for z in (far, near)]
     assert torch.equal(*sums)
@@ -182,7 +257,9 @@ def test_number_formats_round_as_torch_does(dtype, on_cpu):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     same_numbers(sum_terms(every[None, None], torch.float32)[0], every.float())
     bits = torch.randint(-(2**31), 2**31, (20000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
-    some = torch.cat([bits.view(torch.float32), every.float() * (1 + 2**-12), torch.tensor([65519.9, 65520.0, 6e-8, 2.9e-8, 3e-8])])
+    some = torch.cat(
+        [bits.view(torch.float32), every.float() * (1 + 2**-12), torch.tensor([65519.9, 65520.0, 6e-8, 2.9e-8, 3e-8])]
+    )
     same_numbers(sum_terms(some[None, None], dtype)[0], some.to(dtype))
 
 
@@ -199,7 +276,16 @@ def test_long_sums_lose_nothing(on_cpu):
 def test_warmup_runs_what_a_mixer_runs(on_cpu):
     on_cpu.launched.clear()
     cuda.warmup(torch.bfloat16, device="cpu", backward=True)
-    kernels = {"scan", "merge_directions", "scan_backward", "gate_backward", "conv", "conv_backward", "sum_terms", "token_map"}
+    kernels = {
+        "scan",
+        "merge_directions",
+        "scan_backward",
+        "gate_backward",
+        "conv",
+        "conv_backward",
+        "sum_terms",
+        "token_map",
+    }
     assert {kernel for _, kernel, _ in on_cpu.launched} == kernels
 
 
@@ -209,7 +295,9 @@ def test_warmup_runs_what_a_mixer_runs(on_cpu):
 def test_checkpoints_have_the_shapes_that_are_announced(reduction, gated, count, on_cpu):
     grid, states = TokenGrid(6, 2, 3), 16
     x, state, row = torch.zeros(2, grid.tokens, 8), torch.zeros(2, grid.tokens, 1, states), torch.zeros(8)
-    directions = tuple(ScanInputs(x, x, torch.zeros(8, states), state, state, row, row, reverse) for reverse in (False, True)[:count])
+    directions = tuple(
+        ScanInputs(x, x, torch.zeros(8, states), state, state, row, row, reverse) for reverse in (False, True)[:count]
+    )
     where = {"grid": grid, "reduction": reduction}
     options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None, **where}
     found = cuda.scan(ScanCall(directions, x if gated else None, **options), save_checkpoints=True).checkpoints

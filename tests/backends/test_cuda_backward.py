@@ -1,4 +1,6 @@
-"""The CUDA backend's backward scan: machine code within its budget on every architecture, plans for GPUs with less shared memory, determinism."""
+"""The CUDA backend's backward scan: machine code within its budget on every architecture, plans for
+GPUs with less shared memory, determinism.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,9 @@ STATES = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 A100, RTX_4090 = 163 * 1024, 99 * 1024  # shared memory a block may have
 
 
-def compiled(arch: str, kernel: str = "scan_backward", *, states: int = 16, gated: bool = True, reduced: bool = False) -> tuple[dict, bytes]:
+def compiled(
+    arch: str, kernel: str = "scan_backward", *, states: int = 16, gated: bool = True, reduced: bool = False
+) -> tuple[dict, bytes]:
     """Definitions and machine code of ``kernel``, which the backward of a bidirectional bfloat16 scan runs.
 
     dL/dy is float32 with a gate or a reduction, else the gradient of the result itself.
@@ -27,19 +31,29 @@ def compiled(arch: str, kernel: str = "scan_backward", *, states: int = 16, gate
     pytest.importorskip("cuda.core", reason="needs cuda-core and nvidia-cuda-nvrtc to compile")
     x = torch.zeros(1, GRID.tokens, 256, dtype=torch.bfloat16)
     state, row = torch.zeros(1, GRID.tokens, 1, states, dtype=torch.bfloat16), torch.zeros(256)
-    both = tuple(ScanInputs(x, x, torch.zeros(256, states), state, state, row, row, reverse) for reverse in (False, True))
+    both = tuple(
+        ScanInputs(x, x, torch.zeros(256, states), state, state, row, row, reverse) for reverse in (False, True)
+    )
     options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None}
     options |= {"grid": GRID, "reduction": REDUCTION} if reduced else {"grid": None, "reduction": None}
     z = x if gated else None
     with launcher.using(Recorder()) as recorder:
         found = scan(ScanCall(both, z, **options), save_checkpoints=True)
-        scan_backward(found.out, None, ScanCall(both, z, **options), found.checkpoints, needs=frozenset({"u", "delta", "A", "B", "C", "z"}))
+        scan_backward(
+            found.out,
+            None,
+            ScanCall(both, z, **options),
+            found.checkpoints,
+            needs=frozenset({"u", "delta", "A", "B", "C", "z"}),
+        )
     ((name, defines),) = ((name, dict(defines)) for name, asked, defines in recorder.asked if asked == kernel)
     return defines, launcher.compile_cubin(name, defines, arch)
 
 
 def slots(defines: dict, code: bytes) -> dict[str, float]:
-    """Instructions a warp issues, per channel, token and state of a thread, in each of the loops inside the one over chunks and in all."""
+    """Instructions a warp issues, per channel, token and state of a thread, in each of the loops
+    inside the one over chunks and in all.
+    """
     (chunks,) = (loop for loop in sass.loops(sass.disassemble(code)["scan_backward"]) if loop.inner)
     per_chunk = defines["CHUNK"] * 2 * defines["LANE_STATES"]
     groups, exps = defines["CHUNK"] // defines["GROUP"], defines["GROUP"] * 2 * defines["LANE_STATES"]
@@ -60,10 +74,19 @@ def slots(defines: dict, code: bytes) -> dict[str, float]:
 @pytest.mark.parametrize("reduced", [False, True], ids=["whole", "reduced"])
 @pytest.mark.parametrize("gated", [False, True], ids=["no gate", "gated"])
 def test_backward_keeps_its_budget_of_slots(arch, gated, reduced):
-    """At most 24 issue slots per channel, token and state, those of the gate and the reduction before the scan and every instruction included."""
+    """At most 24 issue slots per channel, token and state, those of the gate and the reduction
+    before the scan and every instruction included.
+    """
     found = slots(*compiled(arch, gated=gated, reduced=reduced))
-    before = elementwise_slots("gate_backward", *compiled(arch, "gate_backward", gated=gated, reduced=reduced)) if gated or reduced else 0.0
-    print(f"backward for {arch}, slots per item: {before:.2f} before the scan,", ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
+    before = (
+        elementwise_slots("gate_backward", *compiled(arch, "gate_backward", gated=gated, reduced=reduced))
+        if gated or reduced
+        else 0.0
+    )
+    print(
+        f"backward for {arch}, slots per item: {before:.2f} before the scan,",
+        ", ".join(f"{name} {value:.2f}" for name, value in found.items()),
+    )
     assert before + found["all"] <= 24.0
 
 
@@ -97,7 +120,12 @@ def test_plans_fit_the_shared_memory_of_every_gpu():
 def test_every_plan_keeps_the_bound():
     for plan in plans(geometry(16)):
         with launcher.using(OnCpu(shared=shared_bytes(geometry(16), plan))):
-            check(simplest(ScanCase, length=150, batch=1, direction="both", states=16, z="all", D=True, bias=True, initial=True), "cuda")
+            check(
+                simplest(
+                    ScanCase, length=150, batch=1, direction="both", states=16, z="all", D=True, bias=True, initial=True
+                ),
+                "cuda",
+            )
 
 
 class _Cuda:
@@ -106,10 +134,16 @@ class _Cuda:
 
 
 @pytest.mark.parametrize(
-    "kind", [{"length": 150, "packed": True, "direction": "reverse"}, {"grid": (9, 4, 4), "reduction": (2, 2, 2), "direction": "both"}]
+    "kind",
+    [
+        {"length": 150, "packed": True, "direction": "reverse"},
+        {"grid": (9, 4, 4), "reduction": (2, 2, 2), "direction": "both"},
+    ],
 )
 def test_reruns_with_blocks_side_by_side_change_no_bit(kind):
-    case = simplest(ScanCase, channels_per_group=130, groups=2, D=True, z="all", bias=True, states=16, dtype="bfloat16", **kind)
+    case = simplest(
+        ScanCase, channels_per_group=130, groups=2, D=True, z="all", bias=True, states=16, dtype="bfloat16", **kind
+    )
     leaves = {name: value.requires_grad_() for name, value in case.operands().items()}
 
     def gradients():

@@ -80,7 +80,9 @@ def test_another_users_folder_is_refused(tmp_path, monkeypatch):
         cache.cached("key", lambda: b"code", tmp_path / "cache")
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:40] + b"x" + data[41:]])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:40] + b"x" + data[41:]]
+)
 def test_a_damaged_file_is_made_again(tmp_path, damage):
     content = b"code" * 10
     cache.cached("key", lambda: content, tmp_path)
@@ -104,4 +106,6 @@ def test_a_failed_compilation_leaves_nothing(tmp_path):
 
 
 def test_keys_tell_parts_apart():
-    assert len({cache.key_of("ab", "c"), cache.key_of("a", "bc"), cache.key_of("abc"), cache.key_of("ab", "c", "")}) == 4
+    assert (
+        len({cache.key_of("ab", "c"), cache.key_of("a", "bc"), cache.key_of("abc"), cache.key_of("ab", "c", "")}) == 4
+    )

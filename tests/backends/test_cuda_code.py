@@ -1,4 +1,6 @@
-"""The CUDA kernels' machine code, compiled by NVRTC for GPUs that need not be there: spills, atomics (tickets only), slots and registers."""
+"""The CUDA kernels' machine code, compiled by NVRTC for GPUs that need not be there: spills,
+atomics (tickets only), slots and registers.
+"""
 
 import pytest
 import torch
@@ -21,10 +23,13 @@ pytest.importorskip("cuda.core", reason="needs cuda-core and nvidia-cuda-nvrtc t
 
 slow = pytest.mark.skipif(fuzz_cases(1) < 2, reason="compiles for minutes: asked for by STORM_KERNELS_FUZZ=2 or more")
 TARGETS = ("sm_80", "sm_90", "sm_100")
-SM_90_ALWAYS = [pytest.param(arch, marks=() if arch == "sm_90" else slow) for arch in TARGETS]  # an H100; the others where time allows
+SM_90_ALWAYS = [
+    pytest.param(arch, marks=() if arch == "sm_90" else slow) for arch in TARGETS
+]  # an H100; the others where time allows
 GRID, REDUCTION = TokenGrid(4, 2, 2), TokenReduction(2, 2, 2)
 TICKET = {"scan": ["ATOMG.E.ADD.STRONG.GPU"]}
-# Registers a thread: 65,536 a multiprocessor, 128 threads a block. Two blocks of either scan; check_states says where three.
+# Registers a thread: 65,536 a multiprocessor, 128 threads a block. Two blocks of either scan;
+# check_states says where three.
 REGISTERS = {"scan": 255, "scan_backward": 255, "conv": 128, "conv_backward": 128}
 
 
@@ -62,10 +67,20 @@ def variants(dtype: torch.dtype, reduction: bool, save: bool = True) -> dict:
         found = scan(ScanCall(both, x, **options), save_checkpoints=save)
         if not save:
             return asked.asked
-        scan_backward(found.out, None, ScanCall(both, x, **options), found.checkpoints, needs=frozenset({"u", "delta", "A", "B", "C", "z"}))
+        scan_backward(
+            found.out,
+            None,
+            ScanCall(both, x, **options),
+            found.checkpoints,
+            needs=frozenset({"u", "delta", "A", "B", "C", "z"}),
+        )
         if not reduction:
             conv(ConvCall(x, filters, silu=True, initial_state=None, cu_seqlens=None))
-            conv_backward((x, x), ConvCall(x, filters, silu=True, initial_state=None, cu_seqlens=None), needs=frozenset({"x", "weight"}))
+            conv_backward(
+                (x, x),
+                ConvCall(x, filters, silu=True, initial_state=None, cu_seqlens=None),
+                needs=frozenset({"x", "weight"}),
+            )
         else:
             reduce(x, GRID, REDUCTION)
     return asked.asked
@@ -94,7 +109,9 @@ def check_code(asked: dict, arch: str) -> None:
             assert sass.atomics(instructions) == TICKET.get(kernel, []), f"{kernel} for {arch}"
             if kernel in TICKET:
                 stale = [i.text for i in instructions if ".CONSTANT" in i.opcode]
-                assert not stale, f"{kernel} for {arch} may read what another block wrote from a cache that is never refreshed: {stale}"
+                assert not stale, (
+                    f"{kernel} for {arch} may read what another block wrote from a cache that is never refreshed: {stale}"
+                )
 
 
 def test_every_kernel_compiles_without_spills_or_atomics():
@@ -110,7 +127,9 @@ def test_every_format_compiles_without_spills_or_atomics(arch, dtype, reduction)
 
 
 def forward_of(states: int, formats: tuple[torch.dtype, ...], reduction: bool) -> dict:
-    """A gated forward scan that saves y, of ``formats``: those of u and z, of delta, and of B and C; bidirectional under a reduction."""
+    """A gated forward scan that saves y, of ``formats``: those of u and z, of delta, and of B and
+    C; bidirectional under a reduction.
+    """
     x, delta = (torch.zeros(1, GRID.tokens, 256, dtype=dtype) for dtype in formats[:2])
     state = torch.zeros(1, GRID.tokens, 1, states, dtype=formats[2])
     row, A = torch.zeros(256), torch.zeros(256, states)
@@ -155,7 +174,10 @@ def test_every_forward_scan_stays_in_registers(arch, states, formats, reduction)
 
 
 def test_reduced_scan_compiles_without_spills_or_atomics():
-    check_code({key: shared for key, shared in variants(torch.bfloat16, reduction=True).items() if key[1] != "scan_backward"}, "sm_90")
+    check_code(
+        {key: shared for key, shared in variants(torch.bfloat16, reduction=True).items() if key[1] != "scan_backward"},
+        "sm_90",
+    )
 
 
 def test_two_blocks_of_the_reduced_scan_fit_on_an_h100():
@@ -177,7 +199,9 @@ def _flat(loops: list[sass.Loop]):
 
 
 def elementwise_slots(kernel: str, defines: dict, code: bytes) -> float:
-    """Slots of a kernel of gate.cu per item of a scan of both directions and 16 states: 8 channels a thread, and what a block's tokens share."""
+    """Slots of a kernel of gate.cu per item of a scan of both directions and 16 states: 8 channels
+    a thread, and what a block's tokens share.
+    """
     instructions = sass.disassemble(code)[kernel]
     loops = [len(loop.own) for loop in sass.loops(instructions)]  # over tokens: variants of one
     return (max(loops) + (len(instructions) - sum(loops)) / defines["TOKENS"]) / 8 / (2 * 16)
@@ -197,9 +221,11 @@ FORWARD = {
 @pytest.mark.parametrize("variant", FORWARD)
 @pytest.mark.parametrize("arch", SM_90_ALWAYS)
 def test_forward_scan_keeps_its_budget_of_slots(variant, arch):
-    """At most 8 issue slots per channel, token and state, gate, softplus, loads, stores and the sum of both directions included.
+    """At most 8 issue slots per channel, token and state, gate, softplus, loads, stores and the sum
+    of both directions included.
 
-    Counted is the whole loop over full tiles. What runs between two runs of tiles, once a chunk or a pooled group, is not in it.
+    Counted is the whole loop over full tiles. What runs between two runs of tiles, once a chunk or
+    a pooled group, is not in it.
     """
     asked = FORWARD[variant]()
     defines, loops, used = _compiled(asked, "scan", arch)
@@ -207,8 +233,12 @@ def test_forward_scan_keeps_its_budget_of_slots(variant, arch):
     tiles = [loop for loop in _flat(loops) if loop.count("MUFU.EX2") >= items]
     slots = [len(loop.own) / items for loop in tiles]
     merging = [(name, dict(made)) for name, kernel, made in asked if kernel == "merge_directions"]
-    after = sum(elementwise_slots("merge_directions", made, launcher.compile_cubin(name, made, arch)) for name, made in merging)
-    print(f"forward scan, {variant}, {arch}: {[f'{n:.2f}' for n in slots]} slots per item, {after:.2f} after it, {used.registers} registers")
+    after = sum(
+        elementwise_slots("merge_directions", made, launcher.compile_cubin(name, made, arch)) for name, made in merging
+    )
+    print(
+        f"forward scan, {variant}, {arch}: {[f'{n:.2f}' for n in slots]} slots per item, {after:.2f} after it, {used.registers} registers"
+    )
     assert len(tiles) == 1 + defines["REDUCED"], "a reduction has another loop, for the frames that sampling drops"
     assert not any(loop.inner for loop in tiles)
     assert max(slots) + after <= 8

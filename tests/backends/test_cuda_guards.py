@@ -16,7 +16,9 @@ def check(asked: dict, arch: str) -> None:
     for name, kernel, defines in asked:
         ptx, cubin = compile_both(name, dict(defines), arch)
         places, compiled = unconditional(of_ptx(ptx, kernel))[1], unconditional(of_cubin(cubin, kernel))[1]
-        assert len(places & compiled) >= 0.75 * len(places), f"{kernel}: the places of the PTX are not found again in the machine code"
+        assert len(places & compiled) >= 0.75 * len(places), (
+            f"{kernel}: the places of the PTX are not found again in the machine code"
+        )
         assert not unguarded(ptx, cubin, kernel), kernel
 
 

@@ -15,13 +15,19 @@ from ..support.parity_cases import ConvCase, ScanCase, simplest
 
 BEYOND = {
     "shared memory": ("threadIdx.x % WORKERS / QUADS", "threadIdx.x / QUADS", simplest(ScanCase, states=32)),
-    "global memory": ("return token >= 0 && token < a.length ?", "return token >= 0 ?", simplest(ConvCase, length=700, direction="reverse")),
+    "global memory": (
+        "return token >= 0 && token < a.length ?",
+        "return token >= 0 ?",
+        simplest(ConvCase, length=700, direction="reverse"),
+    ),
 }
 
 
 @pytest.mark.parametrize("what", BEYOND)
 def test_a_thread_that_reaches_past_memory_is_an_error(what, monkeypatch):
-    """Pages that nobody may touch lie behind it: a read a few bytes past a small array may not get there (tests/support/ptx_on_cpu)."""
+    """Pages that nobody may touch lie behind it: a read a few bytes past a small array may not get
+    there (tests/support/ptx_on_cpu).
+    """
     old, new, case = BEYOND[what]
     original = source.text
     monkeypatch.setattr(source, "text", lambda name: original(name).replace(old, new))
@@ -86,10 +92,19 @@ def test_under_address_and_undefined_behaviour_sanitizers():
 
 def sanitized(code: str, *arguments: str) -> None:
     libraries = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in ("libasan.so", "libubsan.so")
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
     ]
-    environment = os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=Path(__file__).parent.parent.parent, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code, *arguments],
+        cwd=Path(__file__).parent.parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.endswith("clean\n") and "Sanitizer" not in done.stderr, done.stderr[-4000:]

@@ -1,4 +1,6 @@
-"""Tickets of the forward scan: which launches get them; hand-over between blocks, bit for bit what a block a chain computes."""
+"""Tickets of the forward scan: which launches get them; hand-over between blocks, bit for bit what
+a block a chain computes.
+"""
 
 import dataclasses
 from contextlib import contextmanager
@@ -52,12 +54,25 @@ CASES_OF_TICKETS = {
     "plain": {"length": 300, "batch": 2, "initial": True, **COMMON | {"z": "none"}},
     "reverse": {"length": 5 * CHUNK, "direction": "reverse", "initial": True, **COMMON},
     "both": {"length": 300, "direction": "both", "channels_per_group": 70, **COMMON},
-    "asynchronous": {"length": 300, "direction": "both", "channels_per_group": 64, **COMMON, "dtype": "bfloat16", "dtype_delta": "bfloat16"},
+    "asynchronous": {
+        "length": 300,
+        "direction": "both",
+        "channels_per_group": 64,
+        **COMMON,
+        "dtype": "bfloat16",
+        "dtype_delta": "bfloat16",
+    },
     "groups": {"length": 150, "direction": "both", "groups": 2, **COMMON | {"states": 5}},
     "packed": {"length": 500, "direction": "both", "packed": True, "seed": 3, **COMMON},
     "packed reverse": {"length": 500, "direction": "reverse", "packed": True, "initial": True, "seed": 3, **COMMON},
     "pooled": {"grid": (9, 4, 5), "reduction": (4, 1, 1), "direction": "both", "channels_per_group": 70, **COMMON},
-    "pooled asynchronously": {"grid": (10, 4, 8), "reduction": (4, 1, 1), "direction": "both", "channels_per_group": 64, **COMMON},
+    "pooled asynchronously": {
+        "grid": (10, 4, 8),
+        "reduction": (4, 1, 1),
+        "direction": "both",
+        "channels_per_group": 64,
+        **COMMON,
+    },
     "pooled in space": {"grid": (7, 3, 16), "reduction": (3, 2, 1), "direction": "reverse", **COMMON},
     "frames dropped": {"grid": (11, 4, 8), "reduction": (2, 1, 3), "direction": "both", **COMMON | {"z": "kept"}},
     "cells of few tokens": {"grid": (23, 3, 5), "reduction": (4, 2, 2), "direction": "both", **COMMON | {"z": "kept"}},
@@ -84,7 +99,11 @@ def test_a_step_waits_for_the_one_before():
 
 @pytest.mark.parametrize("at_once", [1, 4])
 def test_random_cases_keep_the_bound_with_tickets(at_once):
-    longer = st.builds(lambda case, changes: dataclasses.replace(case, length=3 * case.length, **changes), CASES["scan"], st.sampled_from(SCANS))
+    longer = st.builds(
+        lambda case, changes: dataclasses.replace(case, length=3 * case.length, **changes),
+        CASES["scan"],
+        st.sampled_from(SCANS),
+    )
 
     @settings(max_examples=fuzz_cases(15), deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(longer)
@@ -131,10 +150,17 @@ class Asked(OnCpu):
     def launch(self, name, kernel, defines, struct, values, blocks, shared=0):
         if name == "scan.cu":
             assert values["tickets"]["next"] is None or values["states"] is not None
-            self.found = (blocks, values["tickets"]["chains"], values["tickets"]["steps"], values["tickets"]["step_tokens"])
+            self.found = (
+                blocks,
+                values["tickets"]["chains"],
+                values["tickets"]["steps"],
+                values["tickets"]["step_tokens"],
+            )
 
 
-def asked(gpu: dict, tokens: int, channels: int, batch: int = 1, grid=None, reduction=None, cu_seqlens=None) -> tuple[int, ...]:
+def asked(
+    gpu: dict, tokens: int, channels: int, batch: int = 1, grid=None, reduction=None, cu_seqlens=None
+) -> tuple[int, ...]:
     x = torch.empty(batch, tokens, channels, dtype=torch.bfloat16, device="meta")
     state = torch.empty(batch, tokens, 1, 16, dtype=torch.bfloat16, device="meta")
     row, A = torch.empty(channels, device="meta"), torch.empty(channels, 16, device="meta")
@@ -179,7 +205,9 @@ def test_launches_with_tickets(gpu, tokens, channels, batch, blocks):
 )
 def test_steps_of_whole_groups(frames, side, pool, expected):
     grid = sk.TokenGrid(frames, side, side)
-    _, _, steps, step_tokens = asked({"multiprocessors": 108, "resident": 2}, grid.tokens, 7168, grid=grid, reduction=sk.TokenReduction(pool))
+    _, _, steps, step_tokens = asked(
+        {"multiprocessors": 108, "resident": 2}, grid.tokens, 7168, grid=grid, reduction=sk.TokenReduction(pool)
+    )
     assert step_tokens == expected
     assert steps == -(-grid.tokens // expected)
 

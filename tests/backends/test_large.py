@@ -1,6 +1,7 @@
 """Offsets past 2^31 and 2^32 elements, and axes past the limits of launch grids (docs/reliability.md, R6).
 
-The far-apart rows lie in an anonymous mapping of which only the touched pages exist, so most of this needs little memory.
+The far-apart rows lie in an anonymous mapping of which only the touched pages exist, so most of
+this needs little memory.
 """
 
 import mmap
@@ -19,7 +20,8 @@ FAR = 2**32 + 64  # elements from the first token to the last
 INTERPRETED = not sk.why_not("scan", "triton", device="cpu")
 BACKENDS = [name for name in ("cpu",) if not INTERPRETED and not sk.why_not("scan", name)]
 HALF = {"batch": 1, "dtype": "bfloat16", "dtype_delta": "bfloat16", "dtype_state": "bfloat16"}
-# Rows far enough apart for one step to pass 2^31, and so many that the offset of a kernel's next tile does.
+# Rows far enough apart for one step to pass 2^31, and so many that the offset of a kernel's next
+# tile does.
 CASES = {
     "scan": simplest(ScanCase, direction="both", length=5, states=16, D=True, z="all", **HALF),
     "scan_tiles": simplest(ScanCase, direction="both", length=70, states=16, D=True, z="all", **HALF),
@@ -108,5 +110,7 @@ def test_a_result_of_more_than_2_to_the_31_elements(backend):
     out = sk.causal_conv1d(x, weight, activation="silu", backend=backend)
     for part in (slice(0, 64), slice(length // 2, length // 2 + 64), slice(length - 64, length)):
         history = slice(max(part.start - 3, 0), part.stop)
-        expected = sk.causal_conv1d(x[:, history], weight, activation="silu", backend=backend)[:, part.start - history.start :]
+        expected = sk.causal_conv1d(x[:, history], weight, activation="silu", backend=backend)[
+            :, part.start - history.start :
+        ]
         assert torch.equal(out[:, part], expected)

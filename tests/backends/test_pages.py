@@ -49,7 +49,9 @@ def test_python_and_cpp_call_the_same_results_large():
 @needs_huge_pages
 @pytest.mark.skipif(loader.why_missing() is not None, reason="the C++ library is not there")
 def test_results_of_64_megabytes_cost_few_page_faults():
-    """64 MB are 16,384 pages of 4 KB, and 32 of 2 MB. What is not aligned, and the libraries' own memory, may take some of the small ones."""
+    """64 MB are 16,384 pages of 4 KB, and 32 of 2 MB. What is not aligned, and the libraries' own
+    memory, may take some of the small ones.
+    """
     printed = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
     assert all(int(count) < 4096 for count in printed.split()), printed
 
@@ -100,7 +102,9 @@ def test_a_large_product_of_a_subclass_keeps_its_kind(dtype):
     with torch.no_grad():
         got = linear(x.as_subclass(_Kept), weight)
     assert type(got) is _Kept
-    torch.testing.assert_close(got.as_subclass(torch.Tensor), torch.nn.functional.linear(x.float(), weight.float()).to(dtype))
+    torch.testing.assert_close(
+        got.as_subclass(torch.Tensor), torch.nn.functional.linear(x.float(), weight.float()).to(dtype)
+    )
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])

@@ -12,7 +12,8 @@ from ..support.parity_random import CASES, fuzz_cases
 
 if INTERPRETED:
     patch_once()
-# Per run: 2,000 on the CPU, 300 interpreted; with TRITON_INTERPRET=1 this file is about nothing else.
+# Per run: 2,000 on the CPU, 300 interpreted; with TRITON_INTERPRET=1 this file is about nothing
+# else.
 DEFAULT_CASES = {
     "torch": dict.fromkeys(CASES, 40),
     "cpu": {"scan": 700, "conv": 700, "reduce": 600, "norm": 1},
@@ -33,7 +34,12 @@ def backends() -> list:
 
 @pytest.mark.parametrize(("backend", "op"), backends())
 def test_random_cases_keep_the_bound(backend, op):
-    limits = settings(max_examples=fuzz_cases(DEFAULT_CASES[backend][op]), deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    limits = settings(
+        max_examples=fuzz_cases(DEFAULT_CASES[backend][op]),
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+    )
 
     @limits
     @given(CASES[op].map(affordable) if INTERPRETED else CASES[op])
@@ -44,11 +50,23 @@ def test_random_cases_keep_the_bound(backend, op):
 
 
 # Long and wide enough that every chunk and every channel has an rms error worth the name.
-LONG = {"batch": 2, "length": 150, "grid": (19, 4, 4), "channels_per_group": 40, "channels": 40, "states": 16, "D": True, "z": "all", "bias": True}
+LONG = {
+    "batch": 2,
+    "length": 150,
+    "grid": (19, 4, 4),
+    "channels_per_group": 40,
+    "channels": 40,
+    "states": 16,
+    "D": True,
+    "z": "all",
+    "bias": True,
+}
 LONG_CASES = {
     "scan": simplest(ScanCase, direction="both", **LONG),
     "scan reduced": simplest(ScanCase, direction="both", reduction=(2, 1, 1), **LONG),
-    "scan in half precision": simplest(ScanCase, direction="both", dtype="bfloat16", dtype_delta="bfloat16", dtype_state="bfloat16", **LONG),
+    "scan in half precision": simplest(
+        ScanCase, direction="both", dtype="bfloat16", dtype_delta="bfloat16", dtype_state="bfloat16", **LONG
+    ),
     "conv": simplest(ConvCase, direction="both", **LONG),
     "reduce": simplest(ReduceCase, reduction=(2, 1, 1), **LONG),
     "norm": simplest(NormCase, residual=True, **LONG),

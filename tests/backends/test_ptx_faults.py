@@ -1,6 +1,8 @@
-"""Faults in the CUDA and Triton kernels that only the machine code's own accesses and order show: each is seeded, and the PTX interpreter refuses it.
+"""Faults in the CUDA and Triton kernels that only the machine code's own accesses and order show:
+each is seeded, and the PTX interpreter refuses it.
 
-Those found were real. They run always, with their smallest cases; the others with `make test-ptx`. tools/mutants.py has those that change results.
+Those found were real. They run always, with their smallest cases; the others with `make test-ptx`.
+tools/mutants.py has those that change results.
 """
 
 import re
@@ -23,7 +25,9 @@ pytest.importorskip("cuda.bindings", reason="needs cuda-bindings and nvidia-cuda
 
 @dataclass(frozen=True)
 class Fault:
-    """``old``, which stands ``times`` times in the source, becomes ``new``; then ``case`` is refused with ``message``."""
+    """``old``, which stands ``times`` times in the source, becomes ``new``; then ``case`` is
+    refused with ``message``.
+    """
 
     name: str
     old: str
@@ -37,18 +41,40 @@ class Fault:
 
 CASES = {
     "many states": simplest(ScanCase, states=32),  # fewer threads own a quad than there are
-    "reverse, three tiles": simplest(ScanCase, length=33, states=16, channels_per_group=8, batch=1, direction="reverse"),
+    "reverse, three tiles": simplest(
+        ScanCase, length=33, states=16, channels_per_group=8, batch=1, direction="reverse"
+    ),
     "tiles": simplest(ScanCase, length=40, states=16, channels_per_group=64, batch=1),
     "few tokens": simplest(ScanCase, states=16, batch=1),
     "few channels": simplest(ScanCase, channels_per_group=3, states=16, D=True, batch=1),
     "merged": simplest(ScanCase, direction="both", z="all", states=16, channels_per_group=5),
-    "pooled": simplest(ScanCase, grid=(5, 4, 8), reduction=(2, 1, 1), direction="both", states=16, channels_per_group=64, z="all", batch=1),
-    "pooled, many states": simplest(ScanCase, grid=(4, 2, 8), reduction=(2, 1, 1), states=32, channels_per_group=32, batch=1),
+    "pooled": simplest(
+        ScanCase,
+        grid=(5, 4, 8),
+        reduction=(2, 1, 1),
+        direction="both",
+        states=16,
+        channels_per_group=64,
+        z="all",
+        batch=1,
+    ),
+    "pooled, many states": simplest(
+        ScanCase, grid=(4, 2, 8), reduction=(2, 1, 1), states=32, channels_per_group=32, batch=1
+    ),
     "pooled, unaligned": simplest(
-        ScanCase, grid=(4, 2, 3), reduction=(2, 1, 1), direction="both", states=16, channels_per_group=5, z="kept", batch=1
+        ScanCase,
+        grid=(4, 2, 3),
+        reduction=(2, 1, 1),
+        direction="both",
+        states=16,
+        channels_per_group=5,
+        z="kept",
+        batch=1,
     ),
     "handed on": simplest(ScanCase, length=130, states=16, channels_per_group=8, batch=1),
-    "past the end": simplest(ScanCase, seed=3, length=150, states=16, packed=True),  # some steps are past their sequence's end
+    "past the end": simplest(
+        ScanCase, seed=3, length=150, states=16, packed=True
+    ),  # some steps are past their sequence's end
     "convolution": simplest(ConvCase, length=9, channels=3, direction="both"),
     "reduction": simplest(ReduceCase, reduction=(2, 2, 1)),
 }
@@ -116,7 +142,8 @@ def fused_with_another_lane(ptx: str) -> list[str]:
 def test_a_sum_that_differs_from_lane_to_lane_is_refused(name, monkeypatch):
     """A product that is fused with the first addition of a sum over lanes: found once, seeded in one kernel at a time.
 
-    Before 3.8 Triton lets one lane store such a sum; then no two values meet, and only the instruction tells.
+    Before 3.8 Triton lets one lane store such a sum; then no two values meet, and only the
+    instruction tells.
     """
     triton = pytest.importorskip("triton")
     from ..support.ptx_on_cpu.plain_product import plain_product
@@ -136,7 +163,11 @@ def test_a_sum_that_differs_from_lane_to_lane_is_refused(name, monkeypatch):
     assert name in runner.launched and not found()
     module = sys.modules[f"storm_kernels.backends.triton.{name.partition('_')[0]}"]
     monkeypatch.setattr(module, "product", plain_product)
-    called = [f for f in vars(module).values() if isinstance(f, triton.JITFunction) and (f.__name__ == name or not f.__name__.endswith("kernel"))]
+    called = [
+        f
+        for f in vars(module).values()
+        if isinstance(f, triton.JITFunction) and (f.__name__ == name or not f.__name__.endswith("kernel"))
+    ]
     for function in called:
         monkeypatch.setattr(function, "hash", None)  # of its source and what it calls
     stores_once = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)

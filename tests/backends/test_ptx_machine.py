@@ -36,10 +36,18 @@ _MODULE = """
     ret;
 }}
 """
-# Above: %r1 the thread, %r2 the block; %rd4 and %rd6 the thread's 4 bytes of `in` and, over all blocks, of `out`; %r6 its 4 bytes of shared memory.
+# Above: %r1 the thread, %r2 the block; %rd4 and %rd6 the thread's 4 bytes of `in` and, over all
+# blocks, of `out`; %r6 its 4 bytes of shared memory.
 
 
-def run(body: str, given: torch.Tensor | None = None, out: torch.Tensor | None = None, blocks: int = 1, shared: int = 256, **options) -> torch.Tensor:
+def run(
+    body: str,
+    given: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    blocks: int = 1,
+    shared: int = 256,
+    **options,
+) -> torch.Tensor:
     """What ``out`` holds after ``body``, 64 threads a block; as integers unless given."""
     given = torch.arange(64, dtype=torch.int32) if given is None else given
     out = torch.full((64 * blocks,), -1, dtype=torch.int32) if out is None else out
@@ -47,7 +55,13 @@ def run(body: str, given: torch.Tensor | None = None, out: torch.Tensor | None =
     addresses = [memory.put("in", given, False), memory.put("out", out, True)]
     memory.fill()
     Machine(
-        kernel, 64, blocks, np.array(addresses, np.int64).view(np.uint8), memory, Shared(kernel, shared), Options(**{"patience": 2000} | options)
+        kernel,
+        64,
+        blocks,
+        np.array(addresses, np.int64).view(np.uint8),
+        memory,
+        Shared(kernel, shared),
+        Options(**{"patience": 2000} | options),
     ).run()
     memory.take_back()
     return out
@@ -104,7 +118,9 @@ def test_guards_votes_and_shuffles():
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
 def test_blocks_hand_on_by_release_and_acquire(at_once):
-    """Each block waits for the one with the next ticket's number before its own, adds to what that wrote and releases its own."""
+    """Each block waits for the one with the next ticket's number before its own, adds to what that
+    wrote and releases its own.
+    """
     found = run(
         """
         setp.ne.u32 %p1, %r1, 0;
@@ -148,8 +164,12 @@ def test_numbers():
     assert torch.equal(_numbers("cvt.rn.f16.f32 %h1, %f1; cvt.f32.f16 %f2, %h1;", x), x.half().float())
     assert torch.equal(_numbers("fma.rn.f32 %f2, %f1, %f1, 0fBF800000;", x), (x.double() ** 2 - 1).float())
     assert torch.equal(_numbers("cvt.rzi.s32.f32 %r7, %f1; cvt.rn.f32.s32 %f2, %r7;", x), x.trunc())
-    assert torch.equal(_numbers("cvt.rzi.s32.f32 %r7, %f1; div.s32 %r7, %r7, 7; cvt.rn.f32.s32 %f2, %r7;", x), (x.trunc() / 7).trunc())
-    assert torch.equal(_numbers("cvt.rzi.s32.f32 %r7, %f1; rem.s32 %r7, %r7, 7; cvt.rn.f32.s32 %f2, %r7;", x), x.trunc().fmod(7))
+    assert torch.equal(
+        _numbers("cvt.rzi.s32.f32 %r7, %f1; div.s32 %r7, %r7, 7; cvt.rn.f32.s32 %f2, %r7;", x), (x.trunc() / 7).trunc()
+    )
+    assert torch.equal(
+        _numbers("cvt.rzi.s32.f32 %r7, %f1; rem.s32 %r7, %r7, 7; cvt.rn.f32.s32 %f2, %r7;", x), x.trunc().fmod(7)
+    )
     noisy = _numbers("ex2.approx.ftz.f32 %f2, %f1;", x, noise=1)
     off = (noisy / torch.exp2(x.double()) - 1).abs()
     assert 0 < off.max() < 2**-22.4 + 2**-24
@@ -199,7 +219,9 @@ ALLOWED = {
     "over what was read": STORE + "bar.sync 0;" + NEIGHBOUR.format(128) + "bar.sync 0;" + STORE,
     "one value from all": "st.shared.u32 [memory], 3; st.global.u32 [%rd2], 3;",
     "a copy that has come": COPY.format("cg", "cp.async.wait_group 0;"),
-    "a copy that all have waited for": COPY.format("cg", "cp.async.wait_group 0; bar.warp.sync 0xFFFF; xor.b32 %r8, %r8, 16;"),
+    "a copy that all have waited for": COPY.format(
+        "cg", "cp.async.wait_group 0; bar.warp.sync 0xFFFF; xor.b32 %r8, %r8, 16;"
+    ),
 }
 
 
@@ -222,7 +244,12 @@ def test_what_is_handed_on_is_allowed():
 
 
 @pytest.mark.parametrize(
-    ("line", "name"), [("tex.2d.v4.f32.s32 {%f1}, [%rd1];", "tex"), ("add.sat.f32 %f1, %f1, %f1;", "sat"), ("setmaxnreg.inc 8;", "setmaxnreg")]
+    ("line", "name"),
+    [
+        ("tex.2d.v4.f32.s32 {%f1}, [%rd1];", "tex"),
+        ("add.sat.f32 %f1, %f1, %f1;", "sat"),
+        ("setmaxnreg.inc 8;", "setmaxnreg"),
+    ],
 )
 def test_what_it_does_not_have_fails_by_name(line, name):
     with pytest.raises(Unknown, match=rf"(?s)has no.*{name}.*PTX line \d+"):
@@ -231,7 +258,10 @@ def test_what_it_does_not_have_fails_by_name(line, name):
 
 def test_blocks_run_in_a_random_order():
     order = "setp.ne.u32 %p1, %r1, 0; @%p1 ret; atom.global.add.u32 %r7, [%rd2+2044], 1; st.global.u32 [%rd6], %r7;"
-    orders = [run(order, out=torch.zeros(512, dtype=torch.int32), blocks=7, seed=seed, at_once=3)[0:448:64].tolist() for seed in range(3)]
+    orders = [
+        run(order, out=torch.zeros(512, dtype=torch.int32), blocks=7, seed=seed, at_once=3)[0:448:64].tolist()
+        for seed in range(3)
+    ]
     assert all(sorted(one) == list(range(7)) for one in orders) and orders[0] != orders[1]
 
 

@@ -1,6 +1,8 @@
-"""The Triton backend: machine code inside its budgets without a GPU, and what random cases are unlikely to meet, in the interpreter.
+"""The Triton backend: machine code inside its budgets without a GPU, and what random cases are
+unlikely to meet, in the interpreter.
 
-Random cases are in test_parity.py. Compiled and interpreted kernels need separate processes: TRITON_INTERPRET=1 runs the second half of this file.
+Random cases are in test_parity.py. Compiled and interpreted kernels need separate processes:
+TRITON_INTERPRET=1 runs the second half of this file.
 """
 
 import subprocess
@@ -24,8 +26,12 @@ from ..support.interpreted import patch_once  # noqa: E402
 from ..support.parity import check  # noqa: E402
 from ..support.parity_cases import ConvCase, ScanCase, simplest  # noqa: E402
 
-compiled = pytest.mark.skipif(backend.INTERPRETED, reason="TRITON_INTERPRET=1 is set: there are no compiled kernels in this process")
-interpreted = pytest.mark.skipif(not backend.INTERPRETED, reason="needs TRITON_INTERPRET=1, which `make test` sets in a process of its own")
+compiled = pytest.mark.skipif(
+    backend.INTERPRETED, reason="TRITON_INTERPRET=1 is set: there are no compiled kernels in this process"
+)
+interpreted = pytest.mark.skipif(
+    not backend.INTERPRETED, reason="needs TRITON_INTERPRET=1, which `make test` sets in a process of its own"
+)
 if backend.INTERPRETED:
     patch_once()
 VARIANTS = {} if backend.INTERPRETED else {kernel_mix.name_of(launch): launch for launch in kernel_mix.variants()}
@@ -46,16 +52,39 @@ def test_machine_code_keeps_its_budget(name):
 @compiled
 def test_every_kernel_is_among_the_variants():
     kernels = {launch.kernel.__name__ for launch in VARIANTS.values()}
-    expected = {"scan", "backward", "combine", "conv", "conv_backward", "conv_state", "reduce", "spread", "norm", "norm_backward"}
+    expected = {
+        "scan",
+        "backward",
+        "combine",
+        "conv",
+        "conv_backward",
+        "conv_state",
+        "reduce",
+        "spread",
+        "norm",
+        "norm_backward",
+    }
     assert kernels == {f"{name}_kernel" for name in expected}
 
 
 @pytest.mark.parametrize(
     ("changes", "fault"),
-    [({"spilled": 8}, "spills 8 bytes"), ({"atomics": 1}, "1 atomic"), ({"slots_per_item": 11.5}, "11.50 slots per item are over the budget of 11")],
+    [
+        ({"spilled": 8}, "spills 8 bytes"),
+        ({"atomics": 1}, "1 atomic"),
+        ({"slots_per_item": 11.5}, "11.50 slots per item are over the budget of 11"),
+    ],
 )
 def test_a_fault_is_reported(changes, fault):
-    sound = {"registers": 96, "spilled": 0, "instructions": 900, "atomics": 0, "loops": (), "slots_per_item": 10.9, "budget": 11.0}
+    sound = {
+        "registers": 96,
+        "spilled": 0,
+        "instructions": 900,
+        "atomics": 0,
+        "loops": (),
+        "slots_per_item": 10.9,
+        "budget": 11.0,
+    }
     assert not kernel_mix.Report("scan", "sm_90", **sound).faults
     assert fault in kernel_mix.Report("scan", "sm_90", **(sound | changes)).faults[0]
 
@@ -80,7 +109,9 @@ def test_checkpoints_of_a_long_scan(direction):
 
 @interpreted
 def test_checkpoints_of_packed_sequences():
-    case = simplest(ScanCase, seed=3, length=INTERVAL + 41, packed=True, direction="both", channels_per_group=1, states=1)
+    case = simplest(
+        ScanCase, seed=3, length=INTERVAL + 41, packed=True, direction="both", channels_per_group=1, states=1
+    )
     assert len(case.bounds(case.length)) == 5
     check(case, "triton")
 
@@ -88,14 +119,27 @@ def test_checkpoints_of_packed_sequences():
 @interpreted
 @pytest.mark.parametrize("z", ["all", "kept"])
 def test_reduced_both_directions_with_groups(z):
-    check(simplest(ScanCase, direction="both", reduction=(2, 2, 2), z=z, groups=2, D=True, dtype="bfloat16", states=5), "triton")
+    check(
+        simplest(ScanCase, direction="both", reduction=(2, 2, 2), z=z, groups=2, D=True, dtype="bfloat16", states=5),
+        "triton",
+    )
 
 
 @interpreted
 @pytest.mark.parametrize(("frames", "reverse"), [(5, False), (2, True)])
 def test_sums_read_ahead(frames, reverse):
-    """Eight tokens a frame are the fewest with which the rows of two groups in a row differ; the last group of frames is not full."""
-    case = simplest(ScanCase, batch=1, grid=(frames, 2, 4), reduction=(3, 1, 1), direction="reverse" if reverse else "both", z="all", D=True)
+    """Eight tokens a frame are the fewest with which the rows of two groups in a row differ; the
+    last group of frames is not full.
+    """
+    case = simplest(
+        ScanCase,
+        batch=1,
+        grid=(frames, 2, 4),
+        reduction=(3, 1, 1),
+        direction="reverse" if reverse else "both",
+        z="all",
+        D=True,
+    )
     assert reduce_mode(case.token_grid, case.token_reduction) == "apart"
     check(case, "triton")
 
@@ -118,7 +162,9 @@ def test_scan_is_bitwise_the_same_alone_and_in_a_batch():
     A = -torch.rand(4, 4)
 
     def run(rows):
-        return sk.selective_scan(u[rows], delta[rows], A, B[rows], C[rows], z=z[rows], delta_softplus=True, backend="triton")
+        return sk.selective_scan(
+            u[rows], delta[rows], A, B[rows], C[rows], z=z[rows], delta_softplus=True, backend="triton"
+        )
 
     together = run(slice(None))
     assert torch.equal(together, run(slice(None)))

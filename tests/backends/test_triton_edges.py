@@ -1,4 +1,6 @@
-"""Triton's kernels in the interpreter, where few random cases come: enormous decays, sequences that meet, more rows than programs."""
+"""Triton's kernels in the interpreter, where few random cases come: enormous decays, sequences that
+meet, more rows than programs.
+"""
 
 import importlib
 

@@ -55,7 +55,9 @@ def job(clip, monkeypatch):
 
 def test_a_whole_run(job, clip, tmp_path, capsys):
     out = tmp_path / "out"
-    assert job("--frames", "8,4", "--variants", "vila,storm,storm-tp-sp-ts", "--repeat", 2, "--out", out, "--trace") == 0
+    assert (
+        job("--frames", "8,4", "--variants", "vila,storm,storm-tp-sp-ts", "--repeat", 2, "--out", out, "--trace") == 0
+    )
     rows = load_rows(out / "results.json")
     results = summary.outcomes(rows)
     assert summary.finished(rows)
@@ -63,7 +65,9 @@ def test_a_whole_run(job, clip, tmp_path, capsys):
         ("vila", "vila"),
         *((name, kind) for name in ("storm", "storm-tp-sp-ts") for kind in ("reference", "fused")),
     ]
-    assert [(one.frames, one.variant, one.projector) for one in results] == [(frames, *kind) for frames in (4, 8) for kind in kinds]
+    assert [(one.frames, one.variant, one.projector) for one in results] == [
+        (frames, *kind) for frames in (4, 8) for kind in kinds
+    ]
     for one in results:
         grid = TokenGrid(one.frames, 2, 2)
         assert one.row["tokens"] == models.VARIANTS[one.variant].reduction.reduced(grid).tokens
@@ -109,7 +113,9 @@ def test_a_whole_run(job, clip, tmp_path, capsys):
     assert "&lt;b&gt;&amp;&#39;clip&#39;.mp4" in page
     assert clip.name not in page
     assert "looped clip" in page
-    names = {event.get("name") for event in json.loads(gzip.decompress((out / "trace.json.gz").read_bytes()))["traceEvents"]}
+    names = {
+        event.get("name") for event in json.loads(gzip.decompress((out / "trace.json.gz").read_bytes()))["traceEvents"]
+    }
     assert {"vision", "projector", "scan", "prefill"} <= names
     printed = capsys.readouterr().out
     assert "STORM +TP +SP +TS" in printed
@@ -128,7 +134,9 @@ def test_an_earlier_result_is_kept(job, tmp_path):
     assert run() == 0
     (kept,) = tmp_path.glob("results-*.json")
     assert kept.read_bytes() == first
-    assert run() == 0 or len(list(tmp_path.glob("results-*.json"))) == 1  # twice in one second: refused, nothing replaced
+    assert (
+        run() == 0 or len(list(tmp_path.glob("results-*.json"))) == 1
+    )  # twice in one second: refused, nothing replaced
     assert kept.read_bytes() == first
 
 
@@ -158,7 +166,10 @@ def raising(error):
 
 def test_ctrl_c_leaves_the_finished_rounds_and_a_report_that_stays_stopped(job, tmp_path, monkeypatch, capsys):
     stopping_in_round(2, raising(KeyboardInterrupt), monkeypatch)
-    assert job("--frames", 2, "--variants", "vila,storm", "--projector", "reference", "--repeat", 3, "--out", tmp_path) == 130
+    assert (
+        job("--frames", 2, "--variants", "vila,storm", "--projector", "reference", "--repeat", 3, "--out", tmp_path)
+        == 130
+    )
     assert [len(one.rounds()) for one in summary.outcomes(load_rows(tmp_path / "results.json"))] == [2, 2]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "stopped before its end" in page
@@ -198,9 +209,14 @@ def test_a_run_beside_another_program_says_that_it_is_not_reliable(job, tmp_path
     """The threads' waiting is made up here: half of the time, as beside a program that uses every core."""
     seconds = iter(range(1000))
     monkeypatch.setattr(environment, "core_seconds", lambda: (float(second := next(seconds)), float(second)))
-    assert job("--frames", 2, "--variants", "vila,storm", "--projector", "reference", "--repeat", 2, "--out", tmp_path) == 0
+    assert (
+        job("--frames", 2, "--variants", "vila,storm", "--projector", "reference", "--repeat", 2, "--out", tmp_path)
+        == 0
+    )
     reason = "threads waited 50 % of their time for a core"
-    totals = [row for row in load_rows(tmp_path / "results.json") if row["stage"] == "total" and row["mode"] == "forward"]
+    totals = [
+        row for row in load_rows(tmp_path / "results.json") if row["stage"] == "total" and row["mode"] == "forward"
+    ]
     assert [row["not_reliable"] for row in totals] == [reason] * 2
     assert f"not reliable: {reason}" in capsys.readouterr().out
     assert f"not reliable:</strong> {reason}" in (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -242,7 +258,10 @@ def test_a_full_disk_is_one_line_and_the_rows_before_it_are_kept(job, tmp_path, 
     stopping_in_round(1, lambda: monkeypatch.setattr(os, "fsync", full), monkeypatch)
     assert job("--frames", 2, "--variants", "vila", "--repeat", 3, "--out", tmp_path) == 1
     told = capsys.readouterr()
-    assert told.err == f"error: cannot write {tmp_path}/results.json: No space left on device; what was written before is kept\n"
+    assert (
+        told.err
+        == f"error: cannot write {tmp_path}/results.json: No space left on device; what was written before is kept\n"
+    )
     assert "VILA" in told.out
     (done,) = summary.outcomes(load_rows(tmp_path / "results.json"))
     assert len(done.rounds()) == 1
@@ -266,7 +285,10 @@ def test_a_full_file_system(job, tmp_path, monkeypatch, capsys):
         )
         assert job("--frames", 2, "--variants", "vila", "--repeat", 3, "--out", tmp_path) == 1
         told = capsys.readouterr().err
-        assert told == f"error: cannot write {tmp_path}/results.json: No space left on device; what was written before is kept\n"
+        assert (
+            told
+            == f"error: cannot write {tmp_path}/results.json: No space left on device; what was written before is kept\n"
+        )
         (done,) = summary.outcomes(load_rows(tmp_path / "results.json"))
         assert len(done.rounds()) == 1
     finally:

@@ -1,4 +1,6 @@
-"""The benchmarks' harness: rows that survive a kill, timings of what was timed, memory that was used, a check that can fail."""
+"""The benchmarks' harness: rows that survive a kill, timings of what was timed, memory that was
+used, a check that can fail.
+"""
 
 import json
 import os
@@ -12,7 +14,16 @@ import pytest
 import torch
 from storm_benchmarks import environment, harness
 from storm_benchmarks.e2e.stages import StageClock
-from storm_benchmarks.harness import CheckFailed, MemoryMeter, Rows, load_rows, percentiles, time_rounds, verify, write_atomically
+from storm_benchmarks.harness import (
+    CheckFailed,
+    MemoryMeter,
+    Rows,
+    load_rows,
+    percentiles,
+    time_rounds,
+    verify,
+    write_atomically,
+)
 
 from storm_kernels.profiling import recording, stage
 
@@ -100,14 +111,18 @@ def test_a_kill_at_any_moment_leaves_whole_rows(tmp_path):
 
 
 def test_timings_tell_a_slow_call_from_a_quick_one():
-    samples = time_rounds({"slow": lambda: time.sleep(0.02), "quick": lambda: time.sleep(0.002)}, "cpu", rounds=2, slice_ms=10)
+    samples = time_rounds(
+        {"slow": lambda: time.sleep(0.02), "quick": lambda: time.sleep(0.002)}, "cpu", rounds=2, slice_ms=10
+    )
     assert len(samples["slow"]) == 2
     assert len(samples["quick"]) >= 4
     assert 20 <= min(samples["slow"]) < 200
     assert 2 <= min(samples["quick"]) < 20
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory of a process is read from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peak memory of a process is read from Linux's /proc"
+)
 def test_peak_memory_is_what_was_used_and_given_back():
     def use(megabytes):
         torch.ones(megabytes * 2**20 // 4).sum()

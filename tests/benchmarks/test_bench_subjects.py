@@ -1,4 +1,6 @@
-"""The benchmarks of single operations: small shapes run, rows are complete, wrong kernels are not timed, peers compute the same."""
+"""The benchmarks of single operations: small shapes run, rows are complete, wrong kernels are not
+timed, peers compute the same.
+"""
 
 import importlib.util
 import sys
@@ -17,12 +19,17 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 MEASUREMENTS = {
     "scan": lambda modes, dtype: scan.measurements(32, 64, 16, dtype, "cpu", modes, loops=False),
     "conv": lambda modes, dtype: conv.measurements(64, 64, dtype, "cpu", modes),
-    "reduce": lambda modes, dtype: reduce.measurements(TokenGrid(8, 4, 4), 64, reduce.REDUCTIONS[3], dtype, "cpu", modes),
+    "reduce": lambda modes, dtype: reduce.measurements(
+        TokenGrid(8, 4, 4), 64, reduce.REDUCTIONS[3], dtype, "cpu", modes
+    ),
     "projector": lambda modes, dtype: projector.measurements(TokenGrid(4, 2, 2), 32, 16, 1, dtype, "cpu", modes),
 }
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((name, torch.float32) for name in MEASUREMENTS), ("scan", torch.bfloat16), ("reduce", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in MEASUREMENTS), ("scan", torch.bfloat16), ("reduce", torch.bfloat16)],
+)
 def test_each_subject_checks_times_rates_and_records(name, dtype, tmp_path, capsys):
     rows = harness.Rows(tmp_path / "rows.json")
     modes = ["forward", "both"] if name == "projector" else ["forward", "backward", "both"]
@@ -40,7 +47,9 @@ def test_each_subject_checks_times_rates_and_records(name, dtype, tmp_path, caps
 
 
 def test_prefill_checks_and_times_a_patched_model(capsys):
-    patched, unpatched = subject.measure(prefill.measurement("falcon_mamba", 130, 32, 1, torch.float32, "cpu"), "cpu", None, rounds=1)
+    patched, unpatched = subject.measure(
+        prefill.measurement("falcon_mamba", 130, 32, 1, torch.float32, "cpu"), "cpu", None, rounds=1
+    )
     assert (patched["backend"], unpatched["backend"]) == ("patched", "unpatched")
     assert patched["p50_ms"] < unpatched["p50_ms"]
     assert "times ours" in capsys.readouterr().out
@@ -60,10 +69,18 @@ def shifted(function):
     return wrong
 
 
-@pytest.mark.skipif(storm_kernels.why_not("scan", "cpu") is not None, reason=f"no fast backend here: {storm_kernels.why_not('scan', 'cpu')}")
+@pytest.mark.skipif(
+    storm_kernels.why_not("scan", "cpu") is not None,
+    reason=f"no fast backend here: {storm_kernels.why_not('scan', 'cpu')}",
+)
 @pytest.mark.parametrize(
     ("name", "operation"),
-    [("scan", "selective_scan"), ("scan", "bidirectional_selective_scan"), ("conv", "bidirectional_causal_conv1d"), ("reduce", "reduce_tokens")],
+    [
+        ("scan", "selective_scan"),
+        ("scan", "bidirectional_selective_scan"),
+        ("conv", "bidirectional_causal_conv1d"),
+        ("reduce", "reduce_tokens"),
+    ],
 )
 def test_a_wrong_kernel_is_not_timed(name, operation, monkeypatch):
     monkeypatch.setattr(storm_kernels, operation, shifted(getattr(storm_kernels, operation)))
@@ -75,19 +92,29 @@ def test_the_peers_that_are_installed_compute_the_same():
     given = scan.operands(16, 8, 4, torch.float32, "cpu")
     truth = reference.selective_scan(**{name: t.double() for name, t in given.items()}, delta_softplus=True)
     found, absent = peers.peers(given, loops=True)
-    found.pop("numba", None)  # compiling it takes longer than all other tests here; benchmarks.scan checks it before timing it
+    found.pop(
+        "numba", None
+    )  # compiling it takes longer than all other tests here; benchmarks.scan checks it before timing it
     assert "transformers" in found or any("has no scan apart from its mixers" in line for line in absent)
     assert "peer mamba-ssm runs on a GPU only: left out" in absent
     assert all("not installed" in line or "mamba-ssm" in line or "no scan apart" in line for line in absent)
     for name, peer in found.items():
-        torch.testing.assert_close(peer.call(**peer.inputs).double(), truth, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            peer.call(**peer.inputs).double(),
+            truth,
+            rtol=1e-4,
+            atol=1e-4,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 @pytest.mark.parametrize("reduction", [None, TokenReduction(2, 1, 2)], ids=str)
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("name", ["mamba-ssm", "torch.compile"])
 def test_the_peers_of_a_gpu_compute_the_same(name, both, reduction, monkeypatch):
-    """Forward and backward, with our own selective_scan_fn for mamba-ssm's, and the reference's tiles as they are, not compiled."""
+    """Forward and backward, with our own selective_scan_fn for mamba-ssm's, and the reference's
+    tiles as they are, not compiled.
+    """
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(peers, "COMPILED_TOKENS", 5)
     given, grid = scan.operands(12, 8, 4, torch.float64, "cpu"), TokenGrid(6, 1, 2)
@@ -99,7 +126,9 @@ def test_the_peers_of_a_gpu_compute_the_same(name, both, reduction, monkeypatch)
         if not both:
             return reference.selective_scan(**one, z=z, delta_softplus=True)
         directions = reference.Direction(**one), reference.Direction(**one)
-        return reference.bidirectional_selective_scan(*directions, z, delta_softplus=True, grid=grid, reduction=reduction)
+        return reference.bidirectional_selective_scan(
+            *directions, z, delta_softplus=True, grid=grid, reduction=reduction
+        )
 
     selective_scan_fn = storm_kernels.interop.mamba_ssm.selective_scan_fn
     if name == "torch.compile":
@@ -109,7 +138,10 @@ def test_the_peers_of_a_gpu_compute_the_same(name, both, reduction, monkeypatch)
     else:
         peer = peers.mamba_ssm(given, selective_scan_fn)
     with storm_kernels.use_backend("torch"):
-        got, expected = (subject.modes_of(call, inputs, ["both"])["both"]() for call, inputs in ((peer.call, peer.inputs), (truth, given)))
+        got, expected = (
+            subject.modes_of(call, inputs, ["both"])["both"]()
+            for call, inputs in ((peer.call, peer.inputs), (truth, given))
+        )
         torch.testing.assert_close(peer.call(**peer.inputs), truth(**given))
     got = dict(zip(peer.inputs, got, strict=True))
     for operand, right in zip(given, expected, strict=True):
@@ -125,7 +157,9 @@ def test_the_peers_of_a_gpu_compute_the_same(name, both, reduction, monkeypatch)
 def test_an_unusable_mamba_ssm_is_left_out_with_the_reason(found, monkeypatch):
     """Absent, and there without its compiled half."""
     spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if found and name == "mamba_ssm" else spec(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: object() if found and name == "mamba_ssm" else spec(name)
+    )
     monkeypatch.setitem(sys.modules, "mamba_ssm", None)
     given = {name: t.to("meta") for name, t in scan.operands(4, 2, 2, torch.float32, "cpu").items()}
     contenders, absent = peers.bidirectional_peers(given, loops=False, reduce=lambda out: out)

@@ -122,7 +122,10 @@ def test_losses_the_loop_and_the_paper_are_shown(page):
 
 def test_decoding_has_its_own_table_with_what_finding_frames_cost(page):
     text = text_of(page)
-    assert "frames wanted decoded decoded per wanted ms ms per wanted 32 32 320 10.0 96 3 128 128 1,280 10.0 384 3 " in text
+    assert (
+        "frames wanted decoded decoded per wanted ms ms per wanted 32 32 320 10.0 96 3 128 128 1,280 10.0 384 3 "
+        in text
+    )
     assert "wait" in text and "from decoding to the first token" in text
 
 
@@ -155,8 +158,8 @@ def test_unfinished_measurements_are_left_out_and_repeated_ones_counted_once():
 
 
 def gains(*noises, **columns):
-    """A baseline that takes 400 ms in each round and a reduced variant of 200 ms, each with its noise by round -> the
-    one gain."""
+    """A baseline that takes 400 ms in each round and a reduced variant of 200 ms, each with its
+    noise by round -> the one gain."""
     baseline, reduced = (
         rows_of(*names, 32, 100, 10, prefill, noise, **columns)
         for names, prefill, noise in zip((("vila", "vila"), ("storm", "reference")), (290, 90), noises, strict=True)
@@ -192,7 +195,11 @@ def test_what_disturbs_a_whole_round_leaves_the_ratio_alone():
 def test_a_busy_machine_is_not_reliable(columns, reason):
     """Also where the rounds happen to agree."""
     load = columns.pop("load")
-    rows = [row | {"load": load} for kind in (("vila", "vila"), ("storm", "reference")) for row in rows_of(*kind, 32, 100, 10, 90, **columns)]
+    rows = [
+        row | {"load": load}
+        for kind in (("vila", "vila"), ("storm", "reference"))
+        for row in rows_of(*kind, 32, 100, 10, 90, **columns)
+    ]
     assert {one.row["not_reliable"] for one in summary.outcomes(summary.with_reliability(rows))} == {reason}
 
 

@@ -1,4 +1,6 @@
-"""The compiled modules that models import themselves: each generation's positional arguments, buffers written in place, against plain loops."""
+"""The compiled modules that models import themselves: each generation's positional arguments,
+buffers written in place, against plain loops.
+"""
 
 import pytest
 import torch
@@ -20,7 +22,15 @@ def draw(*shape, seed=0, dtype=torch.float32):
 def scan_operands(grouped=True, dtype=torch.float32):
     B, C = ((b, 2, n, length), (b, 2, n, length)) if grouped else ((d, n), (d, n))
     half = [draw(b, d, length, dtype=dtype), draw(b, d, length, seed=1, dtype=dtype)]
-    return [*half, -draw(d, n).exp(), draw(*B, seed=2), draw(*C, seed=3), draw(d), draw(b, d, length, seed=4, dtype=dtype), draw(d, seed=5)]
+    return [
+        *half,
+        -draw(d, n).exp(),
+        draw(*B, seed=2),
+        draw(*C, seed=3),
+        draw(d),
+        draw(b, d, length, seed=4, dtype=dtype),
+        draw(d, seed=5),
+    ]
 
 
 def loop(u, delta, A, B, C, D, z, delta_bias):
@@ -76,12 +86,16 @@ def test_short_sequences_and_no_options(tokens):
     operands = [t[..., :tokens].abs() if t.dim() > 2 else t for t in scan_operands()[:5]]
     out, x = compiled.selective_scan_cuda.fwd(*operands, None, None, None, False)
     torch.testing.assert_close(out, scan_loop(*operands)[0], atol=1e-5, rtol=1e-5)
-    found = compiled.selective_scan_cuda.bwd(*operands, None, None, None, torch.ones_like(out), x, None, None, False, False)
+    found = compiled.selective_scan_cuda.bwd(
+        *operands, None, None, None, torch.ones_like(out), x, None, None, False, False
+    )
     assert len(found) == 7 and found[5] is found[6] is None
 
 
 def test_halves_of_the_compiled_scan():
-    """out_z is rounded once from float32; VMamba's oflex keeps the whole result in float32, and its backward takes a float32 gradient."""
+    """out_z is rounded once from float32; VMamba's oflex keeps the whole result in float32, and its
+    backward takes a float32 gradient.
+    """
     operands = scan_operands(dtype=torch.bfloat16)
     exact = loop(*(t.double() for t in operands))[0]
     out, _, out_z = compiled.selective_scan_cuda.fwd(*operands, True)
@@ -139,7 +153,9 @@ def test_every_generation_of_the_convolution():
         compiled.causal_conv1d_bwd(x, weight, bias, dout, None, None, None, dx[2], False, True),
         compiled.causal_conv1d_bwd(x, weight, bias, dout, None, None, True),
     ]
-    assert compiled.causal_conv1d_bwd(x, weight, bias, dout, None, None, None, dx[3], dweight, dbias, None, True) is None
+    assert (
+        compiled.causal_conv1d_bwd(x, weight, bias, dout, None, None, None, dx[3], dweight, dbias, None, True) is None
+    )
     assert [len(found) for found in backwards] == [3, 3, 4, 3] and backwards[2][3] is None
     for found in [*backwards, *([t, dweight, dbias] for t in dx)]:
         for mine, right in zip(found[:3], grads, strict=True):
@@ -158,10 +174,14 @@ def test_states_of_the_compiled_convolution():
     signals = draw(b, d, length, seed=1), draw(b, d, w - 1, seed=2)
     total = (expected * signals[0]).sum() + (leaves[0][..., -(w - 1) :] * signals[1]).sum()
     grads = torch.autograd.grad(total, leaves)
-    dx, dweight, dbias, dstart = compiled.causal_conv1d_bwd(x, weight, None, signals[0], None, start, signals[1], None, True, False)
+    dx, dweight, dbias, dstart = compiled.causal_conv1d_bwd(
+        x, weight, None, signals[0], None, start, signals[1], None, True, False
+    )
     assert dbias is None
     into = [torch.full_like(x, torch.nan), torch.zeros_like(weight), torch.full_like(start, torch.nan)]
-    compiled.causal_conv1d_bwd(x, weight, None, signals[0], None, start, signals[1], into[0], into[1], None, into[2], False)
+    compiled.causal_conv1d_bwd(
+        x, weight, None, signals[0], None, start, signals[1], into[0], into[1], None, into[2], False
+    )
     for found in ((dx, dweight, dstart), into):
         for mine, right in zip(found, grads, strict=True):
             torch.testing.assert_close(mine.double(), right, atol=1e-5, rtol=1e-5)
@@ -179,16 +199,22 @@ def test_every_generation_of_the_update():
     for options, named, states in cases:
         mine, right = states.clone(), states.clone()
         found = compiled.causal_conv1d_update_compiled(x, mine, weight, bias, *options)
-        assert torch.equal(found, conv.causal_conv1d_update(x, right, weight, bias, "silu", **named)) and torch.equal(mine, right)
+        assert torch.equal(found, conv.causal_conv1d_update(x, right, weight, bias, "silu", **named)) and torch.equal(
+            mine, right
+        )
     mine, right, out = state.clone(), state.clone(), torch.full((b, d, 1), torch.nan)
     assert compiled.causal_conv1d_update_compiled(x[..., None], mine, weight, bias, out, False, None, rows) is None
-    assert torch.equal(out, conv.causal_conv1d_update(x[..., None], right, weight, bias, conv_state_indices=rows)) and torch.equal(mine, right)
+    assert torch.equal(
+        out, conv.causal_conv1d_update(x[..., None], right, weight, bias, conv_state_indices=rows)
+    ) and torch.equal(mine, right)
 
 
 class CompressorScan(torch.autograd.Function):
-    """Convolution, projection and gated scan on the compiled modules alone, as BIMBA's compressor has them: both gradients fill one buffer.
+    """Convolution, projection and gated scan on the compiled modules alone, as BIMBA's compressor
+    has them: both gradients fill one buffer.
 
-    mamba issue 342 asks whether the gradient of z arrives, which the caller only finds in the buffer that it handed over.
+    mamba issue 342 asks whether the gradient of z arrives, which the caller only finds in the
+    buffer that it handed over.
     """
 
     @staticmethod
@@ -215,7 +241,9 @@ class CompressorScan(torch.autograd.Function):
         dprojected = torch.cat([ddelta, dB.squeeze(1), dC.squeeze(1)], 1)
         dprojection = torch.einsum("brl,bdl->rd", dprojected, u)
         du = du + projection.T @ dprojected
-        _, dconv, dconv_bias, *_ = compiled.causal_conv1d_bwd(x, conv_weight, conv_bias, du, None, None, None, dx, False, True)
+        _, dconv, dconv_bias, *_ = compiled.causal_conv1d_bwd(
+            x, conv_weight, conv_bias, du, None, None, None, dx, False, True
+        )
         return dxz, dconv, dconv_bias, dprojection, dA, dD, dbias
 
 

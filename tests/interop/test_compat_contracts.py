@@ -1,4 +1,6 @@
-"""What the originals promise beside values: padding slots, memory layout, packed indices that come back, both generations of the norms."""
+"""What the originals promise beside values: padding slots, memory layout, packed indices that come
+back, both generations of the norms.
+"""
 
 import pytest
 import torch
@@ -22,12 +24,16 @@ def test_a_negative_slot_is_padding_for_the_convolution(slots, dtype):
     """causal-conv1d pull request 78: such a row is skipped, its result is zero, no state is touched."""
     states, x, weight = draw(4, d, w), draw(b, d, 2), draw(d, w)
     before = states.clone()
-    out = conv.causal_conv1d_update(x, states, weight, activation="silu", conv_state_indices=torch.tensor(slots, dtype=dtype))
+    out = conv.causal_conv1d_update(
+        x, states, weight, activation="silu", conv_state_indices=torch.tensor(slots, dtype=dtype)
+    )
     for i, slot in enumerate(slots):
         if slot < 0:
             assert not out[i].any()
             continue
-        torch.testing.assert_close(out[i : i + 1], conv_loop(x[i : i + 1], weight, None, "silu", before[slot : slot + 1, :, 1:]))
+        torch.testing.assert_close(
+            out[i : i + 1], conv_loop(x[i : i + 1], weight, None, "silu", before[slot : slot + 1, :, 1:])
+        )
         torch.testing.assert_close(states[slot], torch.cat([before[slot], x[i]], -1)[:, -w:])
     untouched = [row for row in range(4) if row not in slots]
     assert torch.equal(states[untouched], before[untouched])
@@ -35,9 +41,18 @@ def test_a_negative_slot_is_padding_for_the_convolution(slots, dtype):
 
 @pytest.mark.parametrize("slots", [[1, -1, 0], [-1, 3, -5], [-1, -1, -1]])
 def test_a_negative_slot_is_padding_for_the_state_update(slots):
-    states, x, dt, A, B, C = draw(4, d, n), draw(b, d), draw(b, d, seed=1), -draw(d, n).exp(), draw(b, n), draw(b, n, seed=1)
+    states, x, dt, A, B, C = (
+        draw(4, d, n),
+        draw(b, d),
+        draw(b, d, seed=1),
+        -draw(d, n).exp(),
+        draw(b, n),
+        draw(b, n, seed=1),
+    )
     before = states.clone()
-    out = mamba_ssm.selective_state_update(states, x, dt, A, B, C, dt_softplus=True, state_batch_indices=torch.tensor(slots, dtype=torch.int32))
+    out = mamba_ssm.selective_state_update(
+        states, x, dt, A, B, C, dt_softplus=True, state_batch_indices=torch.tensor(slots, dtype=torch.int32)
+    )
     for i, slot in enumerate(slots):
         if slot < 0:
             assert not out[i].any()
@@ -140,7 +155,9 @@ def plain_norm(x, weight, bias, is_rms):
 
 @pytest.mark.parametrize("is_rms", [False, True])
 def test_both_orders_of_the_norms_arguments(is_rms):
-    """mamba_ssm 1.x and 2.x put different things after the residual; read wrongly, eps becomes x1 or a switch becomes eps, in silence."""
+    """mamba_ssm 1.x and 2.x put different things after the residual; read wrongly, eps becomes x1
+    or a switch becomes eps, in silence.
+    """
     x, residual, weight, bias = draw(2, 5, 8), draw(2, 5, 8, seed=1), draw(8), draw(8, seed=1)
     expected = plain_norm(x + residual, weight, bias, is_rms)
     name = norms.rms_norm_fn if is_rms else norms.layer_norm_fn
@@ -152,7 +169,10 @@ def test_both_orders_of_the_norms_arguments(is_rms):
         norms.layer_norm_fn(x, weight, bias, residual, None, None, None, 1e-3, 0.0, None, True, False, is_rms),
     ]
     if is_rms:
-        calls += [name(x, weight, bias, residual, True, True, 1e-3), name(x, weight, bias, residual, True, False, eps=1e-3)]
+        calls += [
+            name(x, weight, bias, residual, True, True, 1e-3),
+            name(x, weight, bias, residual, True, False, eps=1e-3),
+        ]
     for normed, total in calls:
         torch.testing.assert_close(normed.double(), expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(total, x + residual)
@@ -169,7 +189,9 @@ def test_two_norms_of_one_sum(is_rms):
     for found, right in zip(results, expected, strict=True):
         torch.testing.assert_close(found.double(), right.double(), atol=1e-5, rtol=1e-5)
     leaves = [x, x1, residual, weight, bias, weight1, bias1]
-    for found, right in zip(*(torch.autograd.grad(sum(r.sum() for r in rs), leaves) for rs in (results, expected)), strict=True):
+    for found, right in zip(
+        *(torch.autograd.grad(sum(r.sum() for r in rs), leaves) for rs in (results, expected)), strict=True
+    ):
         torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
 
 
@@ -182,7 +204,9 @@ def test_dropout_and_rowscale_of_the_norms():
     assert kept1 is None and 0.7 < kept.float().mean() < 0.8
     torch.testing.assert_close(total, torch.where(kept, x * scale[:, None] / 0.75, 0) + residual)
     torch.testing.assert_close(normed.double(), plain_norm(total, weight, 0, False), atol=1e-5, rtol=1e-5)
-    same = norms.layer_norm_ref(x, weight, None, residual, eps=1e-3, dropout_p=0.25, rowscale=scale, prenorm=True, dropout_mask=kept)
+    same = norms.layer_norm_ref(
+        x, weight, None, residual, eps=1e-3, dropout_p=0.25, rowscale=scale, prenorm=True, dropout_mask=kept
+    )
     torch.testing.assert_close(same, (normed, total))
     assert norms.rms_norm_fn(x, weight, None, return_dropout_mask=True)[1:] == (None, None)
     with pytest.raises(ValueError, match="rowscale cannot be combined with x1"):
@@ -198,13 +222,17 @@ def test_references_of_the_norms():
     for ref, is_rms in ((norms.layer_norm_ref, False), (norms.rms_norm_ref, True)):
         normed, total = ref(x, weight, bias, residual, eps=1e-3, prenorm=True)
         assert normed.dtype == total.dtype == torch.bfloat16
-        assert ref(x, weight, bias, residual, 1e-3, True, True)[1].dtype == torch.float32  # upcast, as version 1.x has it
+        assert (
+            ref(x, weight, bias, residual, 1e-3, True, True)[1].dtype == torch.float32
+        )  # upcast, as version 1.x has it
         expected = plain_norm(x.double() + residual, weight, bias, is_rms)
         torch.testing.assert_close(ref(x, weight, bias, residual, eps=1e-3).double(), expected, atol=4e-2, rtol=1e-2)
 
 
 def test_rms_norm_module():
-    """Constructed as version 2.x has it and as version 1.x did; mamba_ssm issue 44: forward takes the residual's switches."""
+    """Constructed as version 2.x has it and as version 1.x did; mamba_ssm issue 44: forward takes
+    the residual's switches.
+    """
     assert mamba_ssm.RMSNorm(8, 1e-3, 0.1, "cpu", torch.bfloat16).weight.dtype == torch.bfloat16
     assert mamba_ssm.RMSNorm(8, 1e-3, "cpu", torch.bfloat16).weight.dtype == torch.bfloat16
     norm, x = mamba_ssm.RMSNorm(8, eps=1e-3, dropout_p=0.5), draw(30, 8)

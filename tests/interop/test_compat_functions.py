@@ -1,4 +1,6 @@
-"""Other projects' functions on our kernels: signatures, layouts, dtypes, values and every gradient, against plain float64 loops."""
+"""Other projects' functions on our kernels: signatures, layouts, dtypes, values and every gradient,
+against plain float64 loops.
+"""
 
 import inspect
 
@@ -110,7 +112,12 @@ def test_dtypes_of_results():
     t = scan_operands(draw(b, n, length), draw(b, n, length, seed=1))
     half = {k: v.bfloat16() if k in ("u", "delta", "B", "C", "z") else v for k, v in t.items()}
     out, state = mamba_ssm.selective_scan_fn(**half, delta_softplus=True, return_last_state=True)
-    assert (out.dtype, out.shape, state.dtype, state.shape) == (torch.bfloat16, (b, d, length), torch.float32, (b, d, n))
+    assert (out.dtype, out.shape, state.dtype, state.shape) == (
+        torch.bfloat16,
+        (b, d, length),
+        torch.float32,
+        (b, d, n),
+    )
 
 
 def inner_loop(
@@ -133,7 +140,9 @@ def inner_loop(
     y = scan_loop(u, delta, A, B, C, D, z, delta_bias, delta_softplus)[0]
     if A_b is not None:
         flipped = [t if t.dim() == 2 else t.flip(-1) for t in (u, delta, B, C, z)]
-        y = y + scan_loop(flipped[0], flipped[1], A_b, flipped[2], flipped[3], D, flipped[4], delta_bias, delta_softplus)[0].flip(-1)
+        y = y + scan_loop(
+            flipped[0], flipped[1], A_b, flipped[2], flipped[3], D, flipped[4], delta_bias, delta_softplus
+        )[0].flip(-1)
     return y if out_proj_weight is None else F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
 
 
@@ -155,7 +164,11 @@ GIVEN = {"B": draw(b, n, length, seed=7), "C": draw(b, n, length, seed=8)}
 BEFORE = RMS | {"dt_rms_weight": draw(rank, seed=6)}
 
 
-@pytest.mark.parametrize("more", [{}, RMS, BIASES | RMS, BEFORE], ids=["plain", "rms", "biases and rms", "rms of delta before its projection"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, RMS, BIASES | RMS, BEFORE],
+    ids=["plain", "rms", "biases and rms", "rms of delta before its projection"],
+)
 def test_mamba_inner_fn(more):
     agree(mamba_ssm.mamba_inner_fn, inner_loop, inner_operands(**more))
 
@@ -203,7 +216,9 @@ def test_vmamba():
 
 
 def update_loop(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
-    y, after = scan_loop(*(t[..., None] for t in (x, dt)), A, B[..., None], C[..., None], D, z[..., None], dt_bias, dt_softplus, state)
+    y, after = scan_loop(
+        *(t[..., None] for t in (x, dt)), A, B[..., None], C[..., None], D, z[..., None], dt_bias, dt_softplus, state
+    )
     return y[..., 0]
 
 
@@ -220,7 +235,9 @@ def test_selective_state_update_values_and_gradients():
 
 def test_selective_state_update_writes_the_state():
     t = update_operands()
-    expected = scan_loop(t["x"][..., None], t["dt"][..., None], t["A"], t["B"][..., None], t["C"][..., None], state=t["state"])[1]
+    expected = scan_loop(
+        t["x"][..., None], t["dt"][..., None], t["A"], t["B"][..., None], t["C"][..., None], state=t["state"]
+    )[1]
     mamba_ssm.selective_state_update(t["state"], t["x"], t["dt"], t["A"], t["B"], t["C"])
     torch.testing.assert_close(t["state"], expected)
 
@@ -254,7 +271,12 @@ def conv_with_states(x, weight, bias, initial_states, return_final_states):
 
 
 def test_causal_conv1d_fn():
-    agree(conv.causal_conv1d_fn, lambda activation, **t: conv_loop(**t, activation=activation), conv_operands(), activation="silu")
+    agree(
+        conv.causal_conv1d_fn,
+        lambda activation, **t: conv_loop(**t, activation=activation),
+        conv_operands(),
+        activation="silu",
+    )
     operands = conv_operands(initial_states=draw(b, d, w - 1))
     agree(conv.causal_conv1d_fn, conv_with_states, operands, return_final_states=True)
     operands["x"] = draw(b, d, 2)  # shorter than the filter
@@ -263,7 +285,9 @@ def test_causal_conv1d_fn():
 
 def test_causal_conv1d_old_callers_pass_activation_fourth():
     t = conv_operands()
-    torch.testing.assert_close(conv.causal_conv1d_fn(t["x"], t["weight"], t["bias"], "silu"), conv_loop(**t, activation="silu"))
+    torch.testing.assert_close(
+        conv.causal_conv1d_fn(t["x"], t["weight"], t["bias"], "silu"), conv_loop(**t, activation="silu")
+    )
 
 
 def test_causal_conv1d_final_states_out():
@@ -313,27 +337,45 @@ def test_causal_conv1d_update_ring_buffer(capacity):
     whole, weight, ring = draw(b, d, 12), draw(d, w), torch.zeros(b, d, capacity)
     expected, at = conv_loop(whole, weight), 0
     for tokens in (1, 2, 1, 7, 1):
-        out = conv.causal_conv1d_update(whole[..., at : at + tokens], ring, weight, cache_seqlens=torch.full((b,), at, dtype=torch.int32))
+        out = conv.causal_conv1d_update(
+            whole[..., at : at + tokens], ring, weight, cache_seqlens=torch.full((b,), at, dtype=torch.int32)
+        )
         torch.testing.assert_close(out, expected[..., at : at + tokens])
         at += tokens
 
 
 def test_causal_conv1d_update_gradients():
     operands = {"x": draw(b, d, 2), "conv_state": draw(b, d, w), "weight": draw(d, w), "bias": draw(d)}
-    agree(conv.causal_conv1d_update, lambda x, conv_state, weight, bias: conv_loop(x, weight, bias, None, conv_state[..., 1:]), operands)
+    agree(
+        conv.causal_conv1d_update,
+        lambda x, conv_state, weight, bias: conv_loop(x, weight, bias, None, conv_state[..., 1:]),
+        operands,
+    )
 
 
 def test_norms():
     x, residual, weight, bias = draw(3, 8), draw(3, 8, seed=1), draw(8), draw(8, seed=1)
-    normed, total = mamba_ssm.layer_norm_fn(x.bfloat16(), weight, bias, residual.bfloat16(), prenorm=True, residual_in_fp32=True)
+    normed, total = mamba_ssm.layer_norm_fn(
+        x.bfloat16(), weight, bias, residual.bfloat16(), prenorm=True, residual_in_fp32=True
+    )
     plain = x.bfloat16().double() + residual.bfloat16().double()
-    assert (normed.dtype, total.dtype) == (torch.bfloat16, torch.bfloat16)  # a residual keeps its dtype, as in mamba_ssm
+    assert (normed.dtype, total.dtype) == (
+        torch.bfloat16,
+        torch.bfloat16,
+    )  # a residual keeps its dtype, as in mamba_ssm
     torch.testing.assert_close(total, plain.bfloat16())
-    assert mamba_ssm.layer_norm_fn(x.bfloat16(), weight, bias, prenorm=True, residual_in_fp32=True)[1].dtype == torch.float32
-    torch.testing.assert_close(normed.double(), F.layer_norm(plain, (8,), weight.double(), bias.double(), 1e-6), atol=2e-2, rtol=1e-2)
+    assert (
+        mamba_ssm.layer_norm_fn(x.bfloat16(), weight, bias, prenorm=True, residual_in_fp32=True)[1].dtype
+        == torch.float32
+    )
+    torch.testing.assert_close(
+        normed.double(), F.layer_norm(plain, (8,), weight.double(), bias.double(), 1e-6), atol=2e-2, rtol=1e-2
+    )
     norm = mamba_ssm.RMSNorm(8)
     assert list(norm.state_dict()) == ["weight"]
-    torch.testing.assert_close(norm(x, residual), (x + residual) * torch.rsqrt((x + residual).square().mean(-1, keepdim=True) + 1e-5))
+    torch.testing.assert_close(
+        norm(x, residual), (x + residual) * torch.rsqrt((x + residual).square().mean(-1, keepdim=True) + 1e-5)
+    )
     agree(mamba_ssm.rms_norm_fn, lambda x, weight, bias: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight + bias,
           {"x": x, "weight": weight, "bias": bias})  # fmt: skip
 

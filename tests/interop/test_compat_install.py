@@ -1,4 +1,6 @@
-"""install(): what other projects' files import is there, what we lack raises at the call, and transformers trains what it infers."""
+"""install(): what other projects' files import is there, what we lack raises at the call, and
+transformers trains what it infers.
+"""
 
 import importlib.metadata
 
@@ -8,7 +10,9 @@ from .test_compat_mixer import in_a_new_process
 
 
 def test_what_peers_import_is_there():
-    """Lines of import as Vim, VideoMamba, BIMBA, VMamba, U-Mamba, SegMamba and mamba_ssm's own scripts have them (mamba 97 and 804, SegMamba 52)."""
+    """Lines of import as Vim, VideoMamba, BIMBA, VMamba, U-Mamba, SegMamba and mamba_ssm's own
+    scripts have them (mamba 97 and 804, SegMamba 52).
+    """
     out = in_a_new_process("""
         from storm_kernels.interop import install
         install()
@@ -53,17 +57,26 @@ def test_what_peers_import_is_there():
             print(str(error).split(" (")[0])
     """)
     lines = out.splitlines()
-    starts = ["Mamba2", "Mamba2Simple", "Mamba3", "MHA", "RMSNorm", "mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"]
+    starts = [
+        "Mamba2",
+        "Mamba2Simple",
+        "Mamba3",
+        "MHA",
+        "RMSNorm",
+        "mamba_chunk_scan_combined",
+        "mamba_split_conv1d_scan_combined",
+    ]
     for line, name in zip(lines[:-1], starts, strict=True):
         assert line.startswith(f"{name} is not supported by storm_kernels: "), line
     assert lines[-1] == "cannot import name 'nothing' from 'mamba_ssm.ops.selective_scan_interface'"
 
 
 def test_transformers_trains_what_it_infers_and_infers_what_it_did():
-    """transformers issue 33234 and pull request 33195: in training, FalconMamba's norm of delta moved behind its projection.
+    """transformers issue 33234 and pull request 33195: in training, FalconMamba's norm of delta
+    moved behind its projection.
 
-    An activation other than SiLU, the padding, an adapter on x_proj: mamba_inner_fn knows none of them either. The same weights in
-    transformers' modules imported before install() and after it.
+    An activation other than SiLU, the padding, an adapter on x_proj: mamba_inner_fn knows none of
+    them either. The same weights in transformers' modules imported before install() and after it.
     """
     for library in ("transformers", "peft"):
         pytest.importorskip(library, reason=f"{library} is not installed")

@@ -56,13 +56,20 @@ def plain_norm(x, norm):
 
 
 def test_generation_in_every_greedy_spelling():
-    """mamba issue 414: temperature=0 with the default top_k=1 is greedy; scores, a teacher, an end and a streamer work as in the original."""
+    """mamba issue 414: temperature=0 with the default top_k=1 is greedy; scores, a teacher, an end
+    and a streamer work as in the original.
+    """
     model, tokens = small(), torch.tensor([[1, 2, 3], [4, 5, 6]])
     expected, scores = tokens, []
     for _ in range(5):
         scores.append(model(expected).logits[:, -1])
         expected = torch.cat([expected, scores[-1].argmax(-1, keepdim=True)], 1)
-    for options in ({}, {"temperature": 0.0}, {"top_k": 1, "top_p": 0.9, "min_p": 0.1, "temperature": 0.7}, {"cg": True, "enable_timing": True}):
+    for options in (
+        {},
+        {"temperature": 0.0},
+        {"top_k": 1, "top_p": 0.9, "min_p": 0.1, "temperature": 0.7},
+        {"cg": True, "enable_timing": True},
+    ):
         assert torch.equal(model.generate(tokens, max_length=8, **options), expected)
     found = model.generate(tokens, 8, return_dict_in_generate=True, output_scores=True)
     torch.testing.assert_close(torch.stack(found.scores), torch.stack(scores), atol=1e-5, rtol=1e-5)
@@ -73,7 +80,9 @@ def test_generation_in_every_greedy_spelling():
     end = int(expected[0, 3])
     assert inference.decode(tokens[:1], model, 8, eos_token_id=end).sequences.shape == (1, 4)
     streamed = []
-    streamer = type("Streamer", (), {"put": lambda self, x: streamed.append(x), "end": lambda self: streamed.append(None)})()
+    streamer = type(
+        "Streamer", (), {"put": lambda self, x: streamed.append(x), "end": lambda self: streamed.append(None)}
+    )()
     model.generate(tokens, 8, streamer=streamer)
     assert torch.equal(torch.cat(streamed[:-1], 1), expected) and streamed[-1] is None
     with pytest.raises(NotImplementedError, match="got 0 and 1.2"):
@@ -104,14 +113,17 @@ def test_a_checkpoint_of_transformers_is_named(tmp_path):
     """mamba issue 253: the config.json of "-hf" checkpoints is transformers'; the error says which class loads it."""
     (tmp_path / "config.json").write_text('{"_name_or_path": "state-spaces/mamba-130m-hf", "hidden_size": 16}')
     with pytest.raises(
-        ValueError, match="has no '_name_or_path', 'hidden_size'; if it is transformers', load it with transformers.AutoModelForCausalLM"
+        ValueError,
+        match="has no '_name_or_path', 'hidden_size'; if it is transformers', load it with transformers.AutoModelForCausalLM",
     ):
         MambaLMHeadModel.from_pretrained(str(tmp_path))
 
 
 def test_a_pickle_is_not_read(tmp_path):
     torch.save({"w": torch.ones(1)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="no model.safetensors; a pickled pytorch_model.bin is not read: convert it"):
+    with pytest.raises(
+        FileNotFoundError, match="no model.safetensors; a pickled pytorch_model.bin is not read: convert it"
+    ):
         inference.load_state_dict_hf(str(tmp_path))
 
 
@@ -123,7 +135,9 @@ def test_blocks_of_both_generations():
     for mine, other in zip(first(x), second(x), strict=True):
         torch.testing.assert_close(mine, other)
     assert [t.shape[0] for t in first.allocate_inference_cache(3, 10)] == [3, 3]
-    with pytest.raises(TypeError, match="fused_add_norm wants norm_cls to make a LayerNorm or mamba_ssm's RMSNorm, got Identity"):
+    with pytest.raises(
+        TypeError, match="fused_add_norm wants norm_cls to make a LayerNorm or mamba_ssm's RMSNorm, got Identity"
+    ):
         MixerBlock(16, Mamba, lambda dim: torch.nn.Identity(), fused_add_norm=True)
     mlp = GatedMLP(16, 100)
     assert mlp.fc1.weight.shape == (256, 16) and mlp(x).shape == x.shape

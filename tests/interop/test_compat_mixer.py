@@ -17,12 +17,27 @@ from storm_kernels.interop.mamba_ssm import Mamba
 from ..support import original_mixers
 
 # docs/compat.md, Call signatures.
-BASE = {"A_log", "D", "in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias", "out_proj.weight"}
+BASE = {
+    "A_log",
+    "D",
+    "in_proj.weight",
+    "conv1d.weight",
+    "conv1d.bias",
+    "x_proj.weight",
+    "dt_proj.weight",
+    "dt_proj.bias",
+    "out_proj.weight",
+}
 V2 = {"A_b_log", "D_b", "conv1d_b.weight", "conv1d_b.bias", "x_proj_b.weight", "dt_proj_b.weight", "dt_proj_b.bias"}
 SPELLINGS = {
     "none": ({}, {"bimamba_type": "none"}, {"bimamba_type": None}, {"bimamba": False}, {"use_fast_path": False}),
     "v1": ({"bimamba_type": "v1"},),
-    "v2": ({"bimamba_type": "v2"}, {"bimamba": True}, {"bimamba": True, "bimamba_type": "v2"}, {"bimamba_type": "v2", "use_fast_path": False}),
+    "v2": (
+        {"bimamba_type": "v2"},
+        {"bimamba": True},
+        {"bimamba": True, "bimamba_type": "v2"},
+        {"bimamba_type": "v2", "use_fast_path": False},
+    ),
 }
 
 
@@ -68,7 +83,9 @@ def test_dt_init():
 @pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
 def test_forward_equals_the_plain_module(bimamba_type, divide):
     torch.manual_seed(0)
-    plain = original_mixers.Mamba(16, bimamba_type=bimamba_type, if_devide_out=bool(divide), init_layer_scale=0.5, bias=True)
+    plain = original_mixers.Mamba(
+        16, bimamba_type=bimamba_type, if_devide_out=bool(divide), init_layer_scale=0.5, bias=True
+    )
     ours = Mamba(16, d_state=8, bimamba_type=bimamba_type, init_layer_scale=1.0, bias=True, **divide)
     ours.load_state_dict(plain.state_dict())
     x = torch.randn(2, 11, 16)
@@ -251,7 +268,11 @@ def test_models_pickled_by_the_original_move_and_cast(bimamba_type):
     assert type(mixer) is Mamba
     torch.testing.assert_close(mixer.to("cpu")(x), expected, atol=1e-5, rtol=1e-4)
     mixer.bfloat16()
-    kept = {"A_log", "D", "dt_proj.bias"} | {"none": set(), "v1": {"A_b_log"}, "v2": {"A_b_log", "D_b", "dt_proj_b.bias"}}[bimamba_type]
+    kept = {"A_log", "D", "dt_proj.bias"} | {
+        "none": set(),
+        "v1": {"A_b_log"},
+        "v2": {"A_b_log", "D_b", "dt_proj_b.bias"},
+    }[bimamba_type]
     assert {name for name, p in mixer.named_parameters() if p.dtype == torch.float32} == kept
     torch.testing.assert_close(mixer(x.bfloat16()).float(), expected, atol=0.05, rtol=0)
     assert mixer.allocate_inference_cache(2, 0)[0].shape == (2, 32, 4)

@@ -1,4 +1,6 @@
-"""patch(), unpatch(), patched(): which modules, same results, shared weights, wrappers, clear refusals (transformers: test_patch_transformers)."""
+"""patch(), unpatch(), patched(): which modules, same results, shared weights, wrappers, clear
+refusals (transformers: test_patch_transformers).
+"""
 
 import copy
 import io
@@ -39,7 +41,12 @@ def same(model, other_call, atol=1e-5):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"bimamba_type": "v1"}, {"bimamba_type": "v2"}, {"bimamba_type": "v2", "if_devide_out": True, "init_layer_scale": 0.3, "bias": True}],
+    [
+        {},
+        {"bimamba_type": "v1"},
+        {"bimamba_type": "v2"},
+        {"bimamba_type": "v2", "if_devide_out": True, "init_layer_scale": 0.3, "bias": True},
+    ],
     ids=str,
 )
 def test_modules_shaped_like_the_originals(options):
@@ -59,7 +66,9 @@ def test_reference_projector():
     before = [model["projector"](x, r) for r in reductions]
     report = patch(model)
     assert [e.name for e in report.replaced] == ["projector", "projector.layers.0.mixer", "projector.layers.1.mixer"]
-    assert isinstance(model["projector"], TemporalProjector) and isinstance(model["projector"].layers[0].mixer, BiMambaMixer)
+    assert isinstance(model["projector"], TemporalProjector) and isinstance(
+        model["projector"].layers[0].mixer, BiMambaMixer
+    )
     for reduction, expected in zip(reductions, before, strict=True):
         torch.testing.assert_close(model["projector"](x, reduction), expected, atol=1e-5, rtol=1e-4)
     unpatch(model)
@@ -126,9 +135,15 @@ def changed(mixer, **attributes):
 
 
 REFUSED = {
-    "a third scan": (lambda: changed(original_mixers.Mamba(16), A_s_log=nn.Parameter(torch.zeros(1))), "no supported variant has: A_s_log"),
+    "a third scan": (
+        lambda: changed(original_mixers.Mamba(16), A_s_log=nn.Parameter(torch.zeros(1))),
+        "no supported variant has: A_s_log",
+    ),
     "v3": (lambda: changed(original_mixers.Mamba(16), bimamba_type="v3"), "bimamba_type='v3' is not supported"),
-    "forward only": (lambda: changed(original_mixers.Mamba(16, bimamba_type="v2"), use_fast_path=False), "use_fast_path=False"),
+    "forward only": (
+        lambda: changed(original_mixers.Mamba(16, bimamba_type="v2"), use_fast_path=False),
+        "use_fast_path=False",
+    ),
     "Mamba-2": (Mamba2, "is not a Mamba-1 mixer: it has no in_proj, conv1d"),
     "a subclass": (lambda: SubclassedMixer(16), "subclass of the reference whose changes a patch would lose: forward"),
     "another class": (lambda: type("Other", (nn.Module,), {})(), None),
@@ -167,7 +182,9 @@ def test_twice_and_unpatching_nothing():
         patch(3)
 
 
-@pytest.mark.parametrize("make", [lambda: vim_block(bimamba_type="v2"), lambda: nn.Sequential(reference.ReferenceMixer(16, d_state=4))])
+@pytest.mark.parametrize(
+    "make", [lambda: vim_block(bimamba_type="v2"), lambda: nn.Sequential(reference.ReferenceMixer(16, d_state=4))]
+)
 def test_copies_and_pickles_stay_patched(make):
     model, x = make(), torch.randn(1, 5, 16)
     patch(model)
@@ -237,7 +254,9 @@ def test_half_precision_modules():
 
 
 def test_old_transformers_mixer_with_mask_and_cache():
-    """The generation before functions could be swapped: masking after in_proj, a cache of tensors by layer, positions beside it."""
+    """The generation before functions could be swapped: masking after in_proj, a cache of tensors
+    by layer, positions beside it.
+    """
     torch.manual_seed(0)
     mixer, x = original_mixers.MambaMixer().eval(), torch.randn(2, 9, 12)
     mask = torch.ones(2, 9)

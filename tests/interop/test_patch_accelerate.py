@@ -1,4 +1,6 @@
-"""accelerate's hooks and offloading, put on before ``patch`` or after it: the same results, with a cache too; and all of it undone."""
+"""accelerate's hooks and offloading, put on before ``patch`` or after it: the same results, with a
+cache too; and all of it undone.
+"""
 
 import copy
 
@@ -42,7 +44,9 @@ def dispatch(model, tmp_path):
 
 def hooks(model, tmp_path):
     for module in model.modules():
-        accelerate.hooks.add_hook_to_module(module, accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True), append=True)
+        accelerate.hooks.add_hook_to_module(
+            module, accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True), append=True
+        )
 
 
 def results(model):
@@ -77,7 +81,9 @@ def test_offloaded_models(kind, place, first, tmp_path):
         for a, b in zip(results(model), expected, strict=True):
             assert torch.equal(a, b)
         assert "scan" not in stats() and type(mixer) is cls
-        assert len(patch(model).replaced) == len(mixers(model))  # the forward that accelerate leaves on the instance is the class's own
+        assert len(patch(model).replaced) == len(
+            mixers(model)
+        )  # the forward that accelerate leaves on the instance is the class's own
 
 
 def test_an_offloaded_model_learns():

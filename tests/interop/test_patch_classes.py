@@ -1,4 +1,6 @@
-"""Other libraries change classes too: what they did before or after ``patch`` stays when we come and go, and they can undo it themselves."""
+"""Other libraries change classes too: what they did before or after ``patch`` stays when we come
+and go, and they can undo it themselves.
+"""
 
 import copy
 
@@ -150,7 +152,9 @@ def test_a_class_that_cannot_be_made_again_is_an_error():
             return super().forward(x, **options)
 
     mixer.__class__ = Logged
-    with pytest.raises(PatchError, match="the class Logged was put on top of ReferenceMixer and its forward names it: undo that first"):
+    with pytest.raises(
+        PatchError, match="the class Logged was put on top of ReferenceMixer and its forward names it: undo that first"
+    ):
         unpatch(mixer)
     assert type(mixer) is Logged and mixer(torch.randn(1, 3, 16)).shape == (1, 3, 16)
     mixer.__class__ = fast

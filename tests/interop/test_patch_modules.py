@@ -1,6 +1,8 @@
-"""Modules within transformers' mixers that are more than their weights act, learn and count, patched, as they did (docs/reliability.md, R17, R19).
+"""Modules within transformers' mixers that are more than their weights act, learn and count,
+patched, as they did (docs/reliability.md, R17, R19).
 
-What counts is what the mixer of the installed generation does: the old ones call conv1d, dt_proj and act, the present ones take their weights.
+What counts is what the mixer of the installed generation does: the old ones call conv1d, dt_proj
+and act, the present ones take their weights.
 """
 
 import copy
@@ -31,7 +33,9 @@ CHILDREN = ("in_proj", "conv1d", "x_proj", "dt_proj", "act", "dt_layernorm", "b_
 
 
 def hook(parent, name, calls):
-    getattr(parent, name).register_forward_hook(lambda module, inputs, out: calls.append((name, out.shape)) or 1.5 * out)
+    getattr(parent, name).register_forward_hook(
+        lambda module, inputs, out: calls.append((name, out.shape)) or 1.5 * out
+    )
 
 
 def pre_hook(parent, name, calls):
@@ -96,7 +100,9 @@ def quantised(parent, name, calls):
     if isinstance(getattr(parent, name), nn.Linear):
         parent.config = copy.copy(parent.config)
         parent.config._is_quantized = True
-        if OLD or name != "dt_proj" or hasattr(parent, "dt_layernorm"):  # the present Mamba multiplies with dt_proj's weight whatever it is
+        if (
+            OLD or name != "dt_proj" or hasattr(parent, "dt_layernorm")
+        ):  # the present Mamba multiplies with dt_proj's weight whatever it is
             setattr(parent, name, Packed(getattr(parent, name)))
 
 
@@ -107,7 +113,9 @@ class Half(nn.Module):
 
 def weighted(function):
     def change(parent, name, calls):
-        if getattr(getattr(parent, name), "weight", None) is not None and isinstance(getattr(parent, name), (nn.Linear, nn.Conv1d)):
+        if getattr(getattr(parent, name), "weight", None) is not None and isinstance(
+            getattr(parent, name), (nn.Linear, nn.Conv1d)
+        ):
             function(getattr(parent, name))
 
     return change
@@ -178,7 +186,9 @@ def test_hooks_on_all_modules_see_the_same(kind):
     model = build(kind).train()
     mixer, calls = mixers(model)[0], []
     names = {module: name for name, module in mixer.named_modules()}
-    handle = register_module_forward_hook(lambda module, inputs, out: module in names and calls.append(names[module]) or None)
+    handle = register_module_forward_hook(
+        lambda module, inputs, out: module in names and calls.append(names[module]) or None
+    )
     try:
         expected = run(model, mixer, calls)
         patch(mixer)

@@ -1,6 +1,8 @@
-"""What users reported of these mixers elsewhere, with a patched model: it does what the unpatched one of the installed generation does, or better.
+"""What users reported of these mixers elsewhere, with a patched model: it does what the unpatched
+one of the installed generation does, or better.
 
-Each test names the report. Where the unpatched model of a generation cannot do it at all, the test says so and compares with what it can.
+Each test names the report. Where the unpatched model of a generation cannot do it at all, the test
+says so and compares with what it can.
 """
 
 import copy
@@ -29,9 +31,13 @@ from ..support.transformers_models import (
 
 
 @kinds
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"do_sample": True, "top_k": 5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"do_sample": True, "top_k": 5}], ids=str
+)
 def test_beams_and_samples(kind, options):
-    """transformers issue 29730: more beams, worse text. Beams are reordered in the cache, samples need the same random numbers."""
+    """transformers issue 29730: more beams, worse text. Beams are reordered in the cache, samples
+    need the same random numbers.
+    """
     model, ids = build(kind), tokens(length=6)
     options = {"attention_mask": padding("left", ids), "max_new_tokens": 5, "do_sample": False} | options
     found = []
@@ -55,7 +61,9 @@ def test_a_padded_batch_is_its_sequences(kind):
 
 @kinds
 def test_padding_on_the_right_leaves_the_same_cache(kind):
-    """transformers issue 48256: a prompt padded on the right leaves zeros of the padding in the cache. So it does patched: nothing is hidden."""
+    """transformers issue 48256: a prompt padded on the right leaves zeros of the padding in the
+    cache. So it does patched: nothing is hidden.
+    """
     model, x = build(kind), torch.randn(2, 8, 24)
     mixer, mask = mixers(model)[0], padding("right", torch.ones(2, 6, dtype=torch.long))
     with torch.no_grad():
@@ -68,9 +76,11 @@ def test_padding_on_the_right_leaves_the_same_cache(kind):
 @kinds
 @pytest.mark.parametrize("first", ["patch", "adapters"])
 def test_adapters_on_every_layer_merge_and_unload(kind, first):
-    """PEFT issue 2556, transformers issue 30316, Falcon-H1 issue 13: adapters that the mixer goes around, and merging them.
+    """PEFT issue 2556, transformers issue 30316, Falcon-H1 issue 13: adapters that the mixer goes
+    around, and merging them.
 
-    PEFT itself refuses conv1d and out_proj of these models since; other layers in their place: ``test_patch_modules``.
+    PEFT itself refuses conv1d and out_proj of these models since; other layers in their place:
+    ``test_patch_modules``.
     """
     peft = pytest.importorskip("peft", reason="peft is not installed")
     names = [name for name in ("in_proj", "x_proj", "dt_proj") if hasattr(mixers(build(kind))[0], name)]
@@ -101,7 +111,8 @@ def test_adapters_on_every_layer_merge_and_unload(kind, first):
     assert learned.keys() == expected.keys() and any("lora_A" in name for name in learned)
     for name, grad in expected.items():
         assert (learned[name] - grad).abs().max() <= 2e-4 * grad.abs().max() + 1e-7, name
-    # Random adapters make the merged model so steep that the plain one, too, is twice the tolerance from the truth.
+    # Random adapters make the merged model so steep that the plain one, too, is twice the tolerance
+    # from the truth.
     model, truth = model.merge_and_unload(), in_float64(plain.merge_and_unload())
     with torch.no_grad():
         close(model(ids, use_cache=False).logits.double(), truth(ids, use_cache=False).logits.double())
@@ -116,7 +127,9 @@ def test_a_loss_with_the_cache_on(kind):
     for change in (lambda model: None, patch):
         change(model)
         model.zero_grad()
-        out = model(ids, labels=ids, use_cache=True, **({"cache_params": None} if kind in ("mamba", "falcon") and OLD else {}))
+        out = model(
+            ids, labels=ids, use_cache=True, **({"cache_params": None} if kind in ("mamba", "falcon") and OLD else {})
+        )
         out.loss.backward()
         losses.append([out.loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     for a, b in zip(*losses, strict=True):
@@ -126,7 +139,9 @@ def test_a_loss_with_the_cache_on(kind):
 @kinds
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_precision(kind, dtype):
-    """transformers issues 32690 and 33409: formats that meet under autocast, with float32 weights and a float32 cache."""
+    """transformers issues 32690 and 33409: formats that meet under autocast, with float32 weights
+    and a float32 cache.
+    """
     model, ids = build(kind).train(), tokens()
     results = []
     for change in (lambda model: None, patch):
@@ -139,11 +154,20 @@ def test_mixed_precision(kind, dtype):
                 later = with_cache(model, ids[:, 6:7], cache_of(out), 6).logits.float()
         model.train()
         loss.backward()
-        results.append((loss.detach(), out.logits.float(), later, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        results.append(
+            (
+                loss.detach(),
+                out.logits.float(),
+                later,
+                {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+            )
+        )
     rounding = {torch.bfloat16: 6e-2, torch.float16: 1e-2}[dtype]
     for a, b in zip(results[1][:3], results[0][:3], strict=True):
         close(a, b, rounding)
-    assert results[0][3].keys() == results[1][3].keys() and all(grad.isfinite().all() for grad in results[1][3].values())
+    assert results[0][3].keys() == results[1][3].keys() and all(
+        grad.isfinite().all() for grad in results[1][3].values()
+    )
 
 
 @kinds
@@ -154,7 +178,11 @@ def test_half_precision_models_decode(kind, dtype):
         results = []
         for change in (lambda model: None, patch):
             change(model)
-            results.append(model.generate(ids, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True).logits[0].float())
+            results.append(
+                model.generate(ids, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True)
+                .logits[0]
+                .float()
+            )
     close(results[1], results[0], {torch.bfloat16: 6e-2, torch.float16: 1e-2}[dtype])
 
 
@@ -181,7 +209,8 @@ def test_generation_with_a_static_cache(kind):
         expected = model.generate(ids, **options)
     except Exception as error:
         pytest.skip(f"the unpatched model of transformers {transformers.__version__} cannot: {type(error).__name__}")
-    # Another model of the same weights: in transformers 5.6 one that has a static cache cannot generate again, patched or not.
+    # Another model of the same weights: in transformers 5.6 one that has a static cache cannot
+    # generate again, patched or not.
     with patched(again := build(kind)):
         assert torch.equal(again.generate(ids, **options), expected)
 

@@ -1,4 +1,6 @@
-"""The Mamba, FalconMamba, Jamba and Zamba of the installed transformers, patched and unpatched: same logits, greedy tokens, gradients and caches."""
+"""The Mamba, FalconMamba, Jamba and Zamba of the installed transformers, patched and unpatched:
+same logits, greedy tokens, gradients and caches.
+"""
 
 import copy
 import inspect
@@ -43,7 +45,8 @@ def test_prefill(kind, side, length):
 def test_greedy_tokens(kind, side, use_cache):
     for seed in range(2):
         model = build(kind, seed)
-        # Without padding, a prompt shorter than the convolution; transformers up to 5.4 departs from itself after such a one.
+        # Without padding, a prompt shorter than the convolution; transformers up to 5.4 departs
+        # from itself after such a one.
         ids = tokens(length=(2 if own_cache(model) is None else 5) if side == "none" else 9, seed=seed)
         mask = torch.ones_like(ids) if side == "none" else padding(side, ids)
         options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "use_cache": use_cache}
@@ -81,7 +84,9 @@ def test_training(kind, side):
         model.zero_grad()
         loss = model(ids, attention_mask=padding(side, ids), labels=ids).loss
         loss.backward()
-        results.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+        results.append(
+            (loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        )
     (expected, grads), (found, fast) = results
     torch.testing.assert_close(found, expected)
     assert grads.keys() == fast.keys() and any("A_log" in name for name in grads)
@@ -150,7 +155,9 @@ def test_gradient_checkpointing(kind):
         torch.testing.assert_close(model.get_parameter(name).grad, grad)
 
 
-@pytest.mark.skipif(OLD, reason="transformers up to 5.15 reads several tokens after a cached prefix wrongly, or not at all")
+@pytest.mark.skipif(
+    OLD, reason="transformers up to 5.15 reads several tokens after a cached prefix wrongly, or not at all"
+)
 @kinds
 def test_a_prompt_in_pieces_is_what_transformers_makes_of_it(kind):
     model, ids = build(kind), tokens()
@@ -194,7 +201,9 @@ def test_packed_sequences_are_refused(kind):
 
 def test_peft_adapters():
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    model = peft.get_peft_model(build("falcon"), peft.LoraConfig(target_modules=["in_proj", "x_proj"], init_lora_weights=False))
+    model = peft.get_peft_model(
+        build("falcon"), peft.LoraConfig(target_modules=["in_proj", "x_proj"], init_lora_weights=False)
+    )
     ids = tokens()
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits

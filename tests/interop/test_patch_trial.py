@@ -1,4 +1,6 @@
-"""A mixer that is not known here proves itself: names that transformers may choose tomorrow, other classes; and what a trial leaves alone."""
+"""A mixer that is not known here proves itself: names that transformers may choose tomorrow, other
+classes; and what a trial leaves alone.
+"""
 
 import copy
 import importlib.util
@@ -41,10 +43,14 @@ def told_again(monkeypatch):
 
 
 def rewritten(kind, path, change_mixer, change_call=lambda text: text):
-    """The model ``build(kind)`` on a copy of transformers' file in which the text of the mixer and of the calls of it are changed."""
+    """The model ``build(kind)`` on a copy of transformers' file in which the text of the mixer and
+    of the calls of it are changed.
+    """
     own = sys.modules[mixer_class(kind).__module__]
     text = Path(own.__file__).read_text()
-    pattern = re.compile(rf"(@use_kernelized_func\([^@]*?\)\n)?class {mixer_class(kind).__name__}\(.*?(?=\n(?:class|def|@|#))", re.DOTALL)
+    pattern = re.compile(
+        rf"(@use_kernelized_func\([^@]*?\)\n)?class {mixer_class(kind).__name__}\(.*?(?=\n(?:class|def|@|#))", re.DOTALL
+    )
     text, times = pattern.subn(lambda found: change_mixer(found[0]), text)
     text, calls = re.subn(r"self\.(mixer|mamba)\([^()]*\)", lambda found: change_call(found[0]), text)
     assert times == 1 and calls >= 1
@@ -61,16 +67,24 @@ def rewritten(kind, path, change_mixer, change_call=lambda text: text):
 
 
 def renamed(kind, path, reorder=False):
-    """Tomorrow's names for the cache and the mask, without a decorator that takes the old ones; perhaps in another order, beside a new argument."""
+    """Tomorrow's names for the cache and the mask, without a decorator that takes the old ones;
+    perhaps in another order, beside a new argument.
+    """
 
     def mixer(text):
-        text = re.sub(r"\b(cache|cache_params|past_key_values)\b", "layer_memory", re.sub(r"@deprecate_kwarg\([^)]*\)\n", "\n", text))
+        text = re.sub(
+            r"\b(cache|cache_params|past_key_values)\b",
+            "layer_memory",
+            re.sub(r"@deprecate_kwarg\([^)]*\)\n", "\n", text),
+        )
         text = re.sub(r"\battention_mask\b", "keep", text)
         if not reorder:
             return text
         head, forward, rest = re.split(r"(\n    def forward\()", text)
         arguments, body = rest.split("):\n", 1)
-        arguments = re.sub(r"(layer_memory[^,]*), *\s*(.*?)(keep[^,)]*)", r"\3, temperature=None, \2\1", arguments, flags=re.DOTALL)
+        arguments = re.sub(
+            r"(layer_memory[^,]*), *\s*(.*?)(keep[^,)]*)", r"\3, temperature=None, \2\1", arguments, flags=re.DOTALL
+        )
         # What the forward hands on, it hands on by name.
         body = re.sub(r"slow_forward\(hidden_states, layer_memory, (cache_position, )?keep\)", by_name, body)
         return head + forward + arguments + "):\n" + body
@@ -80,7 +94,9 @@ def renamed(kind, path, reorder=False):
         return f"slow_forward(hidden_states, layer_memory=layer_memory, {position}keep=keep)"
 
     def call(text):
-        return re.sub(r"\battention_mask=", "keep=", re.sub(r"\b(cache|cache_params|past_key_values)=", "layer_memory=", text))
+        return re.sub(
+            r"\battention_mask=", "keep=", re.sub(r"\b(cache|cache_params|past_key_values)=", "layer_memory=", text)
+        )
 
     return rewritten(kind, path, mixer, call)
 
@@ -92,7 +108,9 @@ def same_with_cache_and_padding(model, plain):
         for one in (model, plain):
             out = with_cache(one, ids[:, :6])
             one_more = with_cache(one, ids[:, 6:7], cache_of(out), 6).logits
-            results.append((one(ids, attention_mask=padding("left", ids), use_cache=False).logits, out.logits, one_more))
+            results.append(
+                (one(ids, attention_mask=padding("left", ids), use_cache=False).logits, out.logits, one_more)
+            )
     for a, b in zip(*results, strict=True):
         close(a, b)
 
@@ -110,20 +128,29 @@ def test_names_of_tomorrow(kind, reorder, tmp_path):
     if reorder:
         assert all("a call with temperature runs its own forward" in entry.note for entry in report.replaced)
         mixer, x = mixers(model)[0], torch.randn(1, 5, SMALL["hidden_size"])
-        with torch.no_grad(), pytest.warns(SlowPathWarning, match=f"a call of {mixer_class(kind).__name__} has an argument that is not known here"):
+        with (
+            torch.no_grad(),
+            pytest.warns(
+                SlowPathWarning, match=f"a call of {mixer_class(kind).__name__} has an argument that is not known here"
+            ),
+        ):
             close(mixer(x, temperature=2.0), mixer(x))
 
 
 @kinds
 def test_another_meaning_is_refused_with_the_figure(kind, tmp_path):
     model = rewritten(kind, tmp_path, lambda text: text.replace("self.A_log.float()", "1.02 * self.A_log.float()"))
-    assert len(patch(model).replaced) == len(mixers(model))  # of a known class and generation, which says nothing of its arithmetic
+    assert len(patch(model).replaced) == len(
+        mixers(model)
+    )  # of a known class and generation, which says nothing of its arithmetic
     unpatch(model)
     with pytest.raises(PatchError, match="ours .* differs by [0-9.e-]+ of the largest value, more than 1e-04"):
         patch(model, check=True)
     for mixer in mixers(model):
         mixer.__class__ = type("StateMixer", (nn.Module,), dict(vars(type(mixer))))
-    with pytest.raises(PatchError, match="what StateMixer computes with them is not known here, and ours .* differs by"):
+    with pytest.raises(
+        PatchError, match="what StateMixer computes with them is not known here, and ours .* differs by"
+    ):
         patch(model)
 
 
@@ -146,7 +173,15 @@ class Own(nn.Module):
         dt, B, C = self.x_proj(u.mT).mT.split([self.rank, self.states, self.states], 1)
         delta = (self.dt_proj.weight @ dt).float()
         y = original_mixers.scan_loop(
-            u.float(), delta, -self.A_log.float().exp(), B.float(), C.float(), self.D, z.float(), self.dt_proj.bias.float(), True
+            u.float(),
+            delta,
+            -self.A_log.float().exp(),
+            B.float(),
+            C.float(),
+            self.D,
+            z.float(),
+            self.dt_proj.bias.float(),
+            True,
         )
         return scale * self.out_proj(y[0].mT.to(tokens.dtype))
 
@@ -157,7 +192,9 @@ def test_somebodys_own_class(dtype):
     model, x = nn.Sequential(Own()).to(dtype), torch.randn(2, 9, 12, dtype=dtype)
     expected = model(x)
     report = patch(model)
-    assert [entry.class_name for entry in report.replaced] == ["Own"] and "a call with scale runs its own forward" in report.replaced[0].note
+    assert [entry.class_name for entry in report.replaced] == [
+        "Own"
+    ] and "a call with scale runs its own forward" in report.replaced[0].note
     rounding = {torch.bfloat16: 5e-2, torch.float16: 1e-2}.get(dtype, 1e-5)
     close(model(x), expected, rounding)
     with pytest.warns(SlowPathWarning, match="a call of Own has an argument that is not known here"):
@@ -187,7 +224,9 @@ class Dropping(Own):
 
 
 def test_a_dropout_of_its_own_would_be_lost():
-    with pytest.raises(PatchError, match="what Dropping computes with them is not known here, and ours in training mode differs by"):
+    with pytest.raises(
+        PatchError, match="what Dropping computes with them is not known here, and ours in training mode differs by"
+    ):
         patch(nn.Sequential(Dropping()).eval())
     model = nn.Sequential(Own())
     model[0].x_proj = nn.Sequential(nn.Dropout(0.5), model[0].x_proj)  # an adapter's is called, with the layer

@@ -21,13 +21,32 @@ def film(tmp_path_factory):
 
 
 def test_an_answer_and_what_it_took(folder, film, capsys, caplog):
-    assert cli.main(["ask", film, "What happens?", "--model", folder, "--frames", "8", "--temporal-pool", "4", "--max-new-tokens", "6"]) == 0
+    assert (
+        cli.main(
+            [
+                "ask",
+                film,
+                "What happens?",
+                "--model",
+                folder,
+                "--frames",
+                "8",
+                "--temporal-pool",
+                "4",
+                "--max-new-tokens",
+                "6",
+            ]
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     assert out.strip()
     lines = err.splitlines()
     assert any(record.getMessage().startswith("random weights in projector") for record in caplog.records)
     assert "reading the video ..." in lines and "encoding frames ..." in lines
-    assert re.fullmatch(r"8 frames, 8 video tokens, [\d.]+ s: decode [\d.]+, preprocess .* prefill [\d.]+, token [\d.]+", lines[-1])
+    assert re.fullmatch(
+        r"8 frames, 8 video tokens, [\d.]+ s: decode [\d.]+, preprocess .* prefill [\d.]+, token [\d.]+", lines[-1]
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,13 @@ import transformers
 pytest.importorskip("av", reason="the extra `model` is not installed")
 
 import storm_model
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, TextIteratorStreamer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    TextIteratorStreamer,
+)
 
 from tests.support import ask_model
 
@@ -58,8 +64,12 @@ def picture(seed=0):
 def test_ten_lines(folder, film):
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
-    messages = [{"role": "user", "content": [{"type": "video", "path": film}, {"type": "text", "text": "What happens?"}]}]
-    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", num_frames=16)
+    messages = [
+        {"role": "user", "content": [{"type": "video", "path": film}, {"type": "text", "text": "What happens?"}]}
+    ]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", num_frames=16
+    )
     ids = model.generate(**inputs.to(model.device), max_new_tokens=6)
     answer = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
     assert isinstance(answer, str) and answer
@@ -112,7 +122,9 @@ def test_several_videos_and_images_in_one_prompt(loaded, film, other):
     inputs = inputs_of(processor, question(film, picture(), other), fps=5)
     assert [len(video) for video in inputs["pixel_values_videos"]] == [10, 4]
     seen = []
-    hook = model.model.language_model.register_forward_pre_hook(lambda _, a, k: seen.append(k["inputs_embeds"]), with_kwargs=True)
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, a, k: seen.append(k["inputs_embeds"]), with_kwargs=True
+    )
     new_tokens(model, inputs, 1)
     hook.remove()
     ids = inputs["input_ids"][0]
@@ -171,7 +183,12 @@ def test_videos_of_different_reductions_in_one_call(loaded, film, other):
 
 @pytest.mark.parametrize(
     ("reduction", "left"),
-    [({"temporal_stride": 2}, 10 * 4), ({"temporal_pool": 4}, 5 * 4), ({"spatial_pool": 2}, 20), ({"temporal_pool": 3, "temporal_stride": 2}, 4 * 4)],
+    [
+        ({"temporal_stride": 2}, 10 * 4),
+        ({"temporal_pool": 4}, 5 * 4),
+        ({"spatial_pool": 2}, 20),
+        ({"temporal_pool": 3, "temporal_stride": 2}, 4 * 4),
+    ],
 )
 def test_a_call_chooses_the_reduction(loaded, film, reduction, left):
     """The processor counts placeholders, the model reduces: without reloading either."""

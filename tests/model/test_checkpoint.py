@@ -1,4 +1,6 @@
-"""model/checkpoint.py: what is saved comes back; what does not fit is refused by name; Hugging Face folders load into the same numbers."""
+"""model/checkpoint.py: what is saved comes back; what does not fit is refused by name; Hugging Face
+folders load into the same numbers.
+"""
 
 import dataclasses
 import json
@@ -193,11 +195,26 @@ def test_missing_folder_and_broken_json(saved, tmp_path):
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """Small random models of Hugging Face's own making, saved in their layout: (SigLIP whole, Qwen2 in shards, Llama)."""
+    """Small random models of Hugging Face's own making, saved in their layout: (SigLIP whole, Qwen2
+    in shards, Llama).
+    """
     root = tmp_path_factory.mktemp("parts")
     torch.manual_seed(11)
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+    }
     siglip = SiglipModel(SiglipConfig(vision_config=vision, text_config=text)).eval()
     sizes = {
         "vocab_size": 100,
@@ -208,7 +225,12 @@ def parts(tmp_path_factory):
         "num_key_value_heads": 2,
     }
     qwen = Qwen2ForCausalLM(
-        Qwen2Config(**sizes, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 5e4}, eos_token_id=2)
+        Qwen2Config(
+            **sizes,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 5e4},
+            eos_token_id=2,
+        )
     ).eval()
     llama = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
     siglip.save_pretrained(root / "siglip")
@@ -257,7 +279,10 @@ def copied(source, target, change_config=None, change_tensors=None):
     ("change", "message"),
     [
         (lambda c: c.update(model_type="gpt2"), "model_type is 'gpt2'"),
-        (lambda c: c.update(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}), "rope_type 'linear'"),
+        (
+            lambda c: c.update(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+            "rope_type 'linear'",
+        ),
         (lambda c: c.update(attention_bias=True), "attention_bias = True"),
         (lambda c: c.update(head_dim=24), "head_dim = 24"),
         (lambda c: c.update(hidden_size="many"), "LlamaConfig"),
@@ -281,10 +306,16 @@ def test_old_spelling_of_the_rope_base(parts, tmp_path):
 
 def test_wrong_vision_tensors(parts, tmp_path):
     root = parts[0]
-    folder = copied(root / "siglip", tmp_path / "less", change_tensors=lambda t: t.pop("vision_model.encoder.layers.1.mlp.fc1.bias"))
+    folder = copied(
+        root / "siglip", tmp_path / "less", change_tensors=lambda t: t.pop("vision_model.encoder.layers.1.mlp.fc1.bias")
+    )
     with pytest.raises(CheckpointError, match=r"layers.1.mlp.fc1.bias is missing"):
         from_pretrained_parts(folder, root / "llama", variant("vila"))
-    folder = copied(root / "siglip", tmp_path / "more", change_tensors=lambda t: t.update({"vision_model.encoder.layers.3.x": torch.zeros(1)}))
+    folder = copied(
+        root / "siglip",
+        tmp_path / "more",
+        change_tensors=lambda t: t.update({"vision_model.encoder.layers.3.x": torch.zeros(1)}),
+    )
     with pytest.raises(CheckpointError, match=r"layers.3.x is not part of the model"):
         from_pretrained_parts(folder, root / "llama", variant("vila"))
 
@@ -311,10 +342,16 @@ def test_remote_code_is_not_run(parts, tmp_path):
 
 
 def test_loading_makes_no_random_weights(saved, monkeypatch):
-    """Nothing of a vision tower or language model is drawn at random only to be overwritten; what is drawn on the meta device costs nothing."""
+    """Nothing of a vision tower or language model is drawn at random only to be overwritten; what
+    is drawn on the meta device costs nothing.
+    """
     drawn = []
     normal = torch.nn.init.normal_
-    monkeypatch.setattr(torch.nn.init, "normal_", lambda tensor, *args, **kwargs: drawn.append(tensor.device.type) or normal(tensor, *args, **kwargs))
+    monkeypatch.setattr(
+        torch.nn.init,
+        "normal_",
+        lambda tensor, *args, **kwargs: drawn.append(tensor.device.type) or normal(tensor, *args, **kwargs),
+    )
     VideoModel(TINY, variant("vila"))
     assert "cpu" in drawn
     drawn.clear()

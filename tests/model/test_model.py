@@ -1,4 +1,6 @@
-"""model/: the parts compute what docs/spec.md says, the whole is greedy search over their sum, variants share what they should."""
+"""model/: the parts compute what docs/spec.md says, the whole is greedy search over their sum,
+variants share what they should.
+"""
 
 import dataclasses
 
@@ -22,7 +24,9 @@ from storm_kernels.profiling import recording
 
 TINY = ModelConfig(
     "tiny",
-    VisionConfig(image_size=70, patch_size=14, width=32, layers=3, heads=2, mlp_width=64),  # 5 x 5 patches: the downsample pads to 3 x 3
+    VisionConfig(
+        image_size=70, patch_size=14, width=32, layers=3, heads=2, mlp_width=64
+    ),  # 5 x 5 patches: the downsample pads to 3 x 3
     LanguageConfig("qwen2", 2, 48, 4, 2, 96, 100, 1e4, 512, 1e-6),
     projector_layers=2,
 )
@@ -95,7 +99,10 @@ def test_preprocess_scales_and_resizes():
     torch.testing.assert_close(preprocess(flat, 14), torch.full((1, 3, 14, 14), 51 / 255 * 2 - 1))
 
 
-@pytest.mark.parametrize("frames", [torch.zeros(2, 4, 4, 3), torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(0, 4, 4, 3, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "frames",
+    [torch.zeros(2, 4, 4, 3), torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(0, 4, 4, 3, dtype=torch.uint8)],
+)
 def test_preprocess_refuses_what_is_not_frames(frames):
     with pytest.raises(ValueError, match=r"frames must be uint8 of shape \(n, H, W, 3\)"):
         preprocess(frames, 14)
@@ -161,7 +168,9 @@ def test_prefill_is_causal_without_a_mask_and_makes_one_row_of_logits(monkeypatc
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_generation_with_a_cache_is_greedy_search(family):
-    config = dataclasses.replace(TINY, language=dataclasses.replace(TINY.language, family=family, tied_embeddings=family == "llama"))
+    config = dataclasses.replace(
+        TINY, language=dataclasses.replace(TINY.language, family=family, tied_embeddings=family == "llama")
+    )
     model = VideoModel(config, variant("storm-tp"), seed=2)
     ids = model.generate(pixels(6), PROMPT, 5)
     prompt = PROMPT
@@ -227,9 +236,15 @@ class LargestFloat32(TorchDispatchMode):
 def test_bfloat16_is_built_without_a_float32_copy():
     with LargestFloat32() as mode:
         model = VideoModel(TINY, variant("storm"), dtype=torch.bfloat16)
-    kept = {name.rpartition(".")[2] if "dt_proj" not in name else "dt" for name, p in model.named_parameters() if p.dtype == torch.float32}
+    kept = {
+        name.rpartition(".")[2] if "dt_proj" not in name else "dt"
+        for name, p in model.named_parameters()
+        if p.dtype == torch.float32
+    }
     assert kept == {"A_log", "A_b_log", "D", "D_b", "dt"}
-    assert mode.elements <= 2 * TINY.language.width * 16  # A_log, E x S; every weight matrix of the three parts is larger
+    assert (
+        mode.elements <= 2 * TINY.language.width * 16
+    )  # A_log, E x S; every weight matrix of the three parts is larger
     assert model(pixels(4).bfloat16(), PROMPT).dtype == torch.bfloat16
 
 

@@ -1,4 +1,6 @@
-"""model/config.py and arithmetic.py: presets have the published sizes, bad ones are refused, the arithmetic is what PyTorch counts."""
+"""model/config.py and arithmetic.py: presets have the published sizes, bad ones are refused, the
+arithmetic is what PyTorch counts.
+"""
 
 import dataclasses
 
@@ -28,9 +30,13 @@ def count(module):
 
 
 def test_unknown_names_list_those_that_exist():
-    with pytest.raises(ValueError, match=r"preset 'storm-9b' does not exist; there are: storm-7b, storm-8b, storm-1.5b, storm-mini"):
+    with pytest.raises(
+        ValueError, match=r"preset 'storm-9b' does not exist; there are: storm-7b, storm-8b, storm-1.5b, storm-mini"
+    ):
         preset("storm-9b")
-    with pytest.raises(ValueError, match=r"variant None does not exist; there are: vila, storm, storm-ts, .*storm-tp-sp-ts"):
+    with pytest.raises(
+        ValueError, match=r"variant None does not exist; there are: vila, storm, storm-ts, .*storm-tp-sp-ts"
+    ):
         variant(None)
 
 
@@ -63,7 +69,8 @@ def test_vision_towers_have_the_published_sizes(name, patches):
     assert config.patches_per_side == patches
     with torch.device("meta"):
         tower = build_vision(config)
-    # Per layer: two norms, four projections and the MLP, all with biases. so400m is named for 400 M: 27 such layers, embeddings and a pooling head.
+    # Per layer: two norms, four projections and the MLP, all with biases. so400m is named for 400
+    # M: 27 such layers, embeddings and a pooling head.
     layer = 4 * 1152 + 4 * (1152**2 + 1152) + 2 * 1152 * 4304 + 1152 + 4304
     assert count(tower.layers) == 26 * layer
     assert count(tower.embeddings) == 3 * 14**2 * 1152 + 1152 + patches**2 * 1152
@@ -111,7 +118,10 @@ def test_mini_shares_the_arithmetic_as_the_paper_does(capsys):
     total = sum(flops.values())
     shares = {part: 100 * value / total for part, value in flops.items()}
     with capsys.disabled():
-        print(f"\nstorm-mini, 128 frames, {total / 1e9:.0f} GFLOP: " + ", ".join(f"{part} {share:.1f} %" for part, share in shares.items()))
+        print(
+            f"\nstorm-mini, 128 frames, {total / 1e9:.0f} GFLOP: "
+            + ", ".join(f"{part} {share:.1f} %" for part, share in shares.items())
+        )
     assert shares["language"] == pytest.approx(72, abs=3)
     assert shares["vision"] == pytest.approx(24, abs=3)
     assert shares["projector"] == pytest.approx(4, abs=1)
@@ -119,27 +129,35 @@ def test_mini_shares_the_arithmetic_as_the_paper_does(capsys):
 
 @pytest.mark.parametrize("name", ["vila", "storm-tp-sp", "storm-ts"])
 def test_arithmetic_is_what_pytorch_counts(name):
-    """FlopCounterMode sees products and convolutions (so attention must be made of products); not the scan, and all of a causal square. Some releases
-    of transformers (5.17) make the rotary angles by a product, which is no part of the arithmetic."""
+    """FlopCounterMode sees products and convolutions (so attention must be made of products); not
+    the scan, and all of a causal square. Some releases of transformers (5.17) make the rotary
+    angles by a product, which is no part of the arithmetic."""
     model, frames = VideoModel(TINY, variant(name)), 6
     counted = {}
     with torch.no_grad():
         for part, run in {
             "vision": lambda: model.encode(pixels(frames)),
             "projector": lambda: model.project(torch.zeros(1, frames, 5, 5, 32)),
-            "language": lambda: model.prefill(torch.zeros(1, variant(name).reduction.reduced(TINY.token_grid(frames)).tokens, 48), PROMPT),
+            "language": lambda: model.prefill(
+                torch.zeros(1, variant(name).reduction.reduced(TINY.token_grid(frames)).tokens, 48), PROMPT
+            ),
         }.items():
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 run()
-            rotary = sum(sum(ops.values()) for module, ops in counter.get_flop_counts().items() if module.endswith(".rotary_emb"))
+            rotary = sum(
+                sum(ops.values()) for module, ops in counter.get_flop_counts().items() if module.endswith(".rotary_emb")
+            )
             counted[part] = counter.get_total_flops() - rotary
     tokens = variant(name).reduction.reduced(TINY.token_grid(frames)).tokens + len(PROMPT)
     upper_triangle = 2 * 4 * 48 * tokens * (tokens - 1) // 2  # layers, FLOPs a pair and channel, channels, pairs
-    scan = 2 * 2 * SCAN_PER_STATE * TINY.token_grid(frames).tokens * 96 * 16 * variant(name).temporal  # layers, directions, FLOPs a state
+    scan = (
+        2 * 2 * SCAN_PER_STATE * TINY.token_grid(frames).tokens * 96 * 16 * variant(name).temporal
+    )  # layers, directions, FLOPs a state
     expected = model.arithmetic(frames, len(PROMPT))
     assert counted["vision"] == expected["vision"]
     assert counted["language"] - upper_triangle == expected["language"]
-    # The depthwise convolution is counted over its padded ends too: 3 further tokens, a direction and layer.
+    # The depthwise convolution is counted over its padded ends too: 3 further tokens, a direction
+    # and layer.
     assert expected["projector"] - scan <= counted["projector"] <= (expected["projector"] - scan) * 1.01
 
 

@@ -39,7 +39,9 @@ def inputs(config, *frames, reduction=(1, 1, 1), seed=0):
 
 
 def greedy(model, given, n=6):
-    return model.generate(**given, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)[:, given["input_ids"].shape[1] :]
+    return model.generate(**given, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)[
+        :, given["input_ids"].shape[1] :
+    ]
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -132,7 +134,9 @@ def test_processor_comes_back(tmp_path):
 def test_what_has_to_stay_float32_stays(tmp_path, dtype):
     ask_model.model().save_pretrained(tmp_path)
     model = StormForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
-    whole = {name.removeprefix("model.projector.layers.") for name, p in model.named_parameters() if p.dtype == torch.float32}
+    whole = {
+        name.removeprefix("model.projector.layers.") for name, p in model.named_parameters() if p.dtype == torch.float32
+    }
     names = ("A_log", "A_b_log", "D", "D_b", "dt_proj.bias", "dt_proj_b.bias")
     assert whole == {f"{layer}.mixer.{name}" for layer in (0, 1) for name in names}
 
@@ -171,11 +175,15 @@ def test_only_the_last_logits_are_made():
 def test_a_placeholder_needs_its_video_and_the_reverse():
     model = ask_model.model()
     given = inputs(model.config, 4)
-    with pytest.raises(ValueError, match=r"input_ids have 16 placeholders of videos, but the 0 videos given have 0 tokens"):
+    with pytest.raises(
+        ValueError, match=r"input_ids have 16 placeholders of videos, but the 0 videos given have 0 tokens"
+    ):
         model(input_ids=given["input_ids"])
     with pytest.raises(ValueError, match=r"have 12 placeholders of videos, but the 1 videos given have 16 tokens"):
         model.generate(**given | {"input_ids": given["input_ids"][:, 4:]}, max_new_tokens=1)
-    with pytest.raises(ValueError, match=r"have 16 placeholders .* given have 8 tokens; the processor has to count with the same"):
+    with pytest.raises(
+        ValueError, match=r"have 16 placeholders .* given have 8 tokens; the processor has to count with the same"
+    ):
         model(**given | {"video_reductions": torch.tensor([[1, 1, 2]])})
     processor = ask_model.processor()
     with pytest.raises(ValueError, match="the text has 1 <video>, but no videos were given"):
@@ -228,7 +236,10 @@ def spoil(tensors):
     [
         (drop, "projector.proj.weight is missing"),
         (add, "projector.extra is not part of the model"),
-        (reshape, r"vision_tower.embeddings.position_embedding.weight has shape \(17, 32\), the model's has \(16, 32\)"),
+        (
+            reshape,
+            r"vision_tower.embeddings.position_embedding.weight has shape \(17, 32\), the model's has \(16, 32\)",
+        ),
         (spoil, "language_model.norm.weight holds values that are not finite"),
     ],
 )
@@ -252,7 +263,9 @@ def test_pickles_are_refused(tmp_path):
         StormForConditionalGeneration.from_pretrained(tmp_path, use_safetensors=False)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(CheckpointError, match=r"no model.safetensors; .* pickles are never opened \(pytorch_model.bin\)"):
+    with pytest.raises(
+        CheckpointError, match=r"no model.safetensors; .* pickles are never opened \(pytorch_model.bin\)"
+    ):
         StormForConditionalGeneration.from_pretrained(tmp_path)
 
 
@@ -271,8 +284,14 @@ def test_a_tokenizer_without_the_placeholders_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vision_config": CLIPVisionConfig()}, "vision_config must be of a SigLIP .* got model_type 'clip_vision_model'"),
-        ({"vision_config": {"model_type": "siglip2_vision_model"}}, "fixed resolution .* got model_type 'siglip2_vision_model'"),
+        (
+            {"vision_config": CLIPVisionConfig()},
+            "vision_config must be of a SigLIP .* got model_type 'clip_vision_model'",
+        ),
+        (
+            {"vision_config": {"model_type": "siglip2_vision_model"}},
+            "fixed resolution .* got model_type 'siglip2_vision_model'",
+        ),
         ({"vision_config": {"image_size": 7}}, "patch_size must be at most image_size 7, got 16"),
         ({"vision_config": 3}, "vision_config must be a configuration or a dictionary, got 3 of type int"),
         ({"projector_type": "qformer"}, "projector_type must be one of storm, vila, got 'qformer'"),
@@ -290,7 +309,10 @@ def test_configurations_that_cannot_be_are_refused(changes, message):
 def test_bad_calls():
     model = ask_model.model()
     given = inputs(model.config, 4)
-    with pytest.raises(ValueError, match=r"pixel_values_videos must be videos of shape \(T, 3, 56, 56\), got Tensor of shape \(2, 3, 28, 28\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"pixel_values_videos must be videos of shape \(T, 3, 56, 56\), got Tensor of shape \(2, 3, 28, 28\)",
+    ):
         model.get_video_features(torch.zeros(2, 3, 28, 28))
     with pytest.raises(ValueError, match=r"video_reductions must have the shape \(1, 3\), got \(2, 3\)"):
         model.get_video_features(given["pixel_values_videos"], torch.ones(2, 3, dtype=torch.int64))

@@ -1,4 +1,6 @@
-"""The complete model: patched and unpatched over many seeds (docs/reliability.md, R17); twice from one seed and one real clip."""
+"""The complete model: patched and unpatched over many seeds (docs/reliability.md, R17); twice from
+one seed and one real clip.
+"""
 
 import pytest
 import torch

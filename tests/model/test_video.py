@@ -1,4 +1,6 @@
-"""model/video.py: the right frames of a whole file, and a StormVideoError for every file that is not (docs/reliability.md R11)."""
+"""model/video.py: the right frames of a whole file, and a StormVideoError for every file that is
+not (docs/reliability.md R11).
+"""
 
 import dataclasses
 import subprocess
@@ -16,7 +18,11 @@ from storm_model.containers import checked_container
 from storm_model.video import StormVideoError, _shown, bikes_clip, probe, sample_frames
 
 FRAMES = 36
-MOVFLAGS = {"fragmented": "frag_keyframe+empty_moov", "first fragment in moov": "frag_keyframe", "dash": "dash+frag_keyframe+global_sidx"}
+MOVFLAGS = {
+    "fragmented": "frag_keyframe+empty_moov",
+    "first fragment in moov": "frag_keyframe",
+    "dash": "dash+frag_keyframe+global_sidx",
+}
 
 
 def picture(i, width=64, height=48):
@@ -24,7 +30,9 @@ def picture(i, width=64, height=48):
     return av.VideoFrame.from_ndarray(np.full((height, width, 3), 7 * i % 256, np.uint8), format="rgb24")
 
 
-def write(path, frames=FRAMES, codec="libx264", *, sizes=((64, 48),), pix_fmt="yuv420p", audio=False, **container_options):
+def write(
+    path, frames=FRAMES, codec="libx264", *, sizes=((64, 48),), pix_fmt="yuv420p", audio=False, **container_options
+):
     """A clip of ``frames`` frames at 25 a second, a key frame each 6; ``sizes`` are taken in turns."""
     with av.open(str(path), "w", options=container_options) as out:
         stream = out.add_stream(codec, rate=25, width=sizes[0][0], height=sizes[0][1], pix_fmt=pix_fmt)
@@ -82,7 +90,18 @@ def made_clips(tmp_path_factory):
     return made
 
 
-CLIPS = ["mp4", "faststart", "mov", "mkv", "webm", "avi", "mp4 with sound", "mkv with sound", "fragmented with sound", *MOVFLAGS]
+CLIPS = [
+    "mp4",
+    "faststart",
+    "mov",
+    "mkv",
+    "webm",
+    "avi",
+    "mp4 with sound",
+    "mkv with sound",
+    "fragmented with sound",
+    *MOVFLAGS,
+]
 
 
 @pytest.mark.parametrize("name", CLIPS)
@@ -119,7 +138,9 @@ def test_more_frames_than_the_clip_has(clips):
 def test_size(clips, size, shape):
     sampled = sample_frames(clips["mkv"], 3, size=size)
     assert sampled.frames.shape == (3, *shape, 3)
-    torch.testing.assert_close(sampled.frames.float().mean((1, 2, 3)), 7.0 * torch.tensor(sampled.indices), atol=3, rtol=0)
+    torch.testing.assert_close(
+        sampled.frames.float().mean((1, 2, 3)), 7.0 * torch.tensor(sampled.indices), atol=3, rtol=0
+    )
 
 
 @pytest.mark.parametrize("n", [0, -3, 10**9, 65_537, 2.0, "8", True])
@@ -204,7 +225,9 @@ def test_same_seed_and_clip_give_the_same_tokens_twice(bikes):
     from storm_model.storm import VideoModel
 
     mini = preset("storm-mini")
-    short = dataclasses.replace(mini, language=dataclasses.replace(mini.language, layers=1), vision=dataclasses.replace(mini.vision, layers=2))
+    short = dataclasses.replace(
+        mini, language=dataclasses.replace(mini.language, layers=1), vision=dataclasses.replace(mini.vision, layers=2)
+    )
 
     def tokens(seed):
         model = VideoModel(short, variant("storm-tp"), seed=seed)

@@ -1,4 +1,6 @@
-"""Every video file that is not whole or no video is a StormVideoError that names it; none gives fewer frames silently (docs/reliability.md R11)."""
+"""Every video file that is not whole or no video is a StormVideoError that names it; none gives
+fewer frames silently (docs/reliability.md R11).
+"""
 
 import random
 import re
@@ -48,7 +50,9 @@ def test_damaged_anywhere(clips, tmp_path, name):
         content[at : at + length] = chosen.randbytes(len(content[at : at + length]))
         damaged_file.write_bytes(content)
         try:
-            assert sample_frames(damaged_file, FRAMES, size=16, verify=True).info.frames == FRAMES, f"byte {at}, {length} bytes"
+            assert sample_frames(damaged_file, FRAMES, size=16, verify=True).info.frames == FRAMES, (
+                f"byte {at}, {length} bytes"
+            )
         except StormVideoError as error:
             assert str(damaged_file) in str(error)
 
@@ -76,7 +80,9 @@ def playlist(path):
 def photo(path):
     encoder = av.CodecContext.create("mjpeg", "w")
     encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 16, 16, "yuvj420p", 1
-    path.write_bytes(b"".join(bytes(p) for p in encoder.encode(picture(3, 16, 16).reformat(format="yuvj420p")) + encoder.encode()))
+    path.write_bytes(
+        b"".join(bytes(p) for p in encoder.encode(picture(3, 16, 16).reformat(format="yuvj420p")) + encoder.encode())
+    )
 
 
 def sound_only_mp4(path):
@@ -159,7 +165,9 @@ def test_fewer_frames_than_declared(clips, tmp_path):
     data = next(box for box in boxes(content) if box.kind == b"mdat")
     assert data.end == len(content)
     path = tmp_path / "fewer.mp4"
-    path.write_bytes(content[: data.start - 8] + (data.end - data.start - 32).to_bytes(4) + b"mdat" + content[data.start : -40])
+    path.write_bytes(
+        content[: data.start - 8] + (data.end - data.start - 32).to_bytes(4) + b"mdat" + content[data.start : -40]
+    )
     for read in (probe, lambda file: sample_frames(file, 4)):
         with pytest.raises(StormVideoError, match=r"fewer.mp4: the file declares 36 frames but holds \d+"):
             read(path)
@@ -167,7 +175,12 @@ def test_fewer_frames_than_declared(clips, tmp_path):
 
 def jpeg_sizes(content, width, height):
     """Every JPEG frame header (SOF0) says ``width`` x ``height``."""
-    return re.sub(rb"(\xff\xc0\x00\x11\x08)....", lambda m: m[1] + height.to_bytes(2) + width.to_bytes(2), content, flags=re.DOTALL)
+    return re.sub(
+        rb"(\xff\xc0\x00\x11\x08)....",
+        lambda m: m[1] + height.to_bytes(2) + width.to_bytes(2),
+        content,
+        flags=re.DOTALL,
+    )
 
 
 def test_huge_dimensions(tmp_path, monkeypatch):
@@ -190,7 +203,9 @@ def test_one_huge_frame(tmp_path):
     last = content.rindex(b"\xff\xc0\x00\x11\x08")
     path.write_bytes(content[:last] + jpeg_sizes(content[last:], 65_000, 65_000))
     assert probe(path).frames == 9
-    with pytest.raises(StormVideoError, match=r"huge.avi: the frame at 0.320 s, or one that it is predicted from, cannot"):
+    with pytest.raises(
+        StormVideoError, match=r"huge.avi: the frame at 0.320 s, or one that it is predicted from, cannot"
+    ):
         sample_frames(path, 3, size=16)
     with pytest.raises(StormVideoError, match=r"huge.avi: decoding stops at frame 8 of 9"):
         sample_frames(path, 3, size=16, verify=True)

@@ -1,4 +1,6 @@
-"""model/sampling.py and seeking.py: the frames of the times that were asked for, bit for bit those of a whole decode."""
+"""model/sampling.py and seeking.py: the frames of the times that were asked for, bit for bit those
+of a whole decode.
+"""
 
 import os
 import random
@@ -17,7 +19,8 @@ from storm_model.video import StormVideoError, Video, sample_frames
 # Random sets of frames of each file; STORM_KERNELS_FUZZ=25 makes 5,000 of the 200.
 SETS = max(1, round(16 * float(os.environ.get("STORM_KERNELS_FUZZ", "1"))))
 H264 = ("libx264", "yuv420p")
-# Of each file: name, encoder and format of its pixels, options of the encoder, frames between key frames.
+# Of each file: name, encoder and format of its pixels, options of the encoder, frames between key
+# frames.
 FILES = {
     "closed groups.mp4": (*H264, {"x264-params": "bframes=3:b-pyramid=normal:open-gop=0"}, 12),
     "open groups.mp4": (*H264, {"x264-params": "bframes=3:b-pyramid=normal:open-gop=1"}, 12),
@@ -38,7 +41,9 @@ FILES = {
 def moving(i):
     """Noise that moves: every frame is another one, and codecs predict it from several."""
     noise = np.random.default_rng(0).integers(0, 255, (64, 160, 3), np.uint8)
-    return av.VideoFrame.from_ndarray(np.ascontiguousarray(np.roll(noise, 2 * i, 1)[:, :96] // 2 + np.uint8(i)), format="rgb24")
+    return av.VideoFrame.from_ndarray(
+        np.ascontiguousarray(np.roll(noise, 2 * i, 1)[:, :96] // 2 + np.uint8(i)), format="rgb24"
+    )
 
 
 def write_film(path, codec, pixels, options, distance, times=range(60)):

@@ -1,4 +1,6 @@
-"""What libraries and PyTorch itself put into models: PEFT's adapters, compiled, exported, sharded, checkpointed and copied modules."""
+"""What libraries and PyTorch itself put into models: PEFT's adapters, compiled, exported, sharded,
+checkpointed and copied modules.
+"""
 
 import copy
 
@@ -28,10 +30,23 @@ REDUCTION = TokenReduction(2, 1, 2)
 LINEAR = [name for name in (*MIXER, "proj") if not name.startswith("conv1d")]
 KINDS = {
     "lora": ("LoraConfig", {"target_modules": LINEAR, "r": 4, "init_lora_weights": False}),
-    "lora of the convolutions": ("LoraConfig", {"target_modules": ["conv1d", "conv1d_b"], "r": 16, "init_lora_weights": False}),
+    "lora of the convolutions": (
+        "LoraConfig",
+        {"target_modules": ["conv1d", "conv1d_b"], "r": 16, "init_lora_weights": False},
+    ),
     "dora": ("LoraConfig", {"target_modules": LINEAR, "r": 4, "use_dora": True, "init_lora_weights": False}),
-    "lora of a parameter": ("LoraConfig", {"target_modules": [], "target_parameters": ["A_log"], "r": 2, "init_lora_weights": False}),
-    "copies": ("LoraConfig", {"target_modules": ["x_proj"], "modules_to_save": ["dt_proj", "out_proj", "conv1d"], "init_lora_weights": False}),
+    "lora of a parameter": (
+        "LoraConfig",
+        {"target_modules": [], "target_parameters": ["A_log"], "r": 2, "init_lora_weights": False},
+    ),
+    "copies": (
+        "LoraConfig",
+        {
+            "target_modules": ["x_proj"],
+            "modules_to_save": ["dt_proj", "out_proj", "conv1d"],
+            "init_lora_weights": False,
+        },
+    ),
     "ia3": ("IA3Config", {"target_modules": LINEAR, "feedforward_modules": ["out_proj"], "init_ia3_weights": False}),
 }
 
@@ -47,12 +62,19 @@ def adapted(cls, kind):
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft(kind):
-    """Its adapters act and learn in every projection (peft #1612, state-spaces/mamba #279: no gradient, for the kernel reads the weights)."""
+    """Its adapters act and learn in every projection (peft #1612, state-spaces/mamba #279: no
+    gradient, for the kernel reads the weights).
+    """
     truth, own, patched = (
-        adapted(cls, kind) for cls in (reference.ReferenceTemporalProjector, TemporalProjector, reference.ReferenceTemporalProjector)
+        adapted(cls, kind)
+        for cls in (reference.ReferenceTemporalProjector, TemporalProjector, reference.ReferenceTemporalProjector)
     )
     patch(patched)
-    expected = results(truth, lambda *args: called_projector(truth.base_model.model, *args), REDUCTION) if kind != "lora of a parameter" else None
+    expected = (
+        results(truth, lambda *args: called_projector(truth.base_model.model, *args), REDUCTION)
+        if kind != "lora of a parameter"
+        else None
+    )
     expected = expected or results(truth, truth, REDUCTION)
     assert all(expected[name].any() for name, p in truth.named_parameters() if p.requires_grad)
     for model in (own, patched):
@@ -70,7 +92,9 @@ def test_peft_in_bfloat16():
     features = torch.randn(FEATURES).bfloat16()
     out = model(features, REDUCTION)
     truth = copy.deepcopy(model).float()
-    torch.testing.assert_close(out.float(), truth(features.float(), REDUCTION), atol=0.05 * float(out.detach().abs().max()), rtol=0)
+    torch.testing.assert_close(
+        out.float(), truth(features.float(), REDUCTION), atol=0.05 * float(out.detach().abs().max()), rtol=0
+    )
     out.sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
@@ -127,13 +151,17 @@ def test_functional_call_with_other_parameters():
     other = changed()
     other.load_state_dict(state)
     features = torch.randn(FEATURES)
-    torch.testing.assert_close(torch.func.functional_call(model, state, (features, REDUCTION)), other(features, REDUCTION))
+    torch.testing.assert_close(
+        torch.func.functional_call(model, state, (features, REDUCTION)), other(features, REDUCTION)
+    )
 
 
 @pytest.mark.parametrize("part", ["layers", "mixers", "projections"])
 @pytest.mark.filterwarnings("ignore:.*returned a view tensor:UserWarning")
 def test_fully_sharded(part):
-    """FSDP gathers a module's parameters when it is called, which a layer whose children alone are called never is (pytorch #125394)."""
+    """FSDP gathers a module's parameters when it is called, which a layer whose children alone are
+    called never is (pytorch #125394).
+    """
     model, sharded = (projector(TemporalProjector, layers=2) for _ in range(2))
     expected = results(model, model, REDUCTION)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

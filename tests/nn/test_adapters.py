@@ -1,4 +1,5 @@
-"""Modules that are more than plain layers act, learn and are seen in fused and patched models as where each is called (docs/reliability.md, R19).
+"""Modules that are more than plain layers act, learn and are seen in fused and patched models as
+where each is called (docs/reliability.md, R19).
 
 The truth, `adapters.called_projector` and `called_mixer`, calls every module and fuses nothing.
 """
@@ -35,7 +36,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:Fut
 
 
 def check(change, layers=1):
-    """Patched projector, and for one reduction each the reference and our own one, against the truth, in results and gradients."""
+    """Patched projector, and for one reduction each the reference and our own one, against the
+    truth, in results and gradients.
+    """
     truth, patched = projector(layers=layers, change=change), projector(layers=layers, change=change)
     patch(patched)
     others = (None, projector(TemporalProjector, layers, change), projector(layers=layers, change=change))
@@ -44,35 +47,50 @@ def check(change, layers=1):
         agree(results(patched, patched, reduction), expected)
         if other is not None:  # as a fresh truth: spectral norms and quantisers change from call to call
             fresh = projector(layers=layers, change=change)
-            agree(results(other, other, reduction), results(fresh, lambda *args, fresh=fresh: called_projector(fresh, *args), reduction))
+            agree(
+                results(other, other, reduction),
+                results(fresh, lambda *args, fresh=fresh: called_projector(fresh, *args), reduction),
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", (*MIXER, "proj"))
 def test_what_sits_in_a_module_acts_and_learns(name, kind):
-    check(lambda model: install(kind, model if name == "proj" else model.layers[-1].mixer, name), layers=1 + (name == "in_proj"))
+    check(
+        lambda model: install(kind, model if name == "proj" else model.layers[-1].mixer, name),
+        layers=1 + (name == "in_proj"),
+    )
 
 
 @pytest.mark.parametrize("kind", ["adapter", "forward hook", "packed"])
 def test_videos_of_different_lengths(kind):
     """Each packed video by itself, so that neither convolution mixes two."""
     for name in ("conv1d", "conv1d_b", "dt_proj_b", "out_proj"):
-        truth, patched = (projector(layers=2, change=lambda model, name=name: install(kind, model.layers[0].mixer, name)) for _ in range(2))
+        truth, patched = (
+            projector(layers=2, change=lambda model, name=name: install(kind, model.layers[0].mixer, name))
+            for _ in range(2)
+        )
         patch(patched)
         args = (TokenReduction(2, 1, 2), [2, 3])
-        agree(results(patched, patched, *args), results(truth, lambda *a, truth=truth: called_projector(truth, *a), *args))
+        agree(
+            results(patched, patched, *args), results(truth, lambda *a, truth=truth: called_projector(truth, *a), *args)
+        )
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS, ids=str)
 def test_hooks_see_what_the_modules_do(reduction):
-    """As often, in the same shapes and with the same values (state-spaces/mamba #59: hooks on in_proj and conv1d were never called)."""
+    """As often, in the same shapes and with the same values (state-spaces/mamba #59: hooks on
+    in_proj and conv1d were never called).
+    """
     observed = []
     for fused in (False, True):
         model, seen = projector(layers=2), {}
         modules = {"proj": model.proj} | {f"{i}.norm": layer.norm for i, layer in enumerate(model.layers)}
         modules |= {f"{i}.{name}": getattr(layer.mixer, name) for i, layer in enumerate(model.layers) for name in MIXER}
         for name, module in modules.items():
-            module.register_forward_hook(lambda m, args, out, name=name, seen=seen: seen.setdefault(name, []).extend([args[0], out]))
+            module.register_forward_hook(
+                lambda m, args, out, name=name, seen=seen: seen.setdefault(name, []).extend([args[0], out])
+            )
         features = torch.randn(FEATURES, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             if fused:
@@ -158,7 +176,9 @@ def test_what_sits_around_a_layer_or_its_mixer(around):
     for reduction in REDUCTIONS:
         agree(results(own, own, reduction), results(plain, plain, reduction))
     unchanged = projector(layers=2)
-    assert not torch.allclose(results(own, own, REDUCTIONS[0])["out"], results(unchanged, unchanged, REDUCTIONS[0])["out"])
+    assert not torch.allclose(
+        results(own, own, REDUCTIONS[0])["out"], results(unchanged, unchanged, REDUCTIONS[0])["out"]
+    )
 
 
 MAMBAS = {"none": MIXER[:4] + ("out_proj", "act"), "v1": ("conv1d", "dt_proj", "act"), "v2": (*MIXER, "act")}
@@ -182,7 +202,9 @@ def test_mamba_of_every_kind(bimamba_type, name, kind):
     """compat's own, and one with the attributes of the originals, patched; their activation is a module too."""
     if name == "act" and kind == "weight_norm":
         kind = "class"
-    truth, own, patched = (mamba(bimamba_type, name, kind, make) for make in (original_mixers.Mamba, Mamba, original_mixers.Mamba))
+    truth, own, patched = (
+        mamba(bimamba_type, name, kind, make) for make in (original_mixers.Mamba, Mamba, original_mixers.Mamba)
+    )
     patch(patched)
     own.load_state_dict(truth.state_dict())
     x = torch.randn(2, 7, 8)
@@ -224,7 +246,9 @@ def test_a_mixer_whose_subclass_calls_super_counts_once():
 def test_a_convolution_that_gives_too_few_tokens_is_named():
     mixer = BiMambaMixer(8, d_state=3)
     mixer.conv1d = nn.Conv1d(16, 16, 4, groups=16)
-    with pytest.raises(ValueError, match=r"the convolution Conv1d must give at least the 5 tokens .* got shape \(1, 16, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"the convolution Conv1d must give at least the 5 tokens .* got shape \(1, 16, 2\)"
+    ):
         mixer(torch.randn(1, 5, 8))
 
 

@@ -80,16 +80,27 @@ def test_a_hooked_or_derived_module_runs_itself():
 
 @pytest.mark.parametrize("options", [{}, {"reverse": True}], ids=str)
 def test_a_called_convolution_equals_the_fused_one(options):
-    """Packed sequences (an empty one too), inputs before the first, and both directions at once; a hook that changes nothing has it called."""
+    """Packed sequences (an empty one too), inputs before the first, and both directions at once; a
+    hook that changes nothing has it called.
+    """
     torch.manual_seed(0)
     x, bounds = torch.randn(2, 9, 6), torch.tensor([0, 4, 4, 9])
     plain = nn.Conv1d(6, 6, 4, groups=6, padding=3)
     called = copy.deepcopy(plain)
     called.register_forward_hook(lambda module, args, out: out)
     state, states = torch.randn(2, 6, 3), torch.randn(3, 6, 3)
-    for inputs, more in ((x, {}), (x, {"initial_state": state}), (x[:1], {"cu_seqlens": bounds, "initial_state": states}), (x[:, :0], {})):
-        torch.testing.assert_close(convolve(inputs, called, nn.SiLU(), **options, **more), convolve(inputs, plain, **options, **more))
-    torch.testing.assert_close(convolve(x, plain, nn.Tanh(), **options), torch.tanh(call_convolution(plain, x, **options)))
+    for inputs, more in (
+        (x, {}),
+        (x, {"initial_state": state}),
+        (x[:1], {"cu_seqlens": bounds, "initial_state": states}),
+        (x[:, :0], {}),
+    ):
+        torch.testing.assert_close(
+            convolve(inputs, called, nn.SiLU(), **options, **more), convolve(inputs, plain, **options, **more)
+        )
+    torch.testing.assert_close(
+        convolve(x, plain, nn.Tanh(), **options), torch.tanh(call_convolution(plain, x, **options))
+    )
     for pair in ((plain, called), (called, plain)):
         for got, expected in zip(convolve_both(x, *pair), convolve_both(x, plain, plain), strict=True):
             torch.testing.assert_close(got, expected)
@@ -98,8 +109,17 @@ def test_a_called_convolution_equals_the_fused_one(options):
 def test_other_convolutions_and_activations_are_not_fused():
     make = nn.Conv1d
     assert is_plain_convolution(make(6, 6, 4, groups=6, padding=3))
-    others = [make(6, 6, 4, padding=3), make(6, 6, 4, groups=6), make(6, 6, 4, groups=6, padding="same"), make(6, 6, 4, groups=2, padding=3)]
-    others += [make(6, 6, 4, groups=6, padding=3, dilation=2), make(6, 6, 4, groups=6, padding=3, padding_mode="circular"), nn.Linear(6, 6)]
+    others = [
+        make(6, 6, 4, padding=3),
+        make(6, 6, 4, groups=6),
+        make(6, 6, 4, groups=6, padding="same"),
+        make(6, 6, 4, groups=2, padding=3),
+    ]
+    others += [
+        make(6, 6, 4, groups=6, padding=3, dilation=2),
+        make(6, 6, 4, groups=6, padding=3, padding_mode="circular"),
+        nn.Linear(6, 6),
+    ]
     assert not any(map(is_plain_convolution, others))
     hooked = nn.SiLU()
     hooked.register_forward_pre_hook(lambda *_: None)
@@ -114,6 +134,8 @@ def test_fused_projector_compiled_too(dtype, monkeypatch):
     plain = copy.deepcopy(projector)
     features = torch.randn(1, 8, 8, 8, 6).to(dtype)
     out = projector(features, TokenReduction(2))
-    torch.testing.assert_close(torch.compile(projector, fullgraph=True, backend="aot_eager")(features, TokenReduction(2)), out)
+    torch.testing.assert_close(
+        torch.compile(projector, fullgraph=True, backend="aot_eager")(features, TokenReduction(2)), out
+    )
     monkeypatch.setattr(home, "_SLOW", frozenset())
     torch.testing.assert_close(plain(features, TokenReduction(2)), out)

@@ -12,7 +12,13 @@ from torch.overrides import TorchFunctionMode
 import storm_kernels as sk
 from storm_kernels import TokenReduction, reference
 
-REDUCTIONS = [TokenReduction(), TokenReduction(4, 1, 2), TokenReduction(2, 2, 1), TokenReduction(1, 1, 3), TokenReduction(50, 50, 1)]
+REDUCTIONS = [
+    TokenReduction(),
+    TokenReduction(4, 1, 2),
+    TokenReduction(2, 2, 1),
+    TokenReduction(1, 1, 3),
+    TokenReduction(50, 50, 1),
+]
 
 
 def pair(dtype=torch.float32, **options):
@@ -24,18 +30,28 @@ def pair(dtype=torch.float32, **options):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS, ids=str)
-@pytest.mark.parametrize(("layers", "bidirectional", "frames"), [(1, True, 9), (2, True, 1), (3, True, 6), (1, False, 9), (2, False, 7)])
+@pytest.mark.parametrize(
+    ("layers", "bidirectional", "frames"), [(1, True, 9), (2, True, 1), (3, True, 6), (1, False, 9), (2, False, 7)]
+)
 def test_projector_equals_the_reference_in_float64(layers, bidirectional, frames, reduction):
     plain, fused = pair(torch.float64, layers=layers, bidirectional=bidirectional)
     features = torch.randn(2, frames, 5, 4, 6, dtype=torch.float64)
     with sk.use_backend("torch"):
         torch.testing.assert_close(fused(features, reduction), plain(features, reduction), rtol=1e-10, atol=1e-10)
         lengths = [frames, max(1, frames - 2)]
-        torch.testing.assert_close(fused(features, reduction, lengths), plain(features, reduction, lengths), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            fused(features, reduction, lengths), plain(features, reduction, lengths), rtol=1e-10, atol=1e-10
+        )
 
 
 @pytest.mark.parametrize(
-    "options", [{"bias": True}, {"conv_bias": False}, {"if_divide_out": True}, {"d_conv": 3, "d_state": 5, "expand": 3, "dt_rank": 7}]
+    "options",
+    [
+        {"bias": True},
+        {"conv_bias": False},
+        {"if_divide_out": True},
+        {"d_conv": 3, "d_state": 5, "expand": 3, "dt_rank": 7},
+    ],
 )
 def test_mixer_options_equal_the_reference(options):
     plain, fused = pair(torch.float64, **options)
@@ -45,9 +61,13 @@ def test_mixer_options_equal_the_reference(options):
             torch.testing.assert_close(fused(features, reduction), plain(features, reduction), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("dtype", "reduction"), list(itertools.product((torch.float32, torch.bfloat16, torch.float16), REDUCTIONS)))
+@pytest.mark.parametrize(
+    ("dtype", "reduction"), list(itertools.product((torch.float32, torch.bfloat16, torch.float16), REDUCTIONS))
+)
 def test_projector_is_as_exact_as_the_reference(dtype, reduction):
-    """Over whole tensors: a few numbers after a chain of roundings are luck. The reference is also run on features shaken by one ulp."""
+    """Over whole tensors: a few numbers after a chain of roundings are luck. The reference is also
+    run on features shaken by one ulp.
+    """
     plain, fused = pair(dtype)
     features = torch.randn(4, 9, 8, 8, 6).to(dtype)
     truth = gradients(copy.deepcopy(plain).double(), features.double(), reduction)
@@ -69,7 +89,9 @@ def gradients(call, features, reduction, projector=None):
     features = features.detach().requires_grad_()
     out = call(features, reduction)
     out.double().square().sum().backward()
-    return {"out": out.detach(), "features": features.grad} | {name: p.grad.clone() for name, p in projector.named_parameters()}
+    return {"out": out.detach(), "features": features.grad} | {
+        name: p.grad.clone() for name, p in projector.named_parameters()
+    }
 
 
 def test_state_dicts_are_the_same():
@@ -77,7 +99,15 @@ def test_state_dicts_are_the_same():
     assert list(plain.state_dict()) == list(fused.state_dict())
     names = {name.removeprefix("layers.0.mixer.") for name in fused.state_dict() if name.startswith("layers.0.mixer.")}
     both = {"A_log", "D", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias"}
-    backward = {"A_b_log", "D_b", "conv1d_b.weight", "conv1d_b.bias", "x_proj_b.weight", "dt_proj_b.weight", "dt_proj_b.bias"}
+    backward = {
+        "A_b_log",
+        "D_b",
+        "conv1d_b.weight",
+        "conv1d_b.bias",
+        "x_proj_b.weight",
+        "dt_proj_b.weight",
+        "dt_proj_b.bias",
+    }
     assert names == both | backward | {"in_proj.weight", "out_proj.weight"}
 
 
@@ -108,7 +138,9 @@ def halves_of(mixer):
 
 
 def test_parameters_stay_float32_whatever_takes_the_place_of_dt_proj():
-    """Adapters forward the bias, other layers have none, or one that is no parameter (docs/spec.md: states and decays are float32)."""
+    """Adapters forward the bias, other layers have none, or one that is no parameter (docs/spec.md:
+    states and decays are float32).
+    """
     kept = {"A_log", "D", "A_b_log", "D_b"}
     mixer = sk.BiMambaMixer(16)
     mixer.dt_proj = torch.nn.Linear(1, 32, bias=False)
@@ -125,7 +157,9 @@ def test_parameters_stay_float32_whatever_takes_the_place_of_dt_proj():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_hooked_dt_proj_in_half_precision(dtype, when):
-    """Its bias is float32 beside half weights, which F.linear refuses; a hook that changes nothing changes no more than a rounding."""
+    """Its bias is float32 beside half weights, which F.linear refuses; a hook that changes nothing
+    changes no more than a rounding.
+    """
     plain, x = sk.BiMambaMixer(16), torch.randn(1, 9, 16)
     hooked, reference_mixer = copy.deepcopy(plain), reference.ReferenceMixer(16)
     reference_mixer.load_state_dict(plain.state_dict())
@@ -145,7 +179,9 @@ def test_a_hooked_dt_proj_in_half_precision(dtype, when):
 
 
 def test_born_on_meta_and_filled_by_assignment():
-    """to_empty keeps each parameter's dtype; a checkpoint in bfloat16 may be assigned as it is: decays are computed in float32."""
+    """to_empty keeps each parameter's dtype; a checkpoint in bfloat16 may be assigned as it is:
+    decays are computed in float32.
+    """
     torch.manual_seed(0)
     source = sk.TemporalProjector(6, 16)
     features = torch.randn(1, 3, 4, 4, 6)
@@ -162,7 +198,9 @@ def test_born_on_meta_and_filled_by_assignment():
 
 
 def test_tied_and_frozen_parameters():
-    """Two layers that share one mixer, whose biases then are cast twice; and a frozen mixer through which gradients still flow."""
+    """Two layers that share one mixer, whose biases then are cast twice; and a frozen mixer through
+    which gradients still flow.
+    """
     _, fused = pair(layers=2)
     fused.layers[1].mixer = fused.layers[0].mixer
     fused.bfloat16()
@@ -175,7 +213,9 @@ def test_tied_and_frozen_parameters():
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_lengths_give_each_video_what_it_gets_alone(backend):
-    """Through two layers, both directions, padding and the reduction; a parameter's gradient is the sum of the videos'."""
+    """Through two layers, both directions, padding and the reduction; a parameter's gradient is the
+    sum of the videos'.
+    """
     reason = sk.why_not("scan", backend)
     if reason:
         pytest.skip(reason)
@@ -187,7 +227,9 @@ def test_lengths_give_each_video_what_it_gets_alone(backend):
     for video, (count, one) in enumerate(zip(frames, alone, strict=True)):
         kept = one["out"].shape[1]
         torch.testing.assert_close(together["out"][video : video + 1, :kept], one["out"])
-        torch.testing.assert_close(together["features"][video : video + 1, :count], one["features"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            together["features"][video : video + 1, :count], one["features"], rtol=1e-4, atol=1e-5
+        )
         assert (together["out"][video, kept:] == 0).all() and (together["features"][video, count:] == 0).all()
     for name, _ in fused.named_parameters():
         torch.testing.assert_close(together[name], sum(one[name] for one in alone), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,6 @@
-"""Autograd's other doors: forward mode, torch.func, batched gradients, second derivatives. Truth is the same door of the reference in float64."""
+"""Autograd's other doors: forward mode, torch.func, batched gradients, second derivatives. Truth is
+the same door of the reference in float64.
+"""
 
 import re
 
@@ -33,7 +35,9 @@ class Call:
         self.case, self.room, self.backend = case, room, backend
         self.names = list(case.operands())
         self.values = tuple(value.to(dtype) for value in case.operands().values())
-        case.call(reference, case.operands())  # what a case draws beside its operands may not be drawn within a transform
+        case.call(
+            reference, case.operands()
+        )  # what a case draws beside its operands may not be drawn within a transform
         draw = torch.Generator().manual_seed(5)
         self.tangents = tuple(torch.randn(v.shape, generator=draw).to(dtype) for v in self.values)
 
@@ -63,11 +67,15 @@ def by_one_dual_number(c):
     """Only the last operand has a tangent; no tangent of a result is a zero."""
     with fwAD.dual_level():
         outs = c.outs(*c.values[:-1], fwAD.make_dual(c.values[-1], c.tangents[-1]))
-        return tuple(torch.zeros_like(out) if tangent is None else tangent for out, tangent in map(fwAD.unpack_dual, outs))
+        return tuple(
+            torch.zeros_like(out) if tangent is None else tangent for out, tangent in map(fwAD.unpack_dual, outs)
+        )
 
 
 def by_jacfwd(c):
-    return jacfwd(lambda t: c.loss(*(v + t * d for v, d in zip(c.values, c.tangents, strict=True))))(c.values[0].new_zeros(3, 1).sum(0))
+    return jacfwd(lambda t: c.loss(*(v + t * d for v, d in zip(c.values, c.tangents, strict=True))))(
+        c.values[0].new_zeros(3, 1).sum(0)
+    )
 
 
 def by_grad(c):
@@ -161,7 +169,9 @@ def agree(found, truth):
 
 
 class Truth:
-    """The reference, but its norm from elementary operations: torch.func's second derivative of F.layer_norm is wrong in torch 2.13."""
+    """The reference, but its norm from elementary operations: torch.func's second derivative of
+    F.layer_norm is wrong in torch 2.13.
+    """
 
     def __getattr__(self, name):
         return getattr(reference, name)
@@ -169,7 +179,9 @@ class Truth:
     def residual_layer_norm(self, x, residual, weight, bias, eps):
         summed = x if residual is None else x + residual
         centred = summed - summed.mean(-1, keepdim=True)
-        return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps) * weight + (0 if bias is None else bias), summed
+        return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps) * weight + (
+            0 if bias is None else bias
+        ), summed
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -188,14 +200,18 @@ def test_operators_through_every_door(call, door, backend):
 
 @pytest.mark.parametrize("door", DOORS)
 def test_the_widened_product_through_every_door(door, monkeypatch):
-    """linear.py's own product of halves: where it would drop tangents or know no transform, PyTorch's of the same widened operands."""
+    """linear.py's own product of halves: where it would drop tangents or know no transform,
+    PyTorch's of the same widened operands.
+    """
     monkeypatch.setattr(home, "_SLOW", frozenset({torch.bfloat16}))
 
     class Product:
         def __init__(self, function, dtype):
             draw = torch.Generator().manual_seed(0)
             shapes = (2, 17, 8), (3, 8), (3,)
-            self.values, self.tangents = (tuple(torch.randn(shape, generator=draw).bfloat16().to(dtype) for shape in shapes) for _ in range(2))
+            self.values, self.tangents = (
+                tuple(torch.randn(shape, generator=draw).bfloat16().to(dtype) for shape in shapes) for _ in range(2)
+            )
             self.outs, self.all = lambda *values: (function(*values),), (0, 1, 2)
 
         def loss(self, *values):
@@ -215,13 +231,22 @@ def test_kernels_run_under_grad_and_vmap():
     with sk.strict():
         by_per_sample_gradients(c), by_jacrev(c), by_batched_gradients(c), by_vmap(c)
     assert set(sk.stats(reset=True)["scan"]) == {"cpu"}
-    with pytest.warns(sk.SlowPathWarning, match="scan runs on the torch backend, because all others: no kernel computes forward-mode derivatives"):
+    with pytest.warns(
+        sk.SlowPathWarning,
+        match="scan runs on the torch backend, because all others: no kernel computes forward-mode derivatives",
+    ):
         by_jvp(c)
     assert set(sk.stats(reset=True)["scan"]) == {"torch"}
-    with sk.strict(), pytest.raises(sk.BackendError, match="strict mode: scan .* no kernel computes derivatives of gradients"):
+    with (
+        sk.strict(),
+        pytest.raises(sk.BackendError, match="strict mode: scan .* no kernel computes derivatives of gradients"),
+    ):
         by_second_derivatives(c)
     named = Call(CALLS["scan"], sk, "cpu", torch.float32)
-    with pytest.raises(sk.BackendError, match="backend='cpu' cannot run scan: no kernel computes forward-mode .* ask for backend='torch'"):
+    with pytest.raises(
+        sk.BackendError,
+        match="backend='cpu' cannot run scan: no kernel computes forward-mode .* ask for backend='torch'",
+    ):
         by_jvp(named)
 
 
@@ -231,7 +256,10 @@ def test_an_operator_called_by_itself_never_drops_a_tangent(op):
     with Recorder() as recorder:
         CALLS[op].call(sk, CALLS[op].operands())
     ((function, args),) = recorder.calls
-    with fwAD.dual_level(), pytest.raises(NotImplementedError, match=f"storm_kernels.{op}: no kernel .* use_backend\\('torch'\\)"):
+    with (
+        fwAD.dual_level(),
+        pytest.raises(NotImplementedError, match=f"storm_kernels.{op}: no kernel .* use_backend\\('torch'\\)"),
+    ):
         function(fwAD.make_dual(args[0], torch.ones_like(args[0])), *args[1:])
 
 

@@ -1,4 +1,6 @@
-"""Autograd's other doors to whole models: per-sample gradients, ensembles, penalties, Hessians; and what people lay around a model that learns."""
+"""Autograd's other doors to whole models: per-sample gradients, ensembles, penalties, Hessians; and
+what people lay around a model that learns.
+"""
 
 import copy
 from contextlib import nullcontext
@@ -68,7 +70,9 @@ def a_tangent(model, x):
 
 
 @pytest.mark.parametrize("backend", ["", "torch"])
-@pytest.mark.parametrize("use", [per_sample_gradients, an_ensemble, a_gradient_penalty, a_hessian_vector_product, a_tangent])
+@pytest.mark.parametrize(
+    "use", [per_sample_gradients, an_ensemble, a_gradient_penalty, a_hessian_vector_product, a_tangent]
+)
 @pytest.mark.parametrize("ours", [as_projector, lambda model: (patch(model), model)[1]], ids=["fused", "patched"])
 def test_a_projector_in_use(use, ours, backend, monkeypatch):
     plain, fast = pair(projector, ours)
@@ -81,9 +85,15 @@ def test_a_projector_in_use(use, ours, backend, monkeypatch):
 
 def selectively_checkpointed(run):
     def policy(ctx, op, *args, **options):
-        return CheckpointPolicy.MUST_SAVE if op == torch.ops.storm_kernels.scan.default else CheckpointPolicy.PREFER_RECOMPUTE
+        return (
+            CheckpointPolicy.MUST_SAVE
+            if op == torch.ops.storm_kernels.scan.default
+            else CheckpointPolicy.PREFER_RECOMPUTE
+        )
 
-    return lambda x: checkpoint(run, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))
+    return lambda x: checkpoint(
+        run, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
+    )
 
 
 def compiled_with_checkpointing(run):
@@ -114,7 +124,9 @@ SURROUNDINGS = {
     "anomaly detection": under(lambda: torch.autograd.detect_anomaly(check_nan=True)),
     "functionalize": torch.func.functionalize,
     "traced": lambda run: make_fx(run)(torch.ones(2, 9, 16)),
-    "a tensor of another class": lambda run: lambda x: run(x.as_subclass(type("Another", (torch.Tensor,), {}))).as_subclass(torch.Tensor),
+    "a tensor of another class": lambda run: (
+        lambda x: run(x.as_subclass(type("Another", (torch.Tensor,), {}))).as_subclass(torch.Tensor)
+    ),
     "after inference": after_inference,
 }
 
@@ -127,7 +139,11 @@ def test_gradients_in_surroundings(surroundings):
     torch.manual_seed(0)
     mixer, x = sk.BiMambaMixer(16, d_state=4), torch.randn(2, 9, 16, requires_grad=True)
     expected = torch.autograd.grad(mixer(x).square().sum(), [x, *mixer.parameters()])
-    found = torch.autograd.grad(SURROUNDINGS[surroundings](mixer)(x).square().sum(), [x, *mixer.parameters()], allow_unused=surroundings == "traced")
+    found = torch.autograd.grad(
+        SURROUNDINGS[surroundings](mixer)(x).square().sum(),
+        [x, *mixer.parameters()],
+        allow_unused=surroundings == "traced",
+    )
     for one, true in zip(found, expected, strict=True):
         assert one is None or (one - true).abs().max() <= 1e-5 * true.abs().max()
 

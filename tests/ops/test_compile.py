@@ -1,4 +1,6 @@
-"""The fused projector, the mixers and patched models under what people do to models: compile, export, autocast, checkpointing, DDP, copies, meta."""
+"""The fused projector, the mixers and patched models under what people do to models: compile,
+export, autocast, checkpointing, DDP, copies, meta.
+"""
 
 import copy
 import io
@@ -62,12 +64,16 @@ def test_compile_the_projector(reduction):
 def test_compile_the_projector_with_inductor():
     model, x = projector(layers=1), features()
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x, REDUCTION), model(x, REDUCTION), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.compile(model, fullgraph=True)(x, REDUCTION), model(x, REDUCTION), atol=1e-5, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_no_second_compilation_for_the_third_number_of_frames(training):
-    """The first number of frames is taken for a constant, the second makes it a symbol, whatever blocks and periods it fills or not."""
+    """The first number of frames is taken for a constant, the second makes it a symbol, whatever
+    blocks and periods it fills or not.
+    """
     model, compilations = projector(), []
 
     def count(graph, inputs):
@@ -92,7 +98,10 @@ def test_a_number_of_frames_marked_dynamic():
 @pytest.mark.parametrize("bimamba_type", ["none", "v1", "v2"])
 def test_compile_a_patched_model(bimamba_type):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.LayerNorm(16), original_mixers.Mamba(16, bimamba_type=bimamba_type)), torch.randn(2, 7, 16)
+    model, x = (
+        nn.Sequential(nn.LayerNorm(16), original_mixers.Mamba(16, bimamba_type=bimamba_type)),
+        torch.randn(2, 7, 16),
+    )
     expected = gradients(model, lambda m: m(x))
     patch(model)
     agree(gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), lambda m: m(x)), expected)
@@ -150,7 +159,9 @@ def test_export_a_patched_model():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
-    """Weights stay float32, products run in half precision, the scan's parameters and states do not; as accurate as the reference."""
+    """Weights stay float32, products run in half precision, the scan's parameters and states do
+    not; as accurate as the reference.
+    """
     model, x = projector(layers=1), features()
     plain = reference.ReferenceTemporalProjector(6, 16, layers=1, d_state=4)
     plain.load_state_dict(model.state_dict())
@@ -185,9 +196,15 @@ def test_half_precision_keeps_the_scan_parameters(dtype):
 
 def test_gradient_checkpointing():
     model, x = projector(layers=1), features()
-    agree(gradients(model, lambda m: checkpoint(m, x, REDUCTION, use_reentrant=False)), gradients(model, lambda m: m(x, REDUCTION)))
+    agree(
+        gradients(model, lambda m: checkpoint(m, x, REDUCTION, use_reentrant=False)),
+        gradients(model, lambda m: m(x, REDUCTION)),
+    )
     leaf = features(requires_grad=True)
-    agree(gradients(model, lambda m: checkpoint(m, leaf, REDUCTION, use_reentrant=True)), gradients(model, lambda m: m(x, REDUCTION)))
+    agree(
+        gradients(model, lambda m: checkpoint(m, leaf, REDUCTION, use_reentrant=True)),
+        gradients(model, lambda m: m(x, REDUCTION)),
+    )
 
 
 def test_data_parallel_on_a_cpu_is_the_module():
@@ -199,11 +216,15 @@ def _ddp_worker(rank, port, results):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.manual_seed(0)
-    model = nn.parallel.DistributedDataParallel(nn.Sequential(original_mixers.Mamba(16, bimamba_type="v2"), BiMambaMixer(16, d_state=4)))
+    model = nn.parallel.DistributedDataParallel(
+        nn.Sequential(original_mixers.Mamba(16, bimamba_type="v2"), BiMambaMixer(16, d_state=4))
+    )
     report = patch(model)
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(7))
     model(x[rank : rank + 1]).square().mean().backward()
-    results.put((rank, [e.name for e in report.replaced], {name: p.grad.numpy() for name, p in model.named_parameters()}))
+    results.put(
+        (rank, [e.name for e in report.replaced], {name: p.grad.numpy() for name, p in model.named_parameters()})
+    )
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -233,7 +254,9 @@ def test_distributed_data_parallel_on_two_processes():
             assert (grad - p.grad).abs().max() <= 1e-4 * p.grad.abs().max(), name
 
 
-@pytest.mark.parametrize("make", [projector, lambda: BiMambaMixer(16, d_state=4), lambda: Mamba(16, d_state=4, bimamba_type="v1")])
+@pytest.mark.parametrize(
+    "make", [projector, lambda: BiMambaMixer(16, d_state=4), lambda: Mamba(16, d_state=4, bimamba_type="v1")]
+)
 def test_copies_and_pickles(make):
     model = make()
     x = features() if isinstance(model, TemporalProjector) else torch.randn(1, 5, 16)

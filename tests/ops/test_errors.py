@@ -1,4 +1,6 @@
-"""Bad calls: a documented exception that names the argument and prints its value, never a crash (docs/reliability.md, R10)."""
+"""Bad calls: a documented exception that names the argument and prints its value, never a crash
+(docs/reliability.md, R10).
+"""
 
 import itertools
 import re
@@ -35,7 +37,8 @@ DAMAGE = {
     "a list": lambda t: t.tolist(),
     "text": lambda t: "tensor",
 }
-# The first operand says what batch, width and device are: changed where nothing else speaks of them, it is no mistake.
+# The first operand says what batch, width and device are: changed where nothing else speaks of
+# them, it is no mistake.
 FREE = {("conv_both", "x", "a shorter first axis")} | {
     ("reduce", "x", damage) for damage in ("another device", "a longer last axis", "a shorter first axis")
 }
@@ -64,7 +67,8 @@ def test_a_bad_operand_is_refused_by_name(name, operand, damage):
     operands[operand] = DAMAGE[damage](good)
     with pytest.raises((TypeError, ValueError)) as caught:
         case.call(sk, operands)
-    # A damaged first operand makes the others wrong: then one of them is named, with its shape, instead.
+    # A damaged first operand makes the others wrong: then one of them is named, with its shape,
+    # instead.
     names = [argument(case, other) for other in operands] + ["grid", "reduction", "L ="]
     assert any(re.search(rf"\b{re.escape(other)}\b", str(caught.value)) for other in names), str(caught.value)
     assert "got" in str(caught.value), str(caught.value)

@@ -1,4 +1,6 @@
-"""Leaving Python: torch.export for any number of frames, programs of PyTorch's operators only, AOTInductor, ONNX; and FlopCounterMode's counts."""
+"""Leaving Python: torch.export for any number of frames, programs of PyTorch's operators only,
+AOTInductor, ONNX; and FlopCounterMode's counts.
+"""
 
 import subprocess
 import sys
@@ -49,7 +51,9 @@ def operators(program):
 @pytest.mark.parametrize(("backend", "strict"), [(None, False), (None, True), ("torch", False)])
 @torch.no_grad()
 def test_one_program_for_any_number_of_frames(backend, strict):
-    """With "torch" asked for, of PyTorch's own operators, the loop over tokens one of them: it needs no storm_kernels where it runs."""
+    """With "torch" asked for, of PyTorch's own operators, the loop over tokens one of them: it
+    needs no storm_kernels where it runs.
+    """
     model = Reduced().eval()
     with sk.use_backend(backend) if backend else warnings.catch_warnings():
         program = torch.export.export(model, (features(8),), dynamic_shapes=({1: Dim.DYNAMIC},), strict=strict)
@@ -96,7 +100,9 @@ def test_traced_by_torchscript():
 def test_packaged_by_aot_inductor(tmp_path):
     """Two mixers: the first knows neither grid nor reduction, the second both."""
     model, x = Reduced().eval(), features(8)
-    package = torch._inductor.aoti_compile_and_package(torch.export.export(model, (x,)), package_path=str(tmp_path / "model.pt2"))
+    package = torch._inductor.aoti_compile_and_package(
+        torch.export.export(model, (x,)), package_path=str(tmp_path / "model.pt2")
+    )
     close(torch._inductor.aoti_load_package(package)(x), model(x))
 
 
@@ -116,7 +122,9 @@ def test_onnx_for_any_number_of_frames(tmp_path):
 def counted(run):
     with FlopCounterMode(display=False) as counter:
         run()
-    return {str(op).split(".")[-1]: n for op, n in counter.get_flop_counts()["Global"].items() if "storm_kernels" in str(op)}
+    return {
+        str(op).split(".")[-1]: n for op, n in counter.get_flop_counts()["Global"].items() if "storm_kernels" in str(op)
+    }
 
 
 def test_flops_are_counted():
@@ -132,7 +140,10 @@ def test_flops_are_counted():
     assert found == {"conv": conv, "conv_backward": 2 * conv}
     assert counted(lambda: sk.causal_conv1d(u, taps)) == {"conv": conv // 2}
     grid, weight = sk.TokenGrid(3, 3, 1), torch.ones(8, requires_grad=True)
-    assert counted(lambda: sk.reduce_tokens(x, grid, REDUCTION).sum().backward()) == {"reduce": x.numel(), "reduce_backward": 2 * 1 * 2 * 8}
+    assert counted(lambda: sk.reduce_tokens(x, grid, REDUCTION).sum().backward()) == {
+        "reduce": x.numel(),
+        "reduce_backward": 2 * 1 * 2 * 8,
+    }
     norm = NORM_PER_ELEMENT * x.numel()
     found = counted(lambda: sk.residual_layer_norm(x, x, weight, None)[0].sum().backward())
     assert found == {"norm": norm + x.numel(), "norm_backward": 2 * norm}
@@ -149,4 +160,6 @@ assert {first!r} != "storm_kernels" or "triton" not in sys.modules
 from torch.utils.flop_counter import flop_registry
 print(sum("storm_kernels" in str(op) for op in flop_registry))
 """
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "8"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "8"
+    )

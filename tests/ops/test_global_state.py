@@ -1,4 +1,6 @@
-"""Results do not depend on defaults of process or thread: dtype, device, autocast, gradients, determinism, threads (docs/reliability.md, R18)."""
+"""Results do not depend on defaults of process or thread: dtype, device, autocast, gradients,
+determinism, threads (docs/reliability.md, R18).
+"""
 
 import ast
 import contextlib
@@ -29,11 +31,17 @@ from ..support.parity_cases import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-built = pytest.mark.skipif(loader.why_missing() is not None, reason=f"the C++ library is not there: {loader.why_missing()}")
+built = pytest.mark.skipif(
+    loader.why_missing() is not None, reason=f"the C++ library is not there: {loader.why_missing()}"
+)
 CASES = {
     "scan": simplest(ScanCase, direction="reverse", initial=True, D=True, bias=True, z="all", groups=2, length=70),
-    "scan of packed sequences": simplest(ScanCase, seed=3, packed=True, initial=True, z="all", dtype="bfloat16", length=70),
-    "scan of both, reduced": simplest(ScanCase, direction="both", D=True, bias=True, z="kept", reduction=(2, 2, 2), dtype_state="float16"),
+    "scan of packed sequences": simplest(
+        ScanCase, seed=3, packed=True, initial=True, z="all", dtype="bfloat16", length=70
+    ),
+    "scan of both, reduced": simplest(
+        ScanCase, direction="both", D=True, bias=True, z="kept", reduction=(2, 2, 2), dtype_state="float16"
+    ),
     "conv": simplest(ConvCase, direction="reverse", initial=True, bias=True),
     "conv of packed sequences": simplest(ConvCase, seed=3, packed=True, initial=True, bias=True, dtype="bfloat16"),
     "conv of both": simplest(ConvCase, direction="both", bias=True),
@@ -96,18 +104,24 @@ STATES = {
 def same(one, other):
     """Whether two dictionaries hold tensors that agree in dtype, device and every bit."""
     assert one.keys() == other.keys()
-    return all(a.dtype == other[n].dtype and a.device == other[n].device and torch.equal(a, other[n]) for n, a in one.items())
+    return all(
+        a.dtype == other[n].dtype and a.device == other[n].device and torch.equal(a, other[n]) for n, a in one.items()
+    )
 
 
 def run(case, backend, forward=contextlib.nullcontext, backward=contextlib.nullcontext):
-    """Results and gradients; operands and incoming gradients are made outside of the states in which the two passes run."""
+    """Results and gradients; operands and incoming gradients are made outside of the states in
+    which the two passes run.
+    """
     leaves = {name: value.requires_grad_() for name, value in case.operands().items()}
     with forward():
         results = case.call(sk, leaves, backend=backend)
     incoming = [Draw(case.seed + 1).normal(out.dtype, "dense", *out.shape) for out in results.values()]
     with backward():
         grads = torch.autograd.grad(list(results.values()), list(leaves.values()), incoming)
-    return {name: out.detach() for name, out in results.items()} | {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return {name: out.detach() for name, out in results.items()} | {
+        f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)
+    }
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -129,17 +143,31 @@ def test_operators_give_the_same_bits(backend):
 def test_operators_give_the_same_bits_in_tritons_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
     code = "from tests.support.interpreted import patch_once; patch_once(); from tests.ops.test_global_state import check_triton; check_triton()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def check_triton():
-    """Run in a subprocess: the interpreter takes its time, so few tokens, and two of the states that an allocation can depend on."""
+    """Run in a subprocess: the interpreter takes its time, so few tokens, and two of the states
+    that an allocation can depend on.
+    """
     for name, case in CASES.items():
-        case = replace(case, **{"grid": (2, 2, 2)} if hasattr(case, "grid") else {}, **{} if name in ("norm", "reduce") else {"length": 3})
+        case = replace(
+            case,
+            **{"grid": (2, 2, 2)} if hasattr(case, "grid") else {},
+            **{} if name in ("norm", "reduce") else {"length": 3},
+        )
         expected = run(case, "triton")
         for state in ("bfloat16 by default", "meta by default"):
-            assert same(run(case, "triton", forward=STATES[state], backward=STATES[state]), expected), f"{name} with {state}"
+            assert same(run(case, "triton", forward=STATES[state], backward=STATES[state]), expected), (
+                f"{name} with {state}"
+            )
 
 
 def test_operators_give_the_same_bits_in_cuda_kernels_on_a_cpu():
@@ -155,7 +183,9 @@ def test_operators_give_the_same_bits_in_cuda_kernels_on_a_cpu():
         for case in cases:
             expected = run(case, "cuda")
             for state in ("bfloat16 by default", "meta by default"):
-                assert same(run(case, "cuda", forward=STATES[state], backward=STATES[state]), expected), f"{case} with {state}"
+                assert same(run(case, "cuda", forward=STATES[state], backward=STATES[state]), expected), (
+                    f"{case} with {state}"
+                )
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -210,7 +240,15 @@ def compatible_mixer():
 
 
 @pytest.mark.parametrize(
-    "make", [packed_projector, reference_projector, running_convolution, convolution_with_padding, running_scan, compatible_mixer]
+    "make",
+    [
+        packed_projector,
+        reference_projector,
+        running_convolution,
+        convolution_with_padding,
+        running_scan,
+        compatible_mixer,
+    ],
 )
 @pytest.mark.parametrize("state", [name for name in STATES if name != "autocast"])
 def test_modules_and_compatible_functions_give_the_same_bits(make, state):
@@ -221,9 +259,23 @@ def test_modules_and_compatible_functions_give_the_same_bits(make, state):
     assert got.device == expected.device and got.dtype == expected.dtype and torch.equal(got, expected)
 
 
-# --- allocations ----------------------------------------------------------------------------------------------------------------------------------
+# --- allocations
+# ----------------------------------------------------------------------------------------------------------------------------------
 
-ALLOCATE = {"empty", "zeros", "ones", "full", "arange", "tensor", "rand", "randn", "randint", "linspace", "eye", "empty_strided"}
+ALLOCATE = {
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "arange",
+    "tensor",
+    "rand",
+    "randn",
+    "randint",
+    "linspace",
+    "eye",
+    "empty_strided",
+}
 
 
 def test_every_allocation_names_dtype_and_device():
@@ -231,7 +283,11 @@ def test_every_allocation_names_dtype_and_device():
     forgot = []
     for path in sorted(path for room in ("storm_kernels", "model") for path in (ROOT / room).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or node.func.attr not in ALLOCATE:
+            if (
+                not isinstance(node, ast.Call)
+                or not isinstance(node.func, ast.Attribute)
+                or node.func.attr not in ALLOCATE
+            ):
                 continue
             if ast.unparse(node.func.value) != "torch":
                 continue

@@ -48,7 +48,9 @@ def recorded(case, backend):
 
 
 def test_every_registered_operator_is_checked():
-    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("storm_kernels::")}
+    registered = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("storm_kernels::")
+    }
     assert {name.split(".")[0] for name in registered} == CHECKED
 
 
@@ -60,9 +62,13 @@ def test_opcheck(call, backend):
     calls = recorded(CALLS[call], backend)
     assert len(calls) >= 2, "forward and backward"
     for function, args in calls:
-        # Gradients are differentiated as plain PyTorch, a loop over tokens: test_autograd.py checks that; to trace it here would take minutes.
+        # Gradients are differentiated as plain PyTorch, a loop over tokens: test_autograd.py checks
+        # that; to trace it here would take minutes.
         differentiable = not function.name().endswith("_backward")
-        fresh = tuple(a.detach().clone().requires_grad_(a.requires_grad and differentiable) if isinstance(a, torch.Tensor) else a for a in args)
+        fresh = tuple(
+            a.detach().clone().requires_grad_(a.requires_grad and differentiable) if isinstance(a, torch.Tensor) else a
+            for a in args
+        )
         opcheck(function, fresh)
 
 
@@ -87,7 +93,9 @@ def test_only_needed_gradients_are_returned(call, backend):
         pytest.skip(f"{backend} leaves {call} to torch")
     with sk.use_backend(backend):
         leaves = leaves_of(case)
-        together = torch.autograd.grad([o.sum() for o in case.call(sk, leaves).values()], list(leaves.values()), allow_unused=True)
+        together = torch.autograd.grad(
+            [o.sum() for o in case.call(sk, leaves).values()], list(leaves.values()), allow_unused=True
+        )
         for (name, value), expected in zip(leaves.items(), together, strict=True):
             alone = {other: t.detach() for other, t in leaves.items()} | {name: value.detach().requires_grad_()}
             outs = [o.sum() for o in case.call(sk, alone).values() if o.requires_grad]
@@ -96,7 +104,15 @@ def test_only_needed_gradients_are_returned(call, backend):
 
 
 def big(op, **changes):
-    sizes = {"batch": 3, "length": 301, "grid": (12, 5, 5), "channels_per_group": 37, "channels": 37, "states": 16, "reduction": (4, 2, 2)}
+    sizes = {
+        "batch": 3,
+        "length": 301,
+        "grid": (12, 5, 5),
+        "channels_per_group": 37,
+        "channels": 37,
+        "states": 16,
+        "reduction": (4, 2, 2),
+    }
     kind = {"scan": ScanCase, "conv": ConvCase, "reduce": ReduceCase, "norm": NormCase}[op]
     return simplest(kind, **(sizes | {"direction": "both", "z": "all", "D": True, "bias": True} | changes))
 
@@ -132,7 +148,9 @@ def test_a_batch_is_its_members_to_the_bit(op, backend):
     outs, grads = results(case, backend, operands)
     per_member = {name for name, value in operands.items() if value.dim() >= 3}
     for i in range(case.batch):
-        alone, grads_alone = results(case, backend, {n: v[i : i + 1] if n in per_member else v for n, v in operands.items()})
+        alone, grads_alone = results(
+            case, backend, {n: v[i : i + 1] if n in per_member else v for n, v in operands.items()}
+        )
         assert all(torch.equal(one[0], out[i]) for one, out in zip(alone, outs, strict=True))
         assert all(torch.equal(grads_alone[name][0], grads[name][i]) for name in per_member)
 
@@ -141,7 +159,9 @@ def test_a_batch_is_its_members_to_the_bit(op, backend):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("cut", [1, 2, 100, 255, 256, 257, 300])
 def test_streaming_is_the_whole(cut, reverse, backend):
-    """Cut anywhere and handed on by conv tail and state, forward or reverse, the scan and the convolution are unchanged."""
+    """Cut anywhere and handed on by conv tail and state, forward or reverse, the scan and the
+    convolution are unchanged.
+    """
     case = big("scan", direction="forward", reduction=(1, 1, 1), batch=1)
     t = case.operands()
     options = {"delta_softplus": True, "reverse": reverse, "return_final_state": True, "backend": backend}
@@ -155,7 +175,9 @@ def test_streaming_is_the_whole(cut, reverse, backend):
     weight = torch.ones(case.channels_per_group, 4)
 
     def conv(part, state):
-        return sk.causal_conv1d(t["u"][:, part], weight, initial_state=state, reverse=reverse, return_final_state=True, backend=backend)
+        return sk.causal_conv1d(
+            t["u"][:, part], weight, initial_state=state, reverse=reverse, return_final_state=True, backend=backend
+        )
 
     for step in (scan, conv):
         whole, last = step(slice(None), None)
@@ -179,7 +201,10 @@ def test_counters_say_what_ran(op):
 def test_strict_mode_raises_where_a_slow_path_would_run():
     case = CALLS["scan"]
     operands = {name: value.double() for name, value in case.operands().items()}
-    with sk.strict(), pytest.raises(sk.BackendError, match="strict mode: scan runs on the torch backend, because cpu: "):
+    with (
+        sk.strict(),
+        pytest.raises(sk.BackendError, match="strict mode: scan runs on the torch backend, because cpu: "),
+    ):
         case.call(sk, operands)
 
 

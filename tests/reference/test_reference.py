@@ -21,7 +21,15 @@ def as_numpy(operands):
 
 def loop_direction(t, suffix):
     B, C = (t[name + suffix] if t[name + suffix].ndim == 4 else t[name + suffix][:, :, None] for name in "BC")
-    return t[f"u{suffix}"], t[f"delta{suffix}"], t[f"A{suffix}"], B, C, t.get(f"D{suffix}"), t.get(f"delta_bias{suffix}")
+    return (
+        t[f"u{suffix}"],
+        t[f"delta{suffix}"],
+        t[f"A{suffix}"],
+        B,
+        C,
+        t.get(f"D{suffix}"),
+        t.get(f"delta_bias{suffix}"),
+    )
 
 
 @QUICK
@@ -33,9 +41,14 @@ def test_scans_equal_the_loop(case):
     bounds = case.bounds(t["u"].shape[1]) if case.packed else None
     options = {"use_softplus": case.softplus, "bounds": bounds}
     if case.direction == "both":
-        y = loops.scan(loop_direction(t, ""), **options)[0] + loops.scan(loop_direction(t, "_b"), reverse=True, **options)[0]
+        y = (
+            loops.scan(loop_direction(t, ""), **options)[0]
+            + loops.scan(loop_direction(t, "_b"), reverse=True, **options)[0]
+        )
     else:
-        y, state = loops.scan(loop_direction(t, ""), reverse=case.direction == "reverse", initial=t.get("initial_state"), **options)
+        y, state = loops.scan(
+            loop_direction(t, ""), reverse=case.direction == "reverse", initial=t.get("initial_state"), **options
+        )
         np.testing.assert_allclose(results["final_state"].numpy(), state, rtol=1e-10, atol=1e-10)
     expected = gated_and_reduced(case, y, t.get("z"))
     np.testing.assert_allclose(results["out"].numpy(), expected, rtol=1e-10, atol=1e-10)
@@ -89,7 +102,9 @@ def direction(batch=2, length=13, channels=4, states=3):
 
 
 def run(d, **options):
-    return reference.selective_scan(*d[:6], delta_bias=d.delta_bias, delta_softplus=True, return_final_state=True, **options)
+    return reference.selective_scan(
+        *d[:6], delta_bias=d.delta_bias, delta_softplus=True, return_final_state=True, **options
+    )
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -98,7 +113,10 @@ def test_a_sequence_cut_anywhere_is_the_sequence(cut, reverse):
     """docs/spec.md, the algebra: chunks handed on by their state give the whole."""
     d = direction()
     whole, last = run(d, reverse=reverse)
-    parts = [d._replace(**{name: getattr(d, name)[:, part] for name in ("u", "delta", "B", "C")}) for part in (slice(0, cut), slice(cut, None))]
+    parts = [
+        d._replace(**{name: getattr(d, name)[:, part] for name in ("u", "delta", "B", "C")})
+        for part in (slice(0, cut), slice(cut, None))
+    ]
     if reverse:
         second, state = run(parts[1], reverse=True)
         first, state = run(parts[0], reverse=True, initial_state=state)
@@ -119,12 +137,16 @@ def test_gating_each_direction_alone_is_gating_the_sum():
     forward, backward, z = direction(), direction(), normal(2, 13, 4)
     both = reference.bidirectional_selective_scan(forward, backward, z, delta_softplus=True)
     alone = [
-        reference.selective_scan(*d[:6], z, d.delta_bias, delta_softplus=True, reverse=reverse) for d, reverse in ((forward, False), (backward, True))
+        reference.selective_scan(*d[:6], z, d.delta_bias, delta_softplus=True, reverse=reverse)
+        for d, reverse in ((forward, False), (backward, True))
     ]
     torch.testing.assert_close(both, alone[0] + alone[1], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("reduction", [TokenReduction(4, 1, 2), TokenReduction(3, 2, 1), TokenReduction(1, 2, 3), TokenReduction(100, 100, 100)])
+@pytest.mark.parametrize(
+    "reduction",
+    [TokenReduction(4, 1, 2), TokenReduction(3, 2, 1), TokenReduction(1, 2, 3), TokenReduction(100, 100, 100)],
+)
 def test_reduction_is_linear_past_out_proj(reduction):
     """reduce(X + y W + b) = reduce(X) + reduce(y) W + b (docs/spec.md, the algebra)."""
     grid = TokenGrid(7, 3, 4)
@@ -141,7 +163,10 @@ def test_dropped_frames_need_no_gate(reduction):
     z = normal(2, grid.tokens, 4)
     kept = z.unflatten(1, (9, 6))[:, reduction.kept_frames(grid)].flatten(1, 2)
     results = [
-        reference.bidirectional_selective_scan(forward, backward, gate, delta_softplus=True, grid=grid, reduction=reduction) for gate in (z, kept)
+        reference.bidirectional_selective_scan(
+            forward, backward, gate, delta_softplus=True, grid=grid, reduction=reduction
+        )
+        for gate in (z, kept)
     ]
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
@@ -171,7 +196,9 @@ def test_downsampling_is_row_major_in_the_block_and_pads_at_the_end(sides):
         for j in range(width):
             for position, (di, dj) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
                 inside = 2 * i + di < sides[0] and 2 * j + dj < sides[1]
-                expected = features[:, :, 2 * i + di, 2 * j + dj] if inside else torch.zeros(2, 3, 2, dtype=torch.float64)
+                expected = (
+                    features[:, :, 2 * i + di, 2 * j + dj] if inside else torch.zeros(2, 3, 2, dtype=torch.float64)
+                )
                 assert torch.equal(blocks[:, :, i, j, 2 * position : 2 * position + 2], expected)
 
 
@@ -192,4 +219,8 @@ def test_decays_and_biases_stay_float32(dtype):
     assert {name for name, p in mixer.named_parameters() if p.dtype == torch.float32} == kept
     before = {name: p.clone() for name, p in mixer.named_parameters()}
     mixer.float().double()
-    assert all(p.dtype == torch.float64 and torch.equal(p.float(), before[name].float()) for name, p in mixer.named_parameters() if name in kept)
+    assert all(
+        p.dtype == torch.float64 and torch.equal(p.float(), before[name].float())
+        for name, p in mixer.named_parameters()
+        if name in kept
+    )

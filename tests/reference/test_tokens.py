@@ -10,7 +10,9 @@ import torch
 from storm_kernels import TemporalProjector, TokenGrid, TokenReduction
 
 
-@pytest.mark.parametrize(("frames", "k", "s"), list(itertools.product((1, 2, 3, 7, 8, 9, 16), (1, 2, 3, 4, 10), (1, 2, 3))))
+@pytest.mark.parametrize(
+    ("frames", "k", "s"), list(itertools.product((1, 2, 3, 7, 8, 9, 16), (1, 2, 3, 4, 10), (1, 2, 3)))
+)
 def test_kept_frames_are_those_that_a_surviving_group_averages(frames, k, s):
     grid, reduction = TokenGrid(frames, 3, 5), TokenReduction(k, 2, s)
     groups = [list(range(start, min(start + k, frames))) for start in range(0, frames, k)][::s]
@@ -47,7 +49,9 @@ def test_whatever_python_takes_for_an_index_is_an_integer(integer):
 
 
 @pytest.mark.parametrize(
-    "lengths", [[3, 4], (3, 4), np.array([3, 4]), torch.tensor([3, 4], dtype=torch.int32), [torch.tensor(3), np.int64(4)]], ids=repr
+    "lengths",
+    [[3, 4], (3, 4), np.array([3, 4]), torch.tensor([3, 4], dtype=torch.int32), [torch.tensor(3), np.int64(4)]],
+    ids=repr,
 )
 def test_lengths_in_every_form(lengths):
     torch.manual_seed(0)
@@ -80,5 +84,7 @@ def test_a_reduction_that_is_no_integer_is_named_with_its_value(field, value):
 
 
 def test_a_tensor_of_bool_is_no_integer():
-    with pytest.raises(TypeError, match=r"TokenGrid\.frames must be an integer, got Tensor of shape \(\) and torch.bool"):
+    with pytest.raises(
+        TypeError, match=r"TokenGrid\.frames must be an integer, got Tensor of shape \(\) and torch.bool"
+    ):
         TokenGrid(torch.tensor(True), 1, 1)

@@ -1,4 +1,6 @@
-"""Kinds of modules that are more than plain layers, how they get into a model, and the truth: each module called, nothing fused."""
+"""Kinds of modules that are more than plain layers, how they get into a model, and the truth: each
+module called, nothing fused.
+"""
 
 import types
 
@@ -35,9 +37,13 @@ def called_mixer(mixer, x, cu_seqlens=None):
     one = called_direction(mixer, inner, "", bounds)
     options = {"z": z, "delta_softplus": True, "cu_seqlens": cu_seqlens}
     if hasattr(mixer, "conv1d_b"):
-        return mixer.out_proj(reference.bidirectional_selective_scan(one, called_direction(mixer, inner, "_b", bounds), **options))
+        return mixer.out_proj(
+            reference.bidirectional_selective_scan(one, called_direction(mixer, inner, "_b", bounds), **options)
+        )
     if hasattr(mixer, "A_b_log"):
-        return mixer.out_proj(reference.bidirectional_selective_scan(one, one._replace(A=-mixer.A_b_log.exp()), **options))
+        return mixer.out_proj(
+            reference.bidirectional_selective_scan(one, one._replace(A=-mixer.A_b_log.exp()), **options)
+        )
     return mixer.out_proj(reference.selective_scan(*one[:6], **options))
 
 
@@ -54,12 +60,18 @@ def called_projector(projector, features, reduction, lengths=None):
 
 
 class Adapter(nn.Module):
-    """What adapter libraries put in a layer's place: the layer, a second path, and the layer's weight and bias as if they were its own."""
+    """What adapter libraries put in a layer's place: the layer, a second path, and the layer's
+    weight and bias as if they were its own.
+    """
 
     def __init__(self, base):
         super().__init__()
         self.base = base
-        self.extra = nn.Linear(base.in_features, base.out_features, bias=False) if isinstance(base, nn.Linear) else type(base)(**same_shape(base))
+        self.extra = (
+            nn.Linear(base.in_features, base.out_features, bias=False)
+            if isinstance(base, nn.Linear)
+            else type(base)(**same_shape(base))
+        )
 
     weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
 
@@ -75,7 +87,9 @@ def same_shape(module):
 
 
 class Packed(nn.Module):
-    """A layer whose weight sits elsewhere, in a format of its own, and is empty in its place: a serving engine's, or one of four bits."""
+    """A layer whose weight sits elsewhere, in a format of its own, and is empty in its place: a
+    serving engine's, or one of four bits.
+    """
 
     def __init__(self, base):
         super().__init__()
@@ -94,15 +108,23 @@ class Louder(nn.Module):
 
 def louder_class(module):
     kind = type(module)
-    module.__class__ = type("Louder" + kind.__name__, (kind,), {"forward": lambda self, *args, **kwargs: kind.forward(self, *args, **kwargs) + 0.1})
+    module.__class__ = type(
+        "Louder" + kind.__name__,
+        (kind,),
+        {"forward": lambda self, *args, **kwargs: kind.forward(self, *args, **kwargs) + 0.1},
+    )
 
 
 def louder_instance(module):
-    module.forward = types.MethodType(lambda self, *args, **kwargs: type(self).forward(self, *args, **kwargs) * 1.5, module)
+    module.forward = types.MethodType(
+        lambda self, *args, **kwargs: type(self).forward(self, *args, **kwargs) * 1.5, module
+    )
 
 
 def shaken(module):
-    """A weight that differs between calls is as wrong as one that a hook forgot: the norms below are of the trained kind."""
+    """A weight that differs between calls is as wrong as one that a hook forgot: the norms below
+    are of the trained kind.
+    """
     with torch.no_grad():
         module.weight.add_(0.3 * torch.randn_like(module.weight))
     return module
@@ -114,8 +136,12 @@ KINDS = {
     "packed": Packed,
     "forward hook": lambda m: m.register_forward_hook(lambda module, args, out: out + torch.tanh(out)) and None,
     "pre-hook": lambda m: m.register_forward_pre_hook(lambda module, args: (1.5 * args[0],)) and None,
-    "backward hook": lambda m: m.register_full_backward_hook(lambda module, grads_in, grads_out: tuple(2 * g for g in grads_in)) and None,
-    "backward pre-hook": lambda m: m.register_full_backward_pre_hook(lambda module, grads_out: tuple(2 * g for g in grads_out)) and None,
+    "backward hook": lambda m: (
+        m.register_full_backward_hook(lambda module, grads_in, grads_out: tuple(2 * g for g in grads_in)) and None
+    ),
+    "backward pre-hook": lambda m: (
+        m.register_full_backward_pre_hook(lambda module, grads_out: tuple(2 * g for g in grads_out)) and None
+    ),
     "weight_norm": lambda m: shaken(weight_norm(m)) and None,
     "weight_norm parametrized": lambda m: parametrizations.weight_norm(m) and None,
     "spectral_norm": lambda m: spectral_norm(m) and None,
@@ -153,7 +179,9 @@ def results(model, call, *args, x=None):
     features = x.detach().requires_grad_()
     out = call(features, *args)
     out.square().sum().backward()
-    return {"out": out.detach(), "features": features.grad} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"out": out.detach(), "features": features.grad} | {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def agree(got, truth):

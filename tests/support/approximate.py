@@ -1,6 +1,8 @@
-"""The reference as if its functions were those of a GPU, for the bound of kernels whose approximate functions err as far as they may.
+"""The reference as if its functions were those of a GPU, for the bound of kernels whose approximate
+functions err as far as they may.
 
-The PTX manual allows ex2.approx an error of 2^-22.5 of its value and rcp.approx one of 2^-23. SiLU and softplus are made of both.
+The PTX manual allows ex2.approx an error of 2^-22.5 of its value and rcp.approx one of 2^-23. SiLU
+and softplus are made of both.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ ERRORS = {torch.exp: EXPONENTIAL, F.silu: EXPONENTIAL + 2**-23, F.softplus: EXPO
 
 
 class ApproximateFunctions(TorchFunctionMode):
-    """While entered, float32 results of exp, silu and softplus, and their gradients, are off by what the manual allows, drawn from ``seed``."""
+    """While entered, float32 results of exp, silu and softplus, and their gradients, are off by
+    what the manual allows, drawn from ``seed``.
+    """
 
     def __init__(self, seed: int):
         super().__init__()

@@ -3,7 +3,13 @@
 import av
 import numpy as np
 import torch
-from storm_model import StormConfig, StormForConditionalGeneration, StormImageProcessor, StormProcessor, StormVideoProcessor
+from storm_model import (
+    StormConfig,
+    StormForConditionalGeneration,
+    StormImageProcessor,
+    StormProcessor,
+    StormVideoProcessor,
+)
 from storm_model.processing_storm import IMAGE_TOKEN, VIDEO_TOKEN, chat_template
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast, SiglipVisionConfig
@@ -30,7 +36,9 @@ def tokenizer(placeholders=True):
     inner = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(sorted(letters))}, merges=[]))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<|im_start|>", "<|im_end|>", *((IMAGE_TOKEN, VIDEO_TOKEN) if placeholders else ())]
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
     made.add_special_tokens({"additional_special_tokens": special})
     return made
 
@@ -46,7 +54,10 @@ def text_config(family="qwen2", **changes):
 
 def config(family="qwen2", text=None, vision=None, **changes):
     words = tokenizer()
-    ids = {"image_token_id": words.convert_tokens_to_ids(IMAGE_TOKEN), "video_token_id": words.convert_tokens_to_ids(VIDEO_TOKEN)}
+    ids = {
+        "image_token_id": words.convert_tokens_to_ids(IMAGE_TOKEN),
+        "video_token_id": words.convert_tokens_to_ids(VIDEO_TOKEN),
+    }
     parts = {"vision_config": vision_config(**vision or {}), "text_config": text_config(family, **text or {})}
     return StormConfig(**parts | ids | {"projector_layers": 2} | changes)
 

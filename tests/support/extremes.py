@@ -1,4 +1,6 @@
-"""Scans at the end of float32, where a bound relative to the reference's error says nothing: results are compared as they are."""
+"""Scans at the end of float32, where a bound relative to the reference's error says nothing:
+results are compared as they are.
+"""
 
 import torch
 
@@ -9,7 +11,9 @@ EXTREMES = (*FINITE, float("-inf"), float("nan"))
 
 
 def check_enormous_decays(backend: str, extremes: tuple[float, ...] = EXTREMES) -> None:
-    """log2(e) A is beyond float32 where |A| is above 2.36e38; results and gradients are the reference's, where delta is zero too."""
+    """log2(e) A is beyond float32 where |A| is above 2.36e38; results and gradients are the
+    reference's, where delta is zero too.
+    """
     for extreme in extremes:
         draw = torch.Generator().manual_seed(0)
         u, B, C, G = (torch.randn(1, 70, 3, generator=draw) for _ in range(4))

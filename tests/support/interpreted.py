@@ -1,4 +1,6 @@
-"""Random cases at a price that lets thousands run in Triton's interpreter, whose cost is by operation: by token and by program, hardly by channel."""
+"""Random cases at a price that lets thousands run in Triton's interpreter, whose cost is by
+operation: by token and by program, hardly by channel.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,17 @@ from dataclasses import replace
 
 from .parity_cases import ConvCase, NormCase, ReduceCase, ScanCase
 
-# It has to be asked for before triton is imported: then kernels run on CPU tensors, and none is compiled.
+# It has to be asked for before triton is imported: then kernels run on CPU tensors, and none is
+# compiled.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Tokens that the programs of a scan walk through, one after another: 20 milliseconds each with gradients.
+# Tokens that the programs of a scan walk through, one after another: 20 milliseconds each with
+# gradients.
 STEPS = 24
 
 
 def patch_once() -> None:
-    """Let a launch patch the language for all functions that it will call. As it is, each call between jitted functions patches it anew, which takes
-    half of the time."""
+    """Let a launch patch the language for all functions that it will call. As it is, each call
+    between jitted functions patches it anew, which takes half of the time."""
     from types import SimpleNamespace
 
     import triton.language as tl
@@ -29,7 +33,9 @@ def patch_once() -> None:
 
 
 def affordable(case: ScanCase | ConvCase | ReduceCase | NormCase) -> ScanCase | ConvCase | ReduceCase | NormCase:
-    """``case``; a scan with fewer tokens where its programs would take more than `STEPS` steps, but not under four. Other kernels take tiles."""
+    """``case``; a scan with fewer tokens where its programs would take more than `STEPS` steps, but
+    not under four. Other kernels take tiles.
+    """
     if not isinstance(case, ScanCase):
         return case
     directions = 2 if case.direction == "both" else 1

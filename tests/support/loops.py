@@ -1,4 +1,6 @@
-"""The operations once more, as loops over tokens in NumPy float64, written from docs/spec.md without looking at `reference/`."""
+"""The operations once more, as loops over tokens in NumPy float64, written from docs/spec.md
+without looking at `reference/`.
+"""
 
 import math
 
@@ -35,7 +37,11 @@ def scan_one(u, delta, A, B, C, D, bias, *, use_softplus, reverse, state):
 def scan(direction, *, use_softplus, reverse=False, initial=None, bounds=None):
     """(batch, L, E) or, with bounds, packed sequences in a batch of one -> y, states (n, E, S)."""
     u, delta, A, B, C, D, bias = direction
-    pieces = [(b, 0, u.shape[1]) for b in range(u.shape[0])] if bounds is None else [(0, *pair) for pair in zip(bounds, bounds[1:], strict=False)]
+    pieces = (
+        [(b, 0, u.shape[1]) for b in range(u.shape[0])]
+        if bounds is None
+        else [(0, *pair) for pair in zip(bounds, bounds[1:], strict=False)]
+    )
     y, states = np.zeros_like(u), []
     for i, (b, start, end) in enumerate(pieces):
         part = slice(start, end)
@@ -49,7 +55,11 @@ def scan(direction, *, use_softplus, reverse=False, initial=None, bounds=None):
 def conv(x, weight, bias, *, use_silu, reverse=False, initial=None, bounds=None):
     """(batch, L, E) with weight (E, K); a token meets itself and the K-1 before it in scan order."""
     taps = weight.shape[1]
-    pieces = [(b, 0, x.shape[1]) for b in range(x.shape[0])] if bounds is None else [(0, *pair) for pair in zip(bounds, bounds[1:], strict=False)]
+    pieces = (
+        [(b, 0, x.shape[1]) for b in range(x.shape[0])]
+        if bounds is None
+        else [(0, *pair) for pair in zip(bounds, bounds[1:], strict=False)]
+    )
     out = np.zeros_like(x)
     for i, (b, start, end) in enumerate(pieces):
         order = list(range(start, end))[::-1] if reverse else list(range(start, end))

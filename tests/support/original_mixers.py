@@ -1,4 +1,6 @@
-"""Modules with the attributes and parameters of other projects' mixers, computed plainly, token by token, to patch and to compare with."""
+"""Modules with the attributes and parameters of other projects' mixers, computed plainly, token by
+token, to patch and to compare with.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from torch import nn
 
 
 def scan_loop(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, state=None):
-    """(b, d, l) operands as mamba_ssm has them; B, C (d, n), (b, n, l) or (b, g, n, l) -> (b, d, l), (b, d, n). In the operands' precision."""
+    """(b, d, l) operands as mamba_ssm has them; B, C (d, n), (b, n, l) or (b, g, n, l) -> (b, d,
+    l), (b, d, n). In the operands' precision.
+    """
     batch, channels, length = u.shape
 
     def of_token(x, t):
@@ -45,7 +49,17 @@ def conv_loop(x, weight, bias=None, activation=None, history=None):
 class Mamba(nn.Module):
     """The attributes of Vim's and VideoMamba's ``Mamba``; ``bimamba_type`` "none", "v1" or "v2"."""
 
-    def __init__(self, d_model, d_state=8, d_conv=4, expand=2, bias=False, bimamba_type="none", if_devide_out=False, init_layer_scale=None):
+    def __init__(
+        self,
+        d_model,
+        d_state=8,
+        d_conv=4,
+        expand=2,
+        bias=False,
+        bimamba_type="none",
+        if_devide_out=False,
+        init_layer_scale=None,
+    ):
         super().__init__()
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner, self.dt_rank = expand * d_model, math.ceil(d_model / 16)
@@ -56,7 +70,11 @@ class Mamba(nn.Module):
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
         for suffix in ("", "_b") if bimamba_type == "v2" else ("",):
-            setattr(self, f"conv1d{suffix}", nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1))
+            setattr(
+                self,
+                f"conv1d{suffix}",
+                nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1),
+            )
             setattr(self, f"x_proj{suffix}", nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False))
             setattr(self, f"dt_proj{suffix}", nn.Linear(self.dt_rank, self.d_inner))
             setattr(self, f"D{suffix}", nn.Parameter(torch.rand(self.d_inner)))
@@ -82,12 +100,18 @@ class Mamba(nn.Module):
     def _operands(self, x, suffix):
         conv, dt_proj = getattr(self, f"conv1d{suffix}"), getattr(self, f"dt_proj{suffix}")
         u = conv_loop(x, conv.weight[:, 0], conv.bias, "silu")
-        dt, B, C = getattr(self, f"x_proj{suffix}")(u.transpose(1, 2)).transpose(1, 2).split([self.dt_rank, self.d_state, self.d_state], 1)
+        dt, B, C = (
+            getattr(self, f"x_proj{suffix}")(u.transpose(1, 2))
+            .transpose(1, 2)
+            .split([self.dt_rank, self.d_state, self.d_state], 1)
+        )
         return u, dt_proj.weight @ dt, B, C
 
     def _one(self, x, z, suffix, A_log):
         u, delta, B, C = self._operands(x, suffix)
-        return scan_loop(u, delta, -A_log.exp(), B, C, getattr(self, f"D{suffix}"), z, getattr(self, f"dt_proj{suffix}").bias, True)[0]
+        return scan_loop(
+            u, delta, -A_log.exp(), B, C, getattr(self, f"D{suffix}"), z, getattr(self, f"dt_proj{suffix}").bias, True
+        )[0]
 
 
 class LayerCache:
@@ -120,15 +144,26 @@ class MambaMixer(nn.Module):
         x = x if attention_mask is None else x * attention_mask[:, None]
         history = state = None
         if cache_params is not None:
-            conv_state, state = cache_params.conv_states[self.layer_idx], cache_params.ssm_states[self.layer_idx].clone()
+            conv_state, state = (
+                cache_params.conv_states[self.layer_idx],
+                cache_params.ssm_states[self.layer_idx].clone(),
+            )
             if cache_position.shape[0] != self.conv_kernel_size:
                 history = conv_state[..., 1:].clone()
-            conv_state.copy_(torch.cat([torch.zeros_like(conv_state) if history is None else conv_state, x], -1)[..., -self.conv_kernel_size :])
+            conv_state.copy_(
+                torch.cat([torch.zeros_like(conv_state) if history is None else conv_state, x], -1)[
+                    ..., -self.conv_kernel_size :
+                ]
+            )
         u = conv_loop(x, self.conv1d.weight[:, 0], self.conv1d.bias, "silu", history)
         u = u if attention_mask is None else u * attention_mask[:, None]
-        dt, B, C = self.x_proj(u.transpose(1, 2)).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], -1)
+        dt, B, C = self.x_proj(u.transpose(1, 2)).split(
+            [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], -1
+        )
         delta = self.dt_proj(dt).transpose(1, 2)
-        y, state = scan_loop(u, delta, -self.A_log.exp(), B.transpose(1, 2), C.transpose(1, 2), self.D, z, None, True, state)
+        y, state = scan_loop(
+            u, delta, -self.A_log.exp(), B.transpose(1, 2), C.transpose(1, 2), self.D, z, None, True, state
+        )
         if cache_params is not None:
             cache_params.ssm_states[self.layer_idx].copy_(state)
         return self.out_proj(y.transpose(1, 2))

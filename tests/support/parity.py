@@ -1,9 +1,11 @@
 """The bound that a backend has to keep on random cases of every operation (docs/reliability.md).
 
-Truth is the reference in float64 on the same rounded inputs. The yardstick is the error of the reference in the backend's own precision: a result
-passes when, over the whole, every token chunk and every channel, its rms error is at most 1.25x (gradients 1.5x) and its largest error at most
-2x plus 2 ulp of the yardstick's. Few numbers can be lucky: where a group fails, the yardstick is taken again as the reference's largest error over
-this and some neighbouring inputs, some per cent away, whose rounding is another but whose conditioning is the same.
+Truth is the reference in float64 on the same rounded inputs. The yardstick is the error of the
+reference in the backend's own precision: a result passes when, over the whole, every token chunk
+and every channel, its rms error is at most 1.25x (gradients 1.5x) and its largest error at most 2x
+plus 2 ulp of the yardstick's. Few numbers can be lucky: where a group fails, the yardstick is taken
+again as the reference's largest error over this and some neighbouring inputs, some per cent away,
+whose rounding is another but whose conditioning is the same.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from .parity_cases import ConvCase, Draw, lay_out
 CHUNK = 16  # tokens in a group over which errors are taken
 NEIGHBOURS = 16
 DRAWS = 4  # yardsticks of a reference with approximate functions: an error drawn at random can be lucky too
-# How far away a neighbour is. A convolution has no exponentials of sums to change its conditioning: far enough for its taps' partial sums to round in
-# another binade, since which order of taps rounds less is a matter of luck that inputs a few per cent away share.
+# How far away a neighbour is. A convolution has no exponentials of sums to change its conditioning:
+# far enough for its taps' partial sums to round in another binade, since which order of taps rounds
+# less is a matter of luck that inputs a few per cent away share.
 SPREAD = {ConvCase: 0.2}
 FEW = 128  # numbers in a group under which only its largest error is judged: an rms of few, or of correlated, numbers varies by more than the bound
 
@@ -56,7 +59,9 @@ def check(case, backend: str, *, device: str = "cpu", gradients: bool = True, ap
         with ApproximateFunctions(seed) if approximate else contextlib.nullcontext():
             yardsticks.append(reference_errors(case, operands, truth, got, gradients))
     for name, value in got.items():
-        assert value.shape == truth[name].shape, f"{case}: {name} has shape {tuple(value.shape)}, expected {tuple(truth[name].shape)}"
+        assert value.shape == truth[name].shape, (
+            f"{case}: {name} has shape {tuple(value.shape)}, expected {tuple(truth[name].shape)}"
+        )
         expected = operands[name[5:]].dtype if name.startswith("grad_") else value.dtype
         assert value.dtype == expected, f"{case}: {name} has dtype {value.dtype}"
         assert torch.isfinite(value).all(), f"{case}: {name} is not finite"
@@ -70,8 +75,12 @@ def check(case, backend: str, *, device: str = "cpu", gradients: bool = True, ap
         assert not failed, f"{case} on {backend}: {name}: {failed}"
 
 
-def exceeds(error: Tensor, truth: Tensor, yardsticks: list[Tensor], ratio: float, dtype: torch.dtype, few: int = FEW) -> str | None:
-    """The first group of a result in ``dtype`` whose ``error`` is over the bound that the reference's errors ``yardsticks`` set, or None."""
+def exceeds(
+    error: Tensor, truth: Tensor, yardsticks: list[Tensor], ratio: float, dtype: torch.dtype, few: int = FEW
+) -> str | None:
+    """The first group of a result in ``dtype`` whose ``error`` is over the bound that the
+    reference's errors ``yardsticks`` set, or None.
+    """
     if error.numel() == 0:
         return None
     ulp, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
@@ -118,20 +127,25 @@ def evaluate(case, room, operands: dict[str, Tensor], gradients: bool) -> dict[s
     draw = Draw(case.seed + 1)
     incoming = []
     for i, out in enumerate(results.values()):
-        # A gradient that is one number for a whole axis arrives with stride zero, as from a sum. Rounded to bfloat16 it is the same in every dtype.
+        # A gradient that is one number for a whole axis arrives with stride zero, as from a sum.
+        # Rounded to bfloat16 it is the same in every dtype.
         layout = ("dense", "time_broadcast", "transposed")[(case.seed + i) % 3]
         incoming.append(lay_out(draw.normal(torch.bfloat16, layout, *out.shape).to(out.device, out.dtype), layout))
     outs = [out for out in results.values() if out.requires_grad]
     incoming = [g for g, out in zip(incoming, results.values(), strict=True) if out.requires_grad]
     grads = torch.autograd.grad(outs, list(leaves.values()), incoming, allow_unused=True, materialize_grads=True)
-    return {name: value.detach() for name, value in results.items()} | {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return {name: value.detach() for name, value in results.items()} | {
+        f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)
+    }
 
 
 def find_truth(case, operands: dict[str, Tensor], gradients: bool) -> dict[str, Tensor]:
     return evaluate(case, reference, {name: value.double() for name, value in operands.items()}, gradients)
 
 
-def reference_errors(case, operands: dict[str, Tensor], truth: dict[str, Tensor], like: dict[str, Tensor], gradients: bool) -> dict[str, Tensor]:
+def reference_errors(
+    case, operands: dict[str, Tensor], truth: dict[str, Tensor], like: dict[str, Tensor], gradients: bool
+) -> dict[str, Tensor]:
     """How far the reference on these operands, rounded to the dtypes of ``like``, is from their truth."""
     plain = evaluate(case, reference, operands, gradients)
     return {name: (value.to(like[name].dtype).double() - truth[name]).abs() for name, value in plain.items()}

@@ -1,4 +1,6 @@
-"""What a random case is: one call of an operation, its operands drawn from a seed and laid out in memory in one of several ways."""
+"""What a random case is: one call of an operation, its operands drawn from a seed and laid out in
+memory in one of several ways.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,11 @@ class ScanCase:
             names = ("u", "delta", "A", "B", "C", "D", "delta_bias")
             forward, backward = (sk.Direction(*(t.get(name + suffix) for name in names)) for suffix in ("", "_b"))
             return {"out": room.bidirectional_selective_scan(forward, backward, t.get("z"), **options)}
-        options |= {"initial_state": t.get("initial_state"), "return_final_state": True, "reverse": self.direction == "reverse"}
+        options |= {
+            "initial_state": t.get("initial_state"),
+            "return_final_state": True,
+            "reverse": self.direction == "reverse",
+        }
         args = (t[name] for name in ("u", "delta", "A", "B", "C"))
         out, state = room.selective_scan(*args, t.get("D"), t.get("z"), t.get("delta_bias"), **options)
         return {"out": out, "final_state": state}
@@ -137,10 +143,18 @@ class ConvCase:
         if self.packed:
             options["cu_seqlens"] = torch.tensor(Draw(self.seed).bounds(self.length), device=t["x"].device)
         if self.direction == "both":
-            outs = room.bidirectional_causal_conv1d(t["x"], t["weight"], t.get("bias"), t["weight_b"], t.get("bias_b"), **options)
+            outs = room.bidirectional_causal_conv1d(
+                t["x"], t["weight"], t.get("bias"), t["weight_b"], t.get("bias_b"), **options
+            )
             return dict(zip(("out", "out_b"), outs, strict=True))
-        options |= {"initial_state": t.get("initial_state"), "return_final_state": True, "reverse": self.direction == "reverse"}
-        return dict(zip(("out", "final_state"), room.causal_conv1d(t["x"], t["weight"], t.get("bias"), **options), strict=True))
+        options |= {
+            "initial_state": t.get("initial_state"),
+            "return_final_state": True,
+            "reverse": self.direction == "reverse",
+        }
+        return dict(
+            zip(("out", "final_state"), room.causal_conv1d(t["x"], t["weight"], t.get("bias"), **options), strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -163,7 +177,11 @@ class ReduceCase:
         return self.layout
 
     def call(self, room, operands: dict[str, Tensor], **options) -> dict[str, Tensor]:
-        return {"out": room.reduce_tokens(operands["x"], sk.TokenGrid(*self.grid), sk.TokenReduction(*self.reduction), **options)}
+        return {
+            "out": room.reduce_tokens(
+                operands["x"], sk.TokenGrid(*self.grid), sk.TokenReduction(*self.reduction), **options
+            )
+        }
 
 
 @dataclass(frozen=True)

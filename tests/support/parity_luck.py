@@ -1,9 +1,10 @@
-"""How often luck alone breaks the bound of parity.py, by the size of the groups that its rms rule judges:
-``python -m tests.support.parity_luck scan 400``.
+"""How often luck alone breaks the bound of parity.py, by the size of the groups that its rms rule
+judges: ``python -m tests.support.parity_luck scan 400``.
 
-Where a backend's errors are taken against those of the reference on the same and NEIGHBOURS other inputs, the reference's own errors on one input are
-taken against those on as many others: it is as exact as itself, so what fails is luck. A backend that fails no more often is no less exact; groups in
-which luck fails are too small to judge by their rms.
+Where a backend's errors are taken against those of the reference on the same and NEIGHBOURS other
+inputs, the reference's own errors on one input are taken against those on as many others: it is as
+exact as itself, so what fails is luck. A backend that fails no more often is no less exact; groups
+in which luck fails are too small to judge by their rms.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ JUDGED = (0, 5, 11)  # inputs on which the reference is judged, each against all
 
 
 def count(case, backend: str, failures: Counter) -> None:
-    """Add this case's results over the bound, ``backend``'s and the reference's own, to ``failures[who, group size]``."""
+    """Add this case's results over the bound, ``backend``'s and the reference's own, to
+    ``failures[who, group size]``.
+    """
     inputs = [case.operands()]
     inputs += [neighbour(case, inputs[0], i) for i in range(1, NEIGHBOURS + 2)]
     laid_out = {name: lay_out(value, case.layout_of(name)) for name, value in inputs[0].items()}
@@ -49,7 +52,13 @@ def main(op: str, cases: int, backend: str = "cpu", first: int = 0) -> None:
     done = 0
 
     @seed(first)
-    @settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+    @settings(
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+    )
     @given(CASES[op])
     def run(case):
         nonlocal done
@@ -58,7 +67,9 @@ def main(op: str, cases: int, backend: str = "cpu", first: int = 0) -> None:
         print(f"\r{done} of {cases} cases", end="", file=sys.stderr, flush=True)
 
     run()
-    print(f"\n{failures['results']} results of {done} cases of {op}; over the bound, by the least size of the groups judged by their rms:")
+    print(
+        f"\n{failures['results']} results of {done} cases of {op}; over the bound, by the least size of the groups judged by their rms:"
+    )
     print("least size", *(f"{size:>7}" for size in SIZES))
     for who in (backend, "reference"):
         print(f"{who:<10}", *(f"{failures[who, size]:7.1f}" for size in SIZES))

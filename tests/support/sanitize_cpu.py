@@ -1,7 +1,9 @@
-"""Random cases under ASan and UBSan on the C++ library: `python -m tests.support.sanitize_cpu [cases]` (docs/reliability.md, R9).
+"""Random cases under ASan and UBSan on the C++ library: `python -m tests.support.sanitize_cpu
+[cases]` (docs/reliability.md, R9).
 
-The library is built instrumented in a temporary folder, as the variant that this processor uses, and again as the next narrower one or, where there
-is no AVX-512, with its 16 lanes. The cases run in a subprocess with libasan loaded first, so that torch's own buffers have guarded ends. Any report
+The library is built instrumented in a temporary folder, as the variant that this processor uses,
+and again as the next narrower one or, where there is no AVX-512, with its 16 lanes. The cases run
+in a subprocess with libasan loaded first, so that torch's own buffers have guarded ends. Any report
 ends the subprocess with an error.
 """
 
@@ -38,7 +40,9 @@ probe(0, values.data_ptr(), values.data_ptr(), 65)
 
 
 def main(cases: int) -> int:
-    """Build, run, and return how many of the two builds had a report or a failure, or did not report a planted fault."""
+    """Build, run, and return how many of the two builds had a report or a failure, or did not
+    report a planted fault.
+    """
     from storm_kernels.backends.cpu import build, loader
 
     best, *narrower = loader.library().supported()
@@ -52,7 +56,9 @@ def main(cases: int) -> int:
                 print(f"the planted fault was not reported: {planted.stderr[-2000:]}")
                 failed += 1
             done = run_in_child(RUN, library, isa, str(cases))
-            print(f"{isa}, {lanes or 'native'} lanes, {cases} cases of each op: {'clean' if done.returncode == 0 else 'FAILED'}")
+            print(
+                f"{isa}, {lanes or 'native'} lanes, {cases} cases of each op: {'clean' if done.returncode == 0 else 'FAILED'}"
+            )
             if done.returncode:
                 print(done.stdout[-4000:], done.stderr[-8000:], sep="\n")
                 failed += 1
@@ -60,7 +66,9 @@ def main(cases: int) -> int:
 
 
 def run_in_child(code: str, library: Path, isa: str, *arguments: str) -> subprocess.CompletedProcess:
-    """``code`` in a process with libasan in front: it wants to be first. Leaks are not judged: CPython frees little at exit."""
+    """``code`` in a process with libasan in front: it wants to be first. Leaks are not judged:
+    CPython frees little at exit.
+    """
     environment = dict(os.environ, STORM_KERNELS_CPU_ISA=isa, LD_PRELOAD=_runtime("libasan.so"))
     environment |= {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     command = [sys.executable, "-c", code, str(library), *arguments]
@@ -70,11 +78,15 @@ def run_in_child(code: str, library: Path, isa: str, *arguments: str) -> subproc
 def _runtime(name: str) -> str:
     from storm_kernels.backends.cpu import build
 
-    return subprocess.run([*build.find_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [*build.find_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def run_cases(count: int) -> None:
-    """Forward and backward of ``count`` random cases of scan, conv and reduce on the "cpu" backend; results are checked to be finite."""
+    """Forward and backward of ``count`` random cases of scan, conv and reduce on the "cpu" backend;
+    results are checked to be finite.
+    """
     from hypothesis import HealthCheck, Phase, given, settings
 
     from .parity_random import CASES
@@ -82,7 +94,12 @@ def run_cases(count: int) -> None:
     for op in ("scan", "conv", "reduce"):
 
         @settings(
-            max_examples=count, deadline=None, database=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+            max_examples=count,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
         )
         @given(CASES[op])
         def run(case):
@@ -98,7 +115,9 @@ def _evaluate(case) -> None:
 
     from .parity_cases import lay_out
 
-    leaves = {name: lay_out(value, case.layout_of(name)).detach().requires_grad_() for name, value in case.operands().items()}
+    leaves = {
+        name: lay_out(value, case.layout_of(name)).detach().requires_grad_() for name, value in case.operands().items()
+    }
     with sk.use_backend("cpu"):
         results = case.call(sk, leaves)
     total = sum(value.float().sum() for value in results.values())

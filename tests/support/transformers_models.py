@@ -1,6 +1,7 @@
 """Small Mamba, FalconMamba, Jamba and Zamba models of whichever transformers is installed, and what to compare them by.
 
-The generations differ in the names of arguments and in what they support; what a test has to know about that is here.
+The generations differ in the names of arguments and in what they support; what a test has to know
+about that is here.
 """
 
 import copy
@@ -30,15 +31,28 @@ OLD = hasattr(mixer_class("mamba"), "slow_forward")  # up to 5.15
 POSITIONS = "cache_position" in inspect.signature(mixer_class("mamba").forward).parameters  # up to 5.3
 
 
-CACHE = "cache" if "cache" in inspect.signature(mixer_class("mamba").forward).parameters else "cache_params"  # what mixers call it
+CACHE = (
+    "cache" if "cache" in inspect.signature(mixer_class("mamba").forward).parameters else "cache_params"
+)  # what mixers call it
 
 
 def build(kind, seed=0, **options):
     torch.manual_seed(seed)
     if kind == "jamba":
-        options |= {"attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 2}
+        options |= {
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 2,
+        }
     if kind == "zamba":
-        options |= {"attn_layer_period": 3, "attn_layer_offset": 1, "n_mamba_heads": 2, "num_hidden_layers": 5}  # the third and fifth are hybrid
+        options |= {
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "n_mamba_heads": 2,
+            "num_hidden_layers": 5,
+        }  # the third and fifth are hybrid
     if kind in ("jamba", "zamba"):
         options = {"num_hidden_layers": 3} | options | ATTENTION | {"mamba_d_state": 4, "mamba_dt_rank": 3}
         options |= {"use_mamba_kernels": False} if OLD else {}
@@ -53,7 +67,9 @@ def build(kind, seed=0, **options):
 
 
 def mixers(model):
-    return [module for module in model.modules() if type(module).__name__ in {mixer_class(kind).__name__ for kind in KINDS}]
+    return [
+        module for module in model.modules() if type(module).__name__ in {mixer_class(kind).__name__ for kind in KINDS}
+    ]
 
 
 def tokens(batch=2, length=11, seed=1):
@@ -101,14 +117,18 @@ def with_cache(model, ids, cache=None, seen=0):
 def own_cache(model):
     """The class of caches of its own that a model's file has, up to 5.4; None later."""
     file = __import__(type(model).__module__, fromlist=["x"])
-    found = [value for name, value in vars(file).items() if name.endswith("Cache") and ("Mamba" in name or "Hybrid" in name)]
+    found = [
+        value for name, value in vars(file).items() if name.endswith("Cache") and ("Mamba" in name or "Hybrid" in name)
+    ]
     return found[0] if found else None
 
 
 def mixer_cache(model, batch):
     """An empty cache for the model's mixers."""
     cls = own_cache(model)
-    return transformers.DynamicCache(config=model.config) if cls is None else cls(model.config, batch, dtype=torch.float32)
+    return (
+        transformers.DynamicCache(config=model.config) if cls is None else cls(model.config, batch, dtype=torch.float32)
+    )
 
 
 def mixer_steps(mixer, cache, x, mask=None, prompt=6):

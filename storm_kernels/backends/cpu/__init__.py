@@ -1,4 +1,6 @@
-"""The "cpu" backend: C++ kernels on vector extensions behind a plain C interface (src/api.h). See `contract.Backend`."""
+"""The "cpu" backend: C++ kernels on vector extensions behind a plain C interface (src/api.h). See
+`contract.Backend`.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ def why_not(op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: in
 
 
 def exp2_fma_rate(repeats: int = 5) -> float:
-    """Items per second of a loop that only does exp2 and the scan's two multiply-adds, in registers: the limit of the forward scan.
+    """Items per second of a loop that only does exp2 and the scan's two multiply-adds, in
+    registers: the limit of the forward scan.
 
     The best of ``repeats`` runs on ``torch.get_num_threads()`` threads, with the variant in use.
     """

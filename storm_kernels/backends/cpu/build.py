@@ -1,6 +1,8 @@
-"""Builds the C++ library with the system's compiler: `setup.py` runs it on installation, `python -m storm_kernels.backends.cpu.build` afterwards.
+"""Builds the C++ library with the system's compiler: `setup.py` runs it on installation, `python -m
+storm_kernels.backends.cpu.build` afterwards.
 
-Needs the standard library only. Every source in VARIANT_SOURCES is compiled once per instruction-set variant, each with its own flags.
+Needs the standard library only. Every source in VARIANT_SOURCES is compiled once per
+instruction-set variant, each with its own flags.
 """
 
 from __future__ import annotations
@@ -20,8 +22,19 @@ LIBRARY_NAME = "libstorm_cpu.so"
 COMMON_SOURCES = ("common.cpp", "fits.cpp")
 VARIANT_SOURCES = ("scan_forward.cpp", "scan_backward.cpp", "conv.cpp", "reduce.cpp", "probe.cpp")
 
-# Not -ffast-math: it would fold away the rounding in vmath.h. The last three change no result, only let selects become blends.
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
+# Not -ffast-math: it would fold away the rounding in vmath.h. The last three change no result, only
+# let selects become blends.
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+)
 _X86_VARIANTS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"),
     "avx2": ("-mavx2", "-mfma"),
@@ -49,16 +62,23 @@ def find_compiler() -> list[str]:
 
 
 def build(library: Path, *, flags: tuple[str, ...] = (), only: tuple[str, ...] | None = None) -> None:
-    """Compile and link ``library``, replacing it only when all went well. ``flags`` come after FLAGS; ``only`` names the variants wanted."""
+    """Compile and link ``library``, replacing it only when all went well. ``flags`` come after
+    FLAGS; ``only`` names the variants wanted.
+    """
     compiler = find_compiler()
     wanted = {name: v for name, v in variants().items() if only is None or name in only}
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder:
         base = [*compiler, *FLAGS, *_openmp(compiler, folder), *flags]
         jobs = [(source, "common", ()) for source in COMMON_SOURCES]
-        jobs += [(source, name, (f"-DSTORM_ISA={name}", *v)) for source in VARIANT_SOURCES for name, v in wanted.items()]
+        jobs += [
+            (source, name, (f"-DSTORM_ISA={name}", *v)) for source in VARIANT_SOURCES for name, v in wanted.items()
+        ]
         objects = [f"{folder}/{Path(source).stem}.{name}.o" for source, name, _ in jobs]
-        commands = [[*base, *extra, "-c", str(SOURCES / source), "-o", target] for (source, _, extra), target in zip(jobs, objects, strict=True)]
+        commands = [
+            [*base, *extra, "-c", str(SOURCES / source), "-o", target]
+            for (source, _, extra), target in zip(jobs, objects, strict=True)
+        ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         linked = f"{folder}/{LIBRARY_NAME}"

@@ -1,4 +1,6 @@
-"""Launches the C++ convolution over time: `storm_conv` and `storm_conv_backward` of src/api.h. Arguments are those of `contract.Backend`."""
+"""Launches the C++ convolution over time: `storm_conv` and `storm_conv_backward` of src/api.h.
+Arguments are those of `contract.Backend`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ def conv(call: ConvCall) -> tuple[Tensor, ...]:
 def conv_backward(grads: tuple[Tensor, ...], call: ConvCall, needs: frozenset[str]) -> ConvGrads:
     x, filters, silu, initial_state, cu_seqlens = call
     grad_x = empty_like(x) if "x" in needs else None
-    parameters = tuple((empty_like(f.weight) if "weight" in needs else None, empty_like(f.bias) if "bias" in needs else None) for f in filters)
+    parameters = tuple(
+        (empty_like(f.weight) if "weight" in needs else None, empty_like(f.bias) if "bias" in needs else None)
+        for f in filters
+    )
     # zeros: the inputs before an empty sequence reach no output
     grad_initial = torch.zeros_like(initial_state) if "initial_state" in needs and initial_state is not None else None
     grads = tuple(unit_innermost(g) for g in grads)

@@ -28,7 +28,9 @@ class Library:
 
     def __init__(self, path: Path, isa: str | None = None):
         if not path.exists():
-            raise LibraryMissing(f"{path} is not there: no C++ compiler was found when storm_kernels was installed; {HOW_TO_BUILD}")
+            raise LibraryMissing(
+                f"{path} is not there: no C++ compiler was found when storm_kernels was installed; {HOW_TO_BUILD}"
+            )
         try:
             self._handle = ctypes.CDLL(str(path))
         except OSError as error:
@@ -39,7 +41,9 @@ class Library:
         self.checkpoint_interval: int = self._handle.storm_checkpoint_interval()
 
     def function(self, name: str, *argtypes, restype=ctypes.c_int):
-        """The variant's function ``name``, for instance "scan"; its types are those of the first call, which no thread changes under another."""
+        """The variant's function ``name``, for instance "scan"; its types are those of the first
+        call, which no thread changes under another.
+        """
         found = self._functions.get(name)
         if found is None:
             found = self._handle[f"storm_{name}_{self.isa}"]  # by item: an object of its own
@@ -62,7 +66,9 @@ class Library:
 
     def _check(self, isa: str, path: Path) -> None:
         if isa not in self.supported():
-            raise LibraryMissing(f"instruction set {isa!r} is not available from {path} on this processor; available: {', '.join(self.supported())}")
+            raise LibraryMissing(
+                f"instruction set {isa!r} is not available from {path} on this processor; available: {', '.join(self.supported())}"
+            )
 
 
 @functools.cache

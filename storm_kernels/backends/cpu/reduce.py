@@ -1,4 +1,6 @@
-"""Launches the C++ token reduction: `storm_reduce` and `storm_reduce_backward` of src/api.h. Arguments are those of `contract.Backend`."""
+"""Launches the C++ token reduction: `storm_reduce` and `storm_reduce_backward` of src/api.h.
+Arguments are those of `contract.Backend`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Launches the C++ selective scan: `storm_scan` and `storm_scan_backward` of src/api.h. Arguments are those of `contract.Backend`."""
+"""Launches the C++ selective scan: `storm_scan` and `storm_scan_backward` of src/api.h. Arguments
+are those of `contract.Backend`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from .structs import (
 )
 
 
-def checkpoint_shapes(batch: int, length: int, channels: int, states: int, *, directions: int, sequences: int, **gate) -> tuple[tuple[int, ...], ...]:
+def checkpoint_shapes(
+    batch: int, length: int, channels: int, states: int, *, directions: int, sequences: int, **gate
+) -> tuple[tuple[int, ...], ...]:
     """(chunks of all sequences, S, E) a direction: the state before each chunk's first token."""
     interval = library().checkpoint_interval
     chunks = length // interval + sequences if sequences else batch * -(-length // interval)
@@ -41,7 +45,9 @@ def scan(call: ScanCall, save_checkpoints: bool) -> ScanResult:
     length_out = length if reduction is None else reduction.reduced(grid).tokens
     out = empty((batch, length_out, channels), u.dtype, u.device)
     states_of = {"dtype": torch.float32, "device": u.device}
-    final_state = empty((sequence_count(u, cu_seqlens), channels, states), **states_of) if len(directions) == 1 else None
+    final_state = (
+        empty((sequence_count(u, cu_seqlens), channels, states), **states_of) if len(directions) == 1 else None
+    )
     checkpoints = ()
     if save_checkpoints:
         packed = 0 if cu_seqlens is None else len(cu_seqlens) - 1
@@ -81,7 +87,11 @@ def _scan_struct(directions, z, out, checkpoints, delta_softplus, initial_state,
 
 
 def scan_backward(
-    grad_out: Tensor, grad_final_state: Tensor | None, call: ScanCall, checkpoints: tuple[Tensor, ...], needs: frozenset[str]
+    grad_out: Tensor,
+    grad_final_state: Tensor | None,
+    call: ScanCall,
+    checkpoints: tuple[Tensor, ...],
+    needs: frozenset[str],
 ) -> ScanBackwardResult:
     directions, z, delta_softplus, initial_state, cu_seqlens, grid, reduction = call
     grads = tuple(_empty_grads(d, needs) for d in directions)
@@ -94,7 +104,9 @@ def scan_backward(
     args = _scan_struct(directions, z, grad_out, checkpoints, delta_softplus, initial_state, offsets, grid, reduction)
     c_grads = CScanGrads(z=rows(grad_z), final_state=floats(grad_final_state), initial_state=floats(grad_initial))
     for i, g in enumerate(grads):
-        c_grads.direction[i] = CDirectionGrads(*map(rows, (g.u, g.delta, g.B, g.C)), *map(floats, (g.A, g.D, g.delta_bias)))
+        c_grads.direction[i] = CDirectionGrads(
+            *map(rows, (g.u, g.delta, g.B, g.C)), *map(floats, (g.A, g.D, g.delta_bias))
+        )
     backward = library().function("scan_backward", ctypes.POINTER(CScan), ctypes.POINTER(CScanGrads))
     check(backward(args, c_grads), "selective_scan backward", directions[0].u, args)
     return grads, grad_z, grad_initial

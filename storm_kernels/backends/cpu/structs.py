@@ -17,7 +17,10 @@ _OK, _NO_MEMORY, _REFUSED = 0, 1, 2
 
 
 class CTensor(ctypes.Structure):
-    _fields_ = [("data", c_void_p), *((name, c_int64) for name in ("count", "batch_stride", "row_stride", "group_stride", "dtype"))]
+    _fields_ = [
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("count", "batch_stride", "row_stride", "group_stride", "dtype")),
+    ]
 
 
 class CFloats(ctypes.Structure):
@@ -25,7 +28,9 @@ class CFloats(ctypes.Structure):
 
 
 class CReduction(ctypes.Structure):
-    _fields_ = [(name, c_int64) for name in ("frames", "height", "width", "temporal_pool", "spatial_pool", "temporal_stride")]
+    _fields_ = [
+        (name, c_int64) for name in ("frames", "height", "width", "temporal_pool", "spatial_pool", "temporal_stride")
+    ]
 
 
 class CShape(ctypes.Structure):
@@ -59,11 +64,19 @@ class CScan(ctypes.Structure):
 
 
 class CDirectionGrads(ctypes.Structure):
-    _fields_ = [*((name, CTensor) for name in ("u", "delta", "B", "C")), *((name, CFloats) for name in ("A", "D", "delta_bias"))]
+    _fields_ = [
+        *((name, CTensor) for name in ("u", "delta", "B", "C")),
+        *((name, CFloats) for name in ("A", "D", "delta_bias")),
+    ]
 
 
 class CScanGrads(ctypes.Structure):
-    _fields_ = [("direction", CDirectionGrads * 2), ("z", CTensor), ("final_state", CFloats), ("initial_state", CFloats)]
+    _fields_ = [
+        ("direction", CDirectionGrads * 2),
+        ("z", CTensor),
+        ("final_state", CFloats),
+        ("initial_state", CFloats),
+    ]
 
 
 class CFilter(ctypes.Structure):
@@ -99,7 +112,9 @@ class CReduce(ctypes.Structure):
 
 
 def held(t: Tensor) -> int:
-    """Elements from the tensor's first one to the end of its memory: the shape alone says nothing, a storage may have been freed (as FSDP does)."""
+    """Elements from the tensor's first one to the end of its memory: the shape alone says nothing,
+    a storage may have been freed (as FSDP does).
+    """
     return t.untyped_storage().nbytes() // t.itemsize - t.storage_offset()
 
 
@@ -108,7 +123,9 @@ def floats(t: Tensor | None) -> CFloats:
     if t is None:
         return CFloats()
     if t.dtype != torch.float32 or not t.is_contiguous():
-        raise TypeError(f"the C++ library wants a contiguous float32 tensor, got {t.dtype} of shape {tuple(t.shape)} and strides {t.stride()}")
+        raise TypeError(
+            f"the C++ library wants a contiguous float32 tensor, got {t.dtype} of shape {tuple(t.shape)} and strides {t.stride()}"
+        )
     return CFloats(t.data_ptr(), held(t))
 
 
@@ -117,7 +134,9 @@ def rows(t: Tensor | None) -> CTensor:
     if t is None:
         return CTensor()
     strides = t.stride()
-    return CTensor(t.data_ptr(), held(t), strides[0], strides[1], strides[2] if len(strides) == 4 else 0, DTYPES[t.dtype])
+    return CTensor(
+        t.data_ptr(), held(t), strides[0], strides[1], strides[2] if len(strides) == 4 else 0, DTYPES[t.dtype]
+    )
 
 
 def empty_like(t: Tensor | None) -> Tensor | None:
@@ -133,7 +152,9 @@ def unit_innermost(t: Tensor) -> Tensor:
 def reduction_struct(grid: TokenGrid | None, reduction: TokenReduction | None) -> CReduction:
     if reduction is None:
         return CReduction()
-    return CReduction(grid.frames, grid.height, grid.width, reduction.temporal_pool, reduction.spatial_pool, reduction.temporal_stride)
+    return CReduction(
+        grid.frames, grid.height, grid.width, reduction.temporal_pool, reduction.spatial_pool, reduction.temporal_stride
+    )
 
 
 def shape_struct(x: Tensor, offsets: Tensor | None) -> CShape:
@@ -156,6 +177,8 @@ def check(status: int, op: str, x: Tensor, args: ctypes.Structure) -> None:
     if status == _NO_MEMORY:
         raise MemoryError(f"{op} of {tuple(x.shape)} {x.dtype}: no memory for its workspace")
     if status == _REFUSED:
-        raise RuntimeError(f"{op} of {tuple(x.shape)} {x.dtype}: {args.refused.decode()} is absent, or does not hold what these shapes ask for")
+        raise RuntimeError(
+            f"{op} of {tuple(x.shape)} {x.dtype}: {args.refused.decode()} is absent, or does not hold what these shapes ask for"
+        )
     if status != _OK:
         raise RuntimeError(f"{op} of {tuple(x.shape)} {x.dtype}: the C++ library returned status {status}")

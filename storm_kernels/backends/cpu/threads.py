@@ -1,7 +1,9 @@
-"""How many threads a call may use: torch's number, but one in a process that was forked off after the kernels had run on several.
+"""How many threads a call may use: torch's number, but one in a process that was forked off after
+the kernels had run on several.
 
-GNU OpenMP keeps its threads for the next parallel region, and a fork copies the list of them but not the threads: the child would wait for them for
-ever (pytorch/pytorch#75147 and its kin). PyTorch's own operators hang there too; a DataLoader's workers run on one thread and do not.
+GNU OpenMP keeps its threads for the next parallel region, and a fork copies the list of them but
+not the threads: the child would wait for them for ever (pytorch/pytorch#75147 and its kin).
+PyTorch's own operators hang there too; a DataLoader's workers run on one thread and do not.
 """
 
 from __future__ import annotations

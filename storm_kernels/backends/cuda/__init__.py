@@ -1,4 +1,6 @@
-"""The CUDA C++ backend: `Backend` of contract.py on GPUs from compute capability 8.0 on. Kernels are compiled at first use; no toolkit is needed."""
+"""The CUDA C++ backend: `Backend` of contract.py on GPUs from compute capability 8.0 on. Kernels
+are compiled at first use; no toolkit is needed.
+"""
 
 from __future__ import annotations
 
@@ -54,10 +56,14 @@ def why_not(op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: in
     return reason
 
 
-def warmup(dtype: torch.dtype, *, d_state: int = 16, d_conv: int = 4, device: str = "cuda", backward: bool = False) -> None:
-    """Compile what a bidirectional mixer of this activation ``dtype`` runs, by running it on a few tokens: gated scan and SiLU convolution.
+def warmup(
+    dtype: torch.dtype, *, d_state: int = 16, d_conv: int = 4, device: str = "cuda", backward: bool = False
+) -> None:
+    """Compile what a bidirectional mixer of this activation ``dtype`` runs, by running it on a few
+    tokens: gated scan and SiLU convolution.
 
-    A reduction's variants and gradients with ``backward``. Do it before capturing a CUDA graph: nothing can be compiled or loaded during a capture.
+    A reduction's variants and gradients with ``backward``. Do it before capturing a CUDA graph:
+    nothing can be compiled or loaded during a capture.
     """
     grid, reduction, channels = TokenGrid(2, 2, 2), TokenReduction(2), 64
     x = torch.zeros(1, grid.tokens, channels, dtype=dtype, device=device)

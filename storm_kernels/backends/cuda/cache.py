@@ -1,4 +1,6 @@
-"""Compiled kernels on disk: a folder that only its user can read or write, whole files or none, one compilation a key however many processes ask."""
+"""Compiled kernels on disk: a folder that only its user can read or write, whole files or none, one
+compilation a key however many processes ask.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,13 @@ def key_of(*parts: str) -> str:
 
 def _private(path: Path, found: os.stat_result, kind: Callable[[int], bool]) -> None:
     if not kind(found.st_mode):
-        raise CacheError(f"{path} is not what the kernel cache put there (mode {stat.filemode(found.st_mode)}); remove it")
+        raise CacheError(
+            f"{path} is not what the kernel cache put there (mode {stat.filemode(found.st_mode)}); remove it"
+        )
     if found.st_uid != os.geteuid():
-        raise CacheError(f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}; set XDG_CACHE_HOME to a folder of your own")
+        raise CacheError(
+            f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}; set XDG_CACHE_HOME to a folder of your own"
+        )
     if found.st_mode & 0o077:
         raise CacheError(f"{path} is open to other users (mode {stat.filemode(found.st_mode)}); chmod go-rwx it")
 
@@ -86,7 +92,9 @@ def _locked(path: Path):
 
 
 def cached(key: str, build: Callable[[], bytes], folder: Path | None = None) -> bytes:
-    """What ``build()`` returned the first time any process asked for ``key``. Raises `CacheError` if the folder is not the user's alone."""
+    """What ``build()`` returned the first time any process asked for ``key``. Raises `CacheError`
+    if the folder is not the user's alone.
+    """
     path = _open_folder(folder or default_folder()) / key
     content = _read(path)
     if content is None:

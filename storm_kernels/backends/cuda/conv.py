@@ -27,7 +27,9 @@ def _defines(x: Tensor, filters: tuple[ConvFilter, ...], cu_seqlens: Tensor | No
 
 
 def _slots(filters: tuple[ConvFilter, ...], outs, grads, partials) -> list[dict]:
-    """The forward filter's values, then the reverse one's; one that is missing repeats the other and is never looked at."""
+    """The forward filter's values, then the reverse one's; one that is missing repeats the other
+    and is never looked at.
+    """
     slots: dict[bool, dict] = {}
     for one, out, grad, partial in zip(filters, outs, grads, partials, strict=True):
         strides = (0, 0, 0) if grad is None else grad.stride()
@@ -43,7 +45,17 @@ def _slots(filters: tuple[ConvFilter, ...], outs, grads, partials) -> list[dict]
     return [slots.get(False, only), slots.get(True, only)]
 
 
-def _values(x: Tensor, slots: list[dict], *, silu: bool, initial_state, cu_seqlens, tokens: int, grad_x=None, grad_initial_state=None) -> dict:
+def _values(
+    x: Tensor,
+    slots: list[dict],
+    *,
+    silu: bool,
+    initial_state,
+    cu_seqlens,
+    tokens: int,
+    grad_x=None,
+    grad_initial_state=None,
+) -> dict:
     batch, length, channels = x.shape
     return {
         "filter": slots,
@@ -73,7 +85,14 @@ def conv(call: ConvCall) -> tuple[Tensor, ...]:
     x, filters, silu, initial_state, cu_seqlens = call
     outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in filters)
     none = [None] * len(filters)
-    values = _values(x, _slots(filters, outs, none, none), silu=silu, initial_state=initial_state, cu_seqlens=cu_seqlens, tokens=_TOKENS)
+    values = _values(
+        x,
+        _slots(filters, outs, none, none),
+        silu=silu,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        tokens=_TOKENS,
+    )
     current().launch("conv.cu", "conv", _defines(x, filters, cu_seqlens, _TOKENS), "ConvArgs", values, _blocks(values))
     return outs
 
@@ -87,7 +106,9 @@ def conv_backward(grads: tuple[Tensor, ...], call: ConvCall, needs: frozenset[st
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if "x" in needs else None
     shape = (1, batch * -(-length // _TOKENS_BACKWARD), (taps + 1) * channels)
     partials = [torch.empty(shape, **empty) if needs & {"weight", "bias"} else None for _ in filters]
-    start = torch.empty(initial_state.shape, **empty) if initial_state is not None and "initial_state" in needs else None
+    start = (
+        torch.empty(initial_state.shape, **empty) if initial_state is not None and "initial_state" in needs else None
+    )
     slots = _slots(filters, [None] * len(filters), grads, partials)
     options = {"silu": silu, "initial_state": initial_state, "cu_seqlens": cu_seqlens, "tokens": _TOKENS_BACKWARD}
     values = _values(x, slots, **options, grad_x=grad_x, grad_initial_state=start)
@@ -95,11 +116,19 @@ def conv_backward(grads: tuple[Tensor, ...], call: ConvCall, needs: frozenset[st
     if grad_x is not None or partials[0] is not None:
         current().launch("conv.cu", "conv_backward", defines, "ConvArgs", values, _blocks(values))
     if start is not None and taps > 1:
-        current().launch("conv.cu", "conv_state_backward", defines, "ConvArgs", values, -(-values["sequences"] * channels // THREADS))
-    return grad_x, tuple(_filter_gradients(one, partial, needs) for one, partial in zip(filters, partials, strict=True)), start
+        current().launch(
+            "conv.cu", "conv_state_backward", defines, "ConvArgs", values, -(-values["sequences"] * channels // THREADS)
+        )
+    return (
+        grad_x,
+        tuple(_filter_gradients(one, partial, needs) for one, partial in zip(filters, partials, strict=True)),
+        start,
+    )
 
 
-def _filter_gradients(one: ConvFilter, partial: Tensor | None, needs: frozenset[str]) -> tuple[Tensor | None, Tensor | None]:
+def _filter_gradients(
+    one: ConvFilter, partial: Tensor | None, needs: frozenset[str]
+) -> tuple[Tensor | None, Tensor | None]:
     if partial is None:
         return None, None
     channels, taps = one.weight.shape

@@ -33,7 +33,9 @@ def _near_rows(t: Tensor | None) -> Tensor | None:
     return t if _row_bytes(t) < 2**31 else t.contiguous()
 
 
-def _launch(kernel: str, struct: str, like: Tensor, result: Tensor, z: Tensor | None, flags: dict[str, bool], values: dict) -> None:
+def _launch(
+    kernel: str, struct: str, like: Tensor, result: Tensor, z: Tensor | None, flags: dict[str, bool], values: dict
+) -> None:
     """``like``: (batch, L, E), whose tokens are gone through; ``result``: whose format is G_T."""
     batch, length, channels = like.shape
     if length > 2**31 - _TOKENS:
@@ -47,7 +49,9 @@ def _launch(kernel: str, struct: str, like: Tensor, result: Tensor, z: Tensor | 
 
 
 def merge_directions(y: Tensor, second: Tensor, z: Tensor | None, dtype: torch.dtype, *, keep: bool) -> Tensor:
-    """``(y + second) * SiLU(z)``, (batch, L, E) in ``dtype``, of two contiguous float32 tensors; with ``keep`` their sum is left in ``y``."""
+    """``(y + second) * SiLU(z)``, (batch, L, E) in ``dtype``, of two contiguous float32 tensors;
+    with ``keep`` their sum is left in ``y``.
+    """
     out, z = torch.empty_like(y, dtype=dtype), _near_rows(z)
     flags = {"GATED": z is not None, "REDUCED": False, "SUMMED": True, "ALIGNED": _aligned(y, second, z, out)}
     _launch("merge_directions", "MergeArgs", y, out, z, flags, {"y": y, "second": second, "keep": keep, "out": out})
@@ -55,9 +59,15 @@ def merge_directions(y: Tensor, second: Tensor, z: Tensor | None, dtype: torch.d
 
 
 def gate_backward(
-    grad_out: Tensor, length: int, z: Tensor | None, y: Tensor | None, grid: TokenGrid | None, reduction: TokenReduction | None
+    grad_out: Tensor,
+    length: int,
+    z: Tensor | None,
+    y: Tensor | None,
+    grid: TokenGrid | None,
+    reduction: TokenReduction | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of y, (batch, L, E) float32, zero for dropped tokens, and of z, from that of the gated and reduced result.
+    """Gradients of y, (batch, L, E) float32, zero for dropped tokens, and of z, from that of the
+    gated and reduced result.
 
     ``y``: (1 or 2, batch, kept tokens, E) float32, whose sum over the first axis was gated.
     """
@@ -66,7 +76,12 @@ def gate_backward(
     summed = y is not None and len(y) == 2
     gy = torch.empty(batch, length, channels, dtype=torch.float32, device=grad_out.device)
     dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    flags = {"GATED": z is not None, "REDUCED": reduction is not None, "SUMMED": summed, "ALIGNED": _aligned(grad_out, z, gy)}
+    flags = {
+        "GATED": z is not None,
+        "REDUCED": reduction is not None,
+        "SUMMED": summed,
+        "ALIGNED": _aligned(grad_out, z, gy),
+    }
     values = {
         "grad_out": grad_out,
         "grad_out_batch": grad_out.stride(0),

@@ -1,4 +1,6 @@
-"""Compiles the kernels with NVRTC at first use, keeps them on disk, and launches them on torch's current stream. Wheels suffice."""
+"""Compiles the kernels with NVRTC at first use, keeps them on disk, and launches them on torch's
+current stream. Wheels suffice.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from . import cache, source
 THREADS = 128
 PIP = 'pip install "cuda-core" "cuda-bindings" "nvidia-cuda-nvrtc"'
 
-# Macros of the sources that are 0 or 1 and stand in conditions only: what runs the sources elsewhere may hold them in variables.
+# Macros of the sources that are 0 or 1 and stand in conditions only: what runs the sources
+# elsewhere may hold them in variables.
 FLAGS = ("ALIGNED", "ASYNC", "GATED", "PACKED", "PAIRED", "PARTIAL", "REDUCED", "SAVE_Y", "SOFTPLUS")
 
 _log = logging.getLogger("storm_kernels.backends.cuda")
@@ -30,8 +33,19 @@ class Launcher(Protocol):
 
     def why_not(self) -> str | None: ...
 
-    def launch(self, name: str, kernel: str, defines: Mapping[str, object], struct: str, values: Mapping, blocks: int, shared: int = 0) -> None:
-        """Run ``kernel`` of source ``name`` on ``blocks`` blocks of 128 threads, with ``values`` as its argument of type ``struct``."""
+    def launch(
+        self,
+        name: str,
+        kernel: str,
+        defines: Mapping[str, object],
+        struct: str,
+        values: Mapping,
+        blocks: int,
+        shared: int = 0,
+    ) -> None:
+        """Run ``kernel`` of source ``name`` on ``blocks`` blocks of 128 threads, with ``values`` as
+        its argument of type ``struct``.
+        """
 
     def shared_limit(self) -> int:
         """Bytes of shared memory that a block can have."""
@@ -43,7 +57,9 @@ class Launcher(Protocol):
 
 
 def compile_cubin(name: str, defines: Mapping[str, object], arch: str) -> bytes:
-    """Machine code of source ``name`` for ``arch`` ("sm_90"), by NVRTC, GPU or not. Raises RuntimeError with NVRTC's log if it cannot."""
+    """Machine code of source ``name`` for ``arch`` ("sm_90"), by NVRTC, GPU or not. Raises
+    RuntimeError with NVRTC's log if it cannot.
+    """
     from cuda.core import Program, ProgramOptions
 
     macros = [(key, str(value)) for key, value in {"THREADS": THREADS, **defines}.items()]
@@ -64,7 +80,9 @@ def _cubin(name: str, defines: Mapping[str, object], arch: str) -> bytes:
         _log.info("compiled %s in %.1f s", name, time.perf_counter() - start)
         return code
 
-    key = cache.key_of(source.text(name), repr(sorted(defines.items())), str(THREADS), repr(nvrtc.nvrtcVersion()[1:]), arch)
+    key = cache.key_of(
+        source.text(name), repr(sorted(defines.items())), str(THREADS), repr(nvrtc.nvrtcVersion()[1:]), arch
+    )
     try:
         return cache.cached(key, build)
     except cache.CacheError as error:
@@ -110,9 +128,20 @@ class Device:
         except Exception as error:
             return f"NVRTC cannot be loaded ({error}): {PIP}"
         major, minor = torch.cuda.get_device_capability()
-        return None if major >= 8 else f"the kernels need compute capability 8.0 or more, this device has {major}.{minor}"
+        return (
+            None if major >= 8 else f"the kernels need compute capability 8.0 or more, this device has {major}.{minor}"
+        )
 
-    def launch(self, name: str, kernel: str, defines: Mapping[str, object], struct: str, values: Mapping, blocks: int, shared: int = 0) -> None:
+    def launch(
+        self,
+        name: str,
+        kernel: str,
+        defines: Mapping[str, object],
+        struct: str,
+        values: Mapping,
+        blocks: int,
+        shared: int = 0,
+    ) -> None:
         if blocks == 0:
             return
         import ctypes
@@ -123,7 +152,12 @@ class Device:
         packed = source.pack(name, struct, values)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
         stream = torch.cuda.current_stream().cuda_stream
-        _check(driver.cuLaunchKernel(function, blocks, 1, 1, THREADS, 1, 1, shared, stream, ctypes.addressof(arguments), 0), kernel)
+        _check(
+            driver.cuLaunchKernel(
+                function, blocks, 1, 1, THREADS, 1, 1, shared, stream, ctypes.addressof(arguments), 0
+            ),
+            kernel,
+        )
 
     def shared_limit(self) -> int:
         return torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
@@ -137,7 +171,9 @@ class Device:
         key = (torch.cuda.current_device(), name, kernel, shared, *sorted(defines.items()))
         if key not in self._resident:
             function = self._function(name, kernel, defines, shared)
-            self._resident[key] = _check(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, THREADS, shared), kernel)
+            self._resident[key] = _check(
+                driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, THREADS, shared), kernel
+            )
         return self._resident[key]
 
     def _function(self, name: str, kernel: str, defines: Mapping[str, object], shared: int):
@@ -160,7 +196,9 @@ class Device:
         """torch's context of ``device``, made this thread's: a thread of autograd may not have touched CUDA yet."""
         with self._lock:
             if device not in self._contexts:
-                self._contexts[device] = _check(driver.cuDevicePrimaryCtxRetain(_check(driver.cuDeviceGet(device), "device")), "context")
+                self._contexts[device] = _check(
+                    driver.cuDevicePrimaryCtxRetain(_check(driver.cuDeviceGet(device), "device")), "context"
+                )
         _check(driver.cuCtxSetCurrent(self._contexts[device]), "context")
 
 

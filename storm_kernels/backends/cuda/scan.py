@@ -1,7 +1,8 @@
 """Selective scan, forward: launch code of src/scan.cu, and what its backward shares.
 
-A chain is a sequence, a direction and a run of channels, sequential in time: at batch 1 and 7168 channels both directions are 224 chains. Each has a
-block of 4 warps to itself, from its first token to its last, where that is about as good as balance; else blocks take steps of chains by tickets
+A chain is a sequence, a direction and a run of channels, sequential in time: at batch 1 and 7168
+channels both directions are 224 chains. Each has a block of 4 warps to itself, from its first token
+to its last, where that is about as good as balance; else blocks take steps of chains by tickets
 (tickets.py has the arithmetic of when).
 """
 
@@ -52,10 +53,12 @@ def _power(n: int) -> int:
 def geometry(d_state: int) -> Geometry:
     lanes = min(32, _power(-(-d_state // 4)))
     run = _power(-(-d_state // lanes))
-    # The backward holds GROUP tokens' states and decays in registers: more than this, and one of the architectures spills.
+    # The backward holds GROUP tokens' states and decays in registers: more than this, and one of
+    # the architectures spills.
     group = min(8, 32 // run) if lanes == 4 else max(1, min(4, 16 // run))
     chunk = min(64, 16 * lanes, _SAVED_BYTES * min(2, max(1, run // 4)) // (THREADS * 2 * run * 4) * group)
-    # 16 tokens of 64 channels and 16 states: with the 64 KB of sums of a 16 x 16 grid two blocks still fit on an H100's multiprocessor.
+    # 16 tokens of 64 channels and 16 states: with the 64 KB of sums of a 16 x 16 grid two blocks
+    # still fit on an H100's multiprocessor.
     tile = max(1, min(16, chunk, 4 * lanes, 2048 // (lanes * run)))
     return Geometry(d_state, lanes, run, tile, chunk, min(group, tile))
 
@@ -87,14 +90,20 @@ def checkpoint_shapes(
     grid: TokenGrid | None,
     reduction: TokenReduction | None,
 ) -> tuple[tuple[int, ...], ...]:
-    """`Backend.checkpoint_shapes`: the state before every CHUNK-th token in scan order, a direction; with a gate, y before it of the kept tokens.
+    """`Backend.checkpoint_shapes`: the state before every CHUNK-th token in scan order, a
+    direction; with a gate, y before it of the kept tokens.
 
     Of two directions under a reduction each has a y; else theirs are added up.
     """
     shapes = ((batch, _checkpoint_rows(length, states, sequences), channels, states),) * directions
     if not gated:
         return shapes
-    return (*shapes, (1, batch, length, channels) if reduction is None else (directions, batch, reduction.kept(grid).tokens, channels))
+    return (
+        *shapes,
+        (1, batch, length, channels)
+        if reduction is None
+        else (directions, batch, reduction.kept(grid).tokens, channels),
+    )
 
 
 def defines(one: ScanInputs, z: Tensor | None) -> dict[str, object]:
@@ -187,7 +196,9 @@ def launch_together(directions: tuple[ScanInputs, ...]) -> tuple[tuple[int, ...]
     """Directions one launch serves: both, unless their formats or groups differ."""
     if len(directions) == 1:
         return ((0,),)
-    alike = {(channel_blocks(one), *(getattr(one, name).dtype for name in ("u", "delta", "B", "C"))) for one in directions}
+    alike = {
+        (channel_blocks(one), *(getattr(one, name).dtype for name in ("u", "delta", "B", "C"))) for one in directions
+    }
     return ((0, 1),) if len(alike) == 1 else ((0,), (1,))
 
 
@@ -199,7 +210,10 @@ def scan(call: ScanCall, save_checkpoints: bool) -> ScanResult:
     z, z_of_sum = (None, z) if merged else (z, None)
     set_ = setting(call._replace(z=z))
     empty = {"dtype": torch.float32, "device": u.device}
-    packed, kept = 0 if cu_seqlens is None else set_.sequences, {"gated": z is not None, "grid": grid, "reduction": reduction}
+    packed, kept = (
+        0 if cu_seqlens is None else set_.sequences,
+        {"gated": z is not None, "grid": grid, "reduction": reduction},
+    )
     shapes = checkpoint_shapes(*u.shape, states, directions=count, sequences=packed, **kept) if save_checkpoints else ()
     checkpoints = tuple(torch.empty(one, **empty) for one in shapes)
     y = checkpoints[-1] if len(shapes) > count else None
@@ -208,7 +222,10 @@ def scan(call: ScanCall, save_checkpoints: bool) -> ScanResult:
     if count == 1 and reduction is None:
         out, partials = torch.empty(shape, dtype=u.dtype, device=u.device), (None,)
     else:
-        out, partials = None, tuple(torch.empty(shape, **empty) for _ in directions) if merged else torch.empty(count, *shape, **empty)
+        out, partials = (
+            None,
+            tuple(torch.empty(shape, **empty) for _ in directions) if merged else torch.empty(count, *shape, **empty),
+        )
     for together in launch_together(directions):
         values = {
             "direction": [direction_values(directions[i], checkpoints[i] if checkpoints else None) for i in together],
@@ -250,14 +267,29 @@ def _launch(
         cells = cell_bytes = 0
     a_group, blocks = channel_blocks(some[0])
     _, length, channels = some[0].u.shape
-    values |= {"p": set_.values | {"group_channels": channels // some[0].B.shape[2], "group_blocks": a_group}, "blocks": blocks}
-    values |= {"cells": cells, "group_tokens": set_.group_tokens if cells and _cells_apart(grid, reduction, shape.TILE) else 0}
+    values |= {
+        "p": set_.values | {"group_channels": channels // some[0].B.shape[2], "group_blocks": a_group},
+        "blocks": blocks,
+    }
+    values |= {
+        "cells": cells,
+        "group_tokens": set_.group_tokens if cells and _cells_apart(grid, reduction, shape.TILE) else 0,
+    }
     made = defines(some[0], z) | {name: int(flag) for name, flag in flags.items()} | {"SHARED_BYTES": shared}
     average = length if set_.values["cu_seqlens"] is None else length // max(1, set_.sequences)
-    work = tickets.Work(blocks * set_.sequences * len(some), average, length, tickets.step_tokens(average, shape.CHUNK, set_.group_tokens))
+    work = tickets.Work(
+        blocks * set_.sequences * len(some),
+        average,
+        length,
+        tickets.step_tokens(average, shape.CHUNK, set_.group_tokens),
+    )
     name, kernel, shared = "scan.cu", "scan", shared + cell_bytes
-    ticketed = tickets.ticketed_blocks(work, current().multiprocessors(), lambda: current().resident(name, kernel, made, shared))
+    ticketed = tickets.ticketed_blocks(
+        work, current().multiprocessors(), lambda: current().resident(name, kernel, made, shared)
+    )
     values["tickets"] = tickets.arguments(work, some[0].u.device if ticketed else None)
     if ticketed and values["states"] is None:
-        values["states"] = torch.empty(len(some), set_.sequences, channels, shape.D_STATE, dtype=torch.float32, device=some[0].u.device)
+        values["states"] = torch.empty(
+            len(some), set_.sequences, channels, shape.D_STATE, dtype=torch.float32, device=some[0].u.device
+        )
     current().launch(name, kernel, made, "ScanArgs", values, ticketed or work.chains, shared)

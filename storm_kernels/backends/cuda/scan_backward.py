@@ -1,8 +1,10 @@
 """Selective scan, backward: launch code of src/scan_backward.cu.
 
-The scan's kernel starts from dL/dy. Without a gate or a reduction that is the result's own gradient; else src/gate.cu makes it first, once for both
-directions, and dz with it, from the y that the forward pass saved. The scan itself used to expand the gradient, to recompute y for dz, and to leave
-a float32 dz of each direction to be added up. Arithmetic, no measurement, for both directions, 16 states, bfloat16, all tokens kept:
+The scan's kernel starts from dL/dy. Without a gate or a reduction that is the result's own
+gradient; else src/gate.cu makes it first, once for both directions, and dz with it, from the y that
+the forward pass saved. The scan itself used to expand the gradient, to recompute y for dz, and to
+leave a float32 dz of each direction to be added up. Arithmetic, no measurement, for both
+directions, 16 states, bfloat16, all tokens kept:
 
     slots per item, sm_80 / sm_90 / sm_100    now, scan + gate.cu                          before
     gated                                     23.3 + 0.5 / 23.3 + 0.5 / 23.2 + 0.5         26.2 / 26.1 / 26.1
@@ -16,8 +18,9 @@ One direction alone bears the gate alone: 23.3 + 1.0.
     reduced as well, forward    z 2 x 2, y 2 x 4 = 12                                      z 2 x 2 = 4
     reduced as well, backward   z 2, y 2 x 4, dz 2, dL/dy 4 + 2 x 4 = 24                   z 2 x 2, dz 2 x (4 + 4) + 2 = 22
 
-What is saved between forward and backward grows by 4 bytes per token and channel with a gate, by 8 per kept token and channel if both directions are
-reduced as well. During the backward pass dL/dy takes 4 bytes where both directions' dz took 8.
+What is saved between forward and backward grows by 4 bytes per token and channel with a gate, by 8
+per kept token and channel if both directions are reduced as well. During the backward pass dL/dy
+takes 4 bytes where both directions' dz took 8.
 """
 
 from __future__ import annotations
@@ -71,9 +74,13 @@ def shared_bytes(shape: Geometry, plan: Plan | None = None) -> int:
 
 
 def plan_for(shape: Geometry, limit: int) -> Plan:
-    """The fastest plan with which two blocks fit on an H100's multiprocessor, if a block may have ``limit`` bytes; else the fastest one that fits."""
+    """The fastest plan with which two blocks fit on an H100's multiprocessor, if a block may have
+    ``limit`` bytes; else the fastest one that fits.
+    """
     fits = [plan for plan in plans(shape) if shared_bytes(shape, plan) <= limit]
-    return next((plan for plan in fits if shared_bytes(shape, plan) <= TWO_BLOCKS), fits[0] if fits else plans(shape)[-1])
+    return next(
+        (plan for plan in fits if shared_bytes(shape, plan) <= TWO_BLOCKS), fits[0] if fits else plans(shape)[-1]
+    )
 
 
 def _paired(directions: tuple[ScanInputs, ...], gy: Tensor) -> bool:
@@ -107,14 +114,23 @@ class _Partials:
         return torch.empty(shape, dtype=dtype, device=self.one.u.device)
 
     def values(self) -> dict:
-        return {"u": self.u, "delta": self.delta, "BC": self.BC, "A": self.A, "D": self.D, "delta_bias": self.delta_bias}
+        return {
+            "u": self.u,
+            "delta": self.delta,
+            "BC": self.BC,
+            "A": self.A,
+            "D": self.D,
+            "delta_bias": self.delta_bias,
+        }
 
     def gradients(self) -> ScanGrads:
         one, states = self.one, self.one.B.shape[3]
 
         def of(name: str, partial: Tensor | None) -> Tensor | None:
             like = getattr(one, name)
-            return None if partial is None or name not in self.needs else sum_terms(partial, like.dtype).view(like.shape)
+            return (
+                None if partial is None or name not in self.needs else sum_terms(partial, like.dtype).view(like.shape)
+            )
 
         BC = self.BC.transpose(0, 1)
         return ScanGrads(
@@ -129,7 +145,11 @@ class _Partials:
 
 
 def scan_backward(
-    grad_out: Tensor, grad_final_state: Tensor | None, call: ScanCall, checkpoints: tuple[Tensor, ...], needs: frozenset[str]
+    grad_out: Tensor,
+    grad_final_state: Tensor | None,
+    call: ScanCall,
+    checkpoints: tuple[Tensor, ...],
+    needs: frozenset[str],
 ) -> ScanBackwardResult:
     """`Backend.scan_backward`."""
     directions, z, delta_softplus, initial_state, cu_seqlens, grid, reduction = call
@@ -157,7 +177,11 @@ def _steps(one: ScanInputs, gy: Tensor, batch: int, group: int) -> dict:
     steps = {name: t.stride(1) * t.element_size() for name, t in (("u", one.u), ("delta", one.delta), ("gy", gy))}
     steps |= {"du": one.u.shape[2] * one.u.element_size(), "ddelta": one.u.shape[2] * one.delta.element_size()}
     one_token = {name: sign // batch * t.stride(1) * t.element_size() for name, t in (("B", one.B), ("C", one.C))}
-    return {name: sign * step for name, step in steps.items()} | one_token | {"BC": sign // batch * group * one.B.shape[2] * 2 * one.B.shape[3] * 4}
+    return (
+        {name: sign * step for name, step in steps.items()}
+        | one_token
+        | {"BC": sign // batch * group * one.B.shape[2] * 2 * one.B.shape[3] * 4}
+    )
 
 
 def _launch(

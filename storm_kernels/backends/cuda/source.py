@@ -1,4 +1,6 @@
-"""The kernels' sources: includes put in, and the layout of the structures that carry their arguments, read from the sources themselves."""
+"""The kernels' sources: includes put in, and the layout of the structures that carry their
+arguments, read from the sources themselves.
+"""
 
 from __future__ import annotations
 

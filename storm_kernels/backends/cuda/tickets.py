@@ -1,13 +1,16 @@
 """Which launches of the forward scan get tickets (src/tickets.cuh), and how their chains are cut into steps.
 
-The estimate is arithmetic, no measurement. A multiprocessor with two or more chains at work goes at full rate, with one alone at 0.7 of it (0.65 to
-0.75, estimated): latencies show. A hand-over takes a block some 4,000 cycles (fence, ticket, flag, states, first tile), in which it would have done
-32 tokens beside another block. Time is sequential: no more chains can be at work than there are.
+The estimate is arithmetic, no measurement. A multiprocessor with two or more chains at work goes at
+full rate, with one alone at 0.7 of it (0.65 to 0.75, estimated): latencies show. A hand-over takes
+a block some 4,000 cycles (fence, ticket, flag, states, first tile), in which it would have done 32
+tokens beside another block. Time is sequential: no more chains can be at work than there are.
 
-224 chains of 65,536 tokens, in units of one chain at full rate. On 108 multiprocessors 8 have three blocks and the static launch lasts 3 where 2.07
-would be balance; tickets of 2,048 tokens: 2.07, hand-overs 0.03, the last items 0.03: 29 % less. Where two blocks fit on a multiprocessor (a
-reduction), the last 8 chains run alone: 3.43 instead of 3. On 132 multiprocessors 92 have two blocks and 40 one: 2; with tickets, 224 of 264 blocks
-at work, 224 / (92 + 40 x 0.7) = 1.87, hand-overs 0.03, the last items 0.03: 4 % less.
+224 chains of 65,536 tokens, in units of one chain at full rate. On 108 multiprocessors 8 have three
+blocks and the static launch lasts 3 where 2.07 would be balance; tickets of 2,048 tokens: 2.07,
+hand-overs 0.03, the last items 0.03: 29 % less. Where two blocks fit on a multiprocessor (a
+reduction), the last 8 chains run alone: 3.43 instead of 3. On 132 multiprocessors 92 have two
+blocks and 40 one: 2; with tickets, 224 of 264 blocks at work, 224 / (92 + 40 x 0.7) = 1.87,
+hand-overs 0.03, the last items 0.03: 4 % less.
 """
 
 from __future__ import annotations
@@ -38,9 +41,11 @@ class Work(NamedTuple):
 
 
 def step_tokens(tokens: int, chunk: int, group: int) -> int:
-    """Tokens of a step for chains of ``tokens``: whole chunks and, unless they are large, whole pooled groups of ``group`` tokens (0: none).
+    """Tokens of a step for chains of ``tokens``: whole chunks and, unless they are large, whole
+    pooled groups of ``group`` tokens (0: none).
 
-    k blocks a multiprocessor lose k tokens / W hand-overs and, at the end, half an item, k W / 2: both the same at W = sqrt(64 tokens).
+    k blocks a multiprocessor lose k tokens / W hand-overs and, at the end, half an item, k W / 2:
+    both the same at W = sqrt(64 tokens).
     """
     wanted = 8 * math.isqrt(tokens)
     whole = math.lcm(chunk, group or chunk)
@@ -59,14 +64,18 @@ def _static_time(chains: int, multiprocessors: int, resident: int) -> float:
 
 
 def _ticketed_time(work: Work, multiprocessors: int, each: int) -> float:
-    alone = max(0, 2 * multiprocessors - min(work.chains, each * multiprocessors))  # multiprocessors with one chain at work
+    alone = max(
+        0, 2 * multiprocessors - min(work.chains, each * multiprocessors)
+    )  # multiprocessors with one chain at work
     items = work.chains * -(-work.tokens // work.step_tokens)
     tokens = work.chains * work.tokens + items * HAND_OVER + (work.chains * work.steps - items) * SKIP
     return (tokens / (multiprocessors - alone * (1 - ALONE)) + _time(each) * work.step_tokens / 2) / work.tokens
 
 
 def ticketed_blocks(work: Work, multiprocessors: int, resident: Callable[[], int]) -> int:
-    """Blocks of a launch with tickets, ``resident()`` of which fit on a multiprocessor; 0 if one block a chain is as good."""
+    """Blocks of a launch with tickets, ``resident()`` of which fit on a multiprocessor; 0 if one
+    block a chain is as good.
+    """
     if work.chains <= multiprocessors or work.tokens == 0:
         return 0
     fit = resident()
@@ -76,8 +85,16 @@ def ticketed_blocks(work: Work, multiprocessors: int, resident: Callable[[], int
 
 
 def arguments(work: Work, device: torch.device | None) -> dict:
-    """`Tickets` of src/tickets.cuh; static without a ``device``. A graph's replays zero the counters as the launch does."""
+    """`Tickets` of src/tickets.cuh; static without a ``device``. A graph's replays zero the
+    counters as the launch does.
+    """
     if device is None:
         return {"next": None, "done": None, "chains": work.chains, "steps": 1, "step_tokens": work.longest}
     counters = torch.zeros(1 + work.chains, dtype=torch.int32, device=device)
-    return {"next": counters[:1], "done": counters[1:], "chains": work.chains, "steps": work.steps, "step_tokens": work.step_tokens}
+    return {
+        "next": counters[:1],
+        "done": counters[1:],
+        "chains": work.chains,
+        "steps": work.steps,
+        "step_tokens": work.step_tokens,
+    }

@@ -37,13 +37,28 @@ def token_map(grid: TokenGrid, reduction: TokenReduction, device: torch.device) 
     if grid.tokens >= 2**31:
         raise ValueError(f"grid must have fewer than 2^31 tokens, got {grid}")
     made = torch.empty(grid.tokens, 4, dtype=torch.int32, device=device)
-    _launch("token_map", (torch.float32, torch.float32), "MapArgs", {"r": _reduction(grid, reduction), "map": made}, grid.tokens)
+    _launch(
+        "token_map",
+        (torch.float32, torch.float32),
+        "MapArgs",
+        {"r": _reduction(grid, reduction), "map": made},
+        grid.tokens,
+    )
     return made
 
 
-def _reduce(kernel: str, x: Tensor, rows: int, out_rows: int, grid: TokenGrid, reduction: TokenReduction, where: Tensor | None) -> Tensor:
+def _reduce(
+    kernel: str, x: Tensor, rows: int, out_rows: int, grid: TokenGrid, reduction: TokenReduction, where: Tensor | None
+) -> Tensor:
     out = torch.empty(x.shape[0], out_rows, x.shape[2], dtype=x.dtype, device=x.device)
-    values = {"r": _reduction(grid, reduction), "batch": x.shape[0], "channels": x.shape[2], "rows": rows, "in": x, "out": out}
+    values = {
+        "r": _reduction(grid, reduction),
+        "batch": x.shape[0],
+        "channels": x.shape[2],
+        "rows": rows,
+        "in": x,
+        "out": out,
+    }
     strides = dict(zip(("in_batch", "in_row", "in_channel"), x.stride(), strict=True))
     _launch(kernel, (x.dtype, x.dtype), "ReduceArgs", {**values, **strides, "map": where}, out.numel())
     return out
@@ -62,9 +77,17 @@ def reduce_backward(grad: Tensor, grid: TokenGrid, reduction: TokenReduction) ->
 
 
 def sum_terms(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(outer, terms, inner), any strides -> (outer, inner) in ``dtype``: summed in float32 from the first term to the last."""
+    """(outer, terms, inner), any strides -> (outer, inner) in ``dtype``: summed in float32 from the
+    first term to the last.
+    """
     outer, terms, inner = x.shape
     out = torch.empty(outer, inner, dtype=dtype, device=x.device)
     strides = dict(zip(("in_outer", "in_term", "in_inner"), x.stride(), strict=True))
-    _launch("sum_terms", (x.dtype, dtype), "SumArgs", {"in": x, "out": out, "outer": outer, "inner": inner, "terms": terms, **strides}, out.numel())
+    _launch(
+        "sum_terms",
+        (x.dtype, dtype),
+        "SumArgs",
+        {"in": x, "out": out, "outer": outer, "inner": inner, "terms": terms, **strides},
+        out.numel(),
+    )
     return out

@@ -48,11 +48,16 @@ def _scan(call: ScanCall) -> tuple[Tensor, Tensor | None]:
 
 
 def scan_backward(
-    grad_out: Tensor, grad_final_state: Tensor | None, call: ScanCall, checkpoints: tuple[Tensor, ...], needs: frozenset[str]
+    grad_out: Tensor,
+    grad_final_state: Tensor | None,
+    call: ScanCall,
+    checkpoints: tuple[Tensor, ...],
+    needs: frozenset[str],
 ) -> ScanBackwardResult:
     leaves = _Leaves(needs)
     copies = tuple(
-        ScanInputs(*(leaves.add(name, t) for name, t in zip(ScanGrads._fields, one[:7], strict=True)), one.reverse) for one in call.directions
+        ScanInputs(*(leaves.add(name, t) for name, t in zip(ScanGrads._fields, one[:7], strict=True)), one.reverse)
+        for one in call.directions
     )
     gate, start = leaves.add("z", call.z), leaves.add("initial_state", call.initial_state)
     call = call._replace(directions=copies, z=gate, initial_state=start)
@@ -70,14 +75,19 @@ def conv(call: ConvCall) -> tuple[Tensor, ...]:
     x, filters, silu, initial_state, cu_seqlens = call
     options = {"activation": "silu" if silu else None, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     with torch.autocast(x.device.type, enabled=False):  # which would round a convolution's operands
-        return tuple(reference.causal_conv1d(x, one.weight, one.bias, reverse=one.reverse, **options).contiguous() for one in filters)
+        return tuple(
+            reference.causal_conv1d(x, one.weight, one.bias, reverse=one.reverse, **options).contiguous()
+            for one in filters
+        )
 
 
 def conv_backward(grads: tuple[Tensor, ...], call: ConvCall, needs: frozenset[str]) -> ConvGrads:
     x, filters, silu, initial_state, cu_seqlens = call
     leaves = _Leaves(needs)
     inputs, start = leaves.add("x", x), leaves.add("initial_state", initial_state)
-    copies = tuple(ConvFilter(leaves.add("weight", one.weight), leaves.add("bias", one.bias), one.reverse) for one in filters)
+    copies = tuple(
+        ConvFilter(leaves.add("weight", one.weight), leaves.add("bias", one.bias), one.reverse) for one in filters
+    )
     found = leaves.gradients(lambda: conv(ConvCall(inputs, copies, silu, start, cu_seqlens)), grads)
     return found(inputs), tuple((found(one.weight), found(one.bias)) for one in copies), found(start)
 
@@ -92,7 +102,9 @@ def reduce_backward(grad: Tensor, grid: TokenGrid, reduction: TokenReduction) ->
     return leaves.gradients(lambda: (reference.reduce_tokens(x, grid, reduction),), (grad,))(x)
 
 
-def norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     summed = x.clone() if residual is None else (x.to(weight.dtype) + residual.to(weight.dtype)).to(x.dtype)
     normed, mean, rstd = torch.native_layer_norm(summed.to(weight.dtype), weight.shape, weight, bias, eps)
     return normed.to(x.dtype), summed, mean.flatten(), rstd.flatten()
@@ -124,10 +136,13 @@ class _Leaves:
         self.leaves.append(leaf)
         return leaf
 
-    def gradients(self, outputs: Callable[[], tuple[Tensor, ...]], grads: tuple[Tensor, ...]) -> Callable[[Tensor | None], Tensor | None]:
+    def gradients(
+        self, outputs: Callable[[], tuple[Tensor, ...]], grads: tuple[Tensor, ...]
+    ) -> Callable[[Tensor | None], Tensor | None]:
         """A function from an input to its gradient: zeros where nothing depends on it, None where it is no leaf.
 
-        An operator's implementation runs below autograd; a fresh thread, on the same stream, stands above it again.
+        An operator's implementation runs below autograd; a fresh thread, on the same stream, stands
+        above it again.
         """
         stream = torch.cuda.current_stream(grads[0].device) if grads[0].is_cuda else None
 
@@ -139,6 +154,10 @@ class _Leaves:
 
         with ThreadPoolExecutor(1) as pool:
             found = pool.submit(run).result()
-        # An operator's results may share no memory with its operands, and a gradient may be the incoming one itself.
-        table = {id(leaf): grad.clone(memory_format=torch.contiguous_format) for leaf, grad in zip(self.leaves, found, strict=True)}
+        # An operator's results may share no memory with its operands, and a gradient may be the
+        # incoming one itself.
+        table = {
+            id(leaf): grad.clone(memory_format=torch.contiguous_format)
+            for leaf, grad in zip(self.leaves, found, strict=True)
+        }
         return lambda tensor: table.get(id(tensor))

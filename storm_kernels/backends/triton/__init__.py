@@ -1,4 +1,5 @@
-"""The Triton backend: kernels for NVIDIA and AMD GPUs that need no compiler on the user's machine; the interpreter runs them on CPU tensors.
+"""The Triton backend: kernels for NVIDIA and AMD GPUs that need no compiler on the user's machine;
+the interpreter runs them on CPU tensors.
 
 Implements `storm_kernels.backends.contract.Backend`. Importing this package imports
 Triton; `storm_kernels` does so only when the backend is asked about.
@@ -55,7 +56,11 @@ def why_not(op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: in
     if d_state > 256:
         return f"d_state {d_state} is above 256, the states of a channel that fit in registers; use backend='torch'"
     if INTERPRETED:
-        return None if device == "cpu" else "TRITON_INTERPRET=1 is set: kernels run in the interpreter, on CPU tensors; unset it to use the GPU"
+        return (
+            None
+            if device == "cpu"
+            else "TRITON_INTERPRET=1 is set: kernels run in the interpreter, on CPU tensors; unset it to use the GPU"
+        )
     if device != "cuda":
         return f"it needs CUDA or ROCm tensors, got {device}; set TRITON_INTERPRET=1 before the first use to run its interpreter on CPU tensors"
     return _no_gpu()

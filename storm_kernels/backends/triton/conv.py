@@ -1,7 +1,8 @@
 """Causal depthwise convolution over time with SiLU, one direction or both in one read of x (docs/spec.md, Mixer).
 
-A tap of a tile is a load at shifted tokens, which the first-level cache serves; memory is read once. `offset` is a distance in tokens, negative
-towards the past; in reverse, taps look ahead. A program owns BLOCK_T tokens x BLOCK_E channels.
+A tap of a tile is a load at shifted tokens, which the first-level cache serves; memory is read
+once. `offset` is a distance in tokens, negative towards the past; in reverse, taps look ahead. A
+program owns BLOCK_T tokens x BLOCK_E channels.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from .math import cast, product, sigmoid
 
 @triton.jit
 def token_tile(program, length, channels, cu_seqlens, owners, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
-    """-> batch; token (BLOCK_T, 1) int64, channel (1, BLOCK_E); sequence, first token and end of each token's sequence; mask of real elements."""
+    """-> batch; token (BLOCK_T, 1) int64, channel (1, BLOCK_E); sequence, first token and end of
+    each token's sequence; mask of real elements.
+    """
     blocks = tl.cdiv(channels, BLOCK_E)
     tile = program // blocks
     tiles = tl.cdiv(length, BLOCK_T)
@@ -37,9 +40,24 @@ def token_tile(program, length, channels, cu_seqlens, owners, BLOCK_T: tl.conste
 
 @triton.jit
 def load_shifted(
-    x, x_strides, state, offset: tl.constexpr, batch, token, channel, sequence, start, end, mask, channels, K: tl.constexpr, REVERSE: tl.constexpr
+    x,
+    x_strides,
+    state,
+    offset: tl.constexpr,
+    batch,
+    token,
+    channel,
+    sequence,
+    start,
+    end,
+    mask,
+    channels,
+    K: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):
-    """x at ``token + offset`` in float32; outside the token's sequence the initial state (n, E, K-1) where it reaches, else zero."""
+    """x at ``token + offset`` in float32; outside the token's sequence the initial state (n, E,
+    K-1) where it reaches, else zero.
+    """
     place = token + offset
     pointer = x + batch * x_strides[0] + place * x_strides[1] + channel
     value = tl.load(pointer, mask=mask & (place >= start) & (place < end), other=0.0).to(tl.float32)
@@ -88,11 +106,15 @@ def conv_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    batch, token, channel, sequence, start, end, mask = token_tile(tl.program_id(0), length, channels, cu_seqlens, owners, BLOCK_T, BLOCK_E)
+    batch, token, channel, sequence, start, end, mask = token_tile(
+        tl.program_id(0), length, channels, cu_seqlens, owners, BLOCK_T, BLOCK_E
+    )
     window = ()
     for offset in tl.static_range(1 - K, K):
         if len(filters) == 2 or (offset >= 0 if REVERSE else offset <= 0):
-            value = load_shifted(x, x_strides, state, offset, batch, token, channel, sequence, start, end, mask, channels, K, REVERSE)
+            value = load_shifted(
+                x, x_strides, state, offset, batch, token, channel, sequence, start, end, mask, channels, K, REVERSE
+            )
             window = window + (value,)
     for i in tl.static_range(len(filters)):
         taps, shift = load_filter(filters[i], channel, channels, K)
@@ -103,8 +125,21 @@ def conv_kernel(
 
 
 @triton.jit
-def output_gradient(grad, strides, window, taps, shift, spot, distance: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, SILU: tl.constexpr):
-    """The gradient before the activation of the output ``distance`` steps after each token; zero outside the token's sequence."""
+def output_gradient(
+    grad,
+    strides,
+    window,
+    taps,
+    shift,
+    spot,
+    distance: tl.constexpr,
+    K: tl.constexpr,
+    REVERSE: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """The gradient before the activation of the output ``distance`` steps after each token; zero
+    outside the token's sequence.
+    """
     batch, token, channel, start, end, mask = spot
     offset: tl.constexpr = -distance if REVERSE else distance
     place = token + offset
@@ -121,7 +156,11 @@ def output_gradient(grad, strides, window, taps, shift, spot, distance: tl.const
 def store_partials(row, dpre, window, channel, channels, K: tl.constexpr, REVERSE: tl.constexpr):
     """A tile's sums for the taps and the bias."""
     for j in tl.static_range(K):
-        tl.store(row + j * channels + channel, tl.sum(product(dpre, window[2 * (K - 1) - j if REVERSE else j]), 0)[None, :], mask=channel < channels)
+        tl.store(
+            row + j * channels + channel,
+            tl.sum(product(dpre, window[2 * (K - 1) - j if REVERSE else j]), 0)[None, :],
+            mask=channel < channels,
+        )
     tl.store(row + K * channels + channel, tl.sum(dpre, 0)[None, :], mask=channel < channels)
 
 
@@ -147,33 +186,47 @@ def conv_backward_kernel(
 ):
     """A token reaches K outputs of each filter: recompute those, here, from a window of 2 K - 1 tokens."""
     pid = tl.program_id(0)
-    batch, token, channel, sequence, start, end, mask = token_tile(pid, length, channels, cu_seqlens, owners, BLOCK_T, BLOCK_E)
+    batch, token, channel, sequence, start, end, mask = token_tile(
+        pid, length, channels, cu_seqlens, owners, BLOCK_T, BLOCK_E
+    )
     window = ()
     for offset in tl.static_range(1 - K, K):
-        window = window + (load_shifted(x, x_strides, state, offset, batch, token, channel, sequence, start, end, mask, channels, K, REVERSE),)
+        window = window + (
+            load_shifted(
+                x, x_strides, state, offset, batch, token, channel, sequence, start, end, mask, channels, K, REVERSE
+            ),
+        )
     total = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     spot = (batch, token, channel, start, end, mask)
     tile = (pid // tl.cdiv(channels, BLOCK_E)).to(tl.int64)
     for i in tl.static_range(len(filters)):
         taps, shift = load_filter(filters[i], channel, channels, K)
         for k in tl.static_range(K):
-            dpre = output_gradient(grads[i], grad_strides[i], window, taps, shift, spot, k, K, (i == 0) == REVERSE, SILU)
+            dpre = output_gradient(
+                grads[i], grad_strides[i], window, taps, shift, spot, k, K, (i == 0) == REVERSE, SILU
+            )
             total += dpre * taps[K - 1 - k]
             if k == 0:
-                store_partials(partials[i] + tile * (K + 1) * channels, dpre, window, channel, channels, K, (i == 0) == REVERSE)
+                store_partials(
+                    partials[i] + tile * (K + 1) * channels, dpre, window, channel, channels, K, (i == 0) == REVERSE
+                )
     if dx is not None:
         tl.store(dx + (batch * length + token) * channels + channel, cast(total, dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_step(x, strides, state, spot, step: tl.constexpr, channel, mask, channels, K: tl.constexpr, REVERSE: tl.constexpr):
+def load_step(
+    x, strides, state, spot, step: tl.constexpr, channel, mask, channels, K: tl.constexpr, REVERSE: tl.constexpr
+):
     """x of one step of a sequence, in scan order, or the initial state before it; zero past the end."""
     sequence, batch, start, count, length = spot
     if step < 0:
         return tl.load(state + (sequence * channels + channel) * (K - 1) + (K - 1 + step), mask=mask, other=0.0)
     near = tl.minimum(step, count - 1)
     token = tl.minimum(tl.maximum(start + (count - 1 - near if REVERSE else near), 0), length - 1)
-    value = tl.load(x + batch * strides[0] + token * strides[1] + channel * strides[2], mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(x + batch * strides[0] + token * strides[1] + channel * strides[2], mask=mask, other=0.0).to(
+        tl.float32
+    )
     return tl.where(step < count, value, 0.0)
 
 
@@ -216,7 +269,12 @@ def _owners(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
     """The sequence of each token, (L,) int64; empty sequences own none."""
     if cu_seqlens is None:
         return None
-    return torch.searchsorted(cu_seqlens, torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype), right=True) - 1
+    return (
+        torch.searchsorted(
+            cu_seqlens, torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype), right=True
+        )
+        - 1
+    )
 
 
 def conv(call: ConvCall) -> tuple[Tensor, ...]:
@@ -287,6 +345,17 @@ def conv_backward(grads: tuple[Tensor, ...], call: ConvCall, needs: frozenset[st
     dstate = torch.empty_like(initial_state)
     if width > 1:
         programs = initial_state.shape[0] * triton.cdiv(channels, CONV_STATE.constants["BLOCK_E"])
-        sources = (x, x.stride(), operands[0], grads[0], grads[0].stride(), initial_state, dstate, cu_seqlens, length, channels)
+        sources = (
+            x,
+            x.stride(),
+            operands[0],
+            grads[0],
+            grads[0].stride(),
+            initial_state,
+            dstate,
+            cu_seqlens,
+            length,
+            channels,
+        )
         launch(conv_state_kernel, programs, CONV_STATE, x.device, *sources, **constants)
     return dx, parameters, dstate

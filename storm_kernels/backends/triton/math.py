@@ -1,4 +1,6 @@
-"""Functions of one value, in float32, for every kernel of this folder: no inline assembly nor external functions, so the interpreter runs them."""
+"""Functions of one value, in float32, for every kernel of this folder: no inline assembly nor
+external functions, so the interpreter runs them.
+"""
 
 import triton
 import triton.language as tl
@@ -13,7 +15,9 @@ def sigmoid(v):
 
 @triton.jit
 def exp_negative(v):
-    """exp(-v) for v >= 0. ``exp2(v log2(e))`` alone is wrong by v ulp: take out the integer n next to v log2(e), exactly, with ln(2) in two parts."""
+    """exp(-v) for v >= 0. ``exp2(v log2(e))`` alone is wrong by v ulp: take out the integer n next
+    to v log2(e), exactly, with ln(2) in two parts.
+    """
     v = tl.minimum(v, 87.0, propagate_nan=tl.PropagateNan.ALL)
     shifted = v * 1.4426950408889634 + 12582912.0  # 1.5 * 2^23: n stands in the low bits
     n = shifted - 12582912.0
@@ -24,10 +28,13 @@ def exp_negative(v):
 
 @triton.jit
 def softplus(v):
-    """``log(1 + exp(v)) = max(v, 0) + log1p(exp(-|v|))``; above 20 the second term is under half an ulp, so docs/spec.md's threshold needs no branch.
+    """``log(1 + exp(v)) = max(v, 0) + log1p(exp(-|v|))``; above 20 the second term is under half an
+    ulp, so docs/spec.md's threshold needs no branch.
 
-    ``log1p(e) = e + e^2 series(e)`` on [0, 1]: relative to the result it is exact where exp(v) is tiny, as log1p is, and needs no division, whose
-    special cases cost eight instructions. The coefficients are a least-maximum fit; the result is off by at most 6e-9 of itself before rounding.
+    ``log1p(e) = e + e^2 series(e)`` on [0, 1]: relative to the result it is exact where exp(v) is
+    tiny, as log1p is, and needs no division, whose special cases cost eight instructions. The
+    coefficients are a least-maximum fit; the result is off by at most 6e-9 of itself before
+    rounding.
     """
     e = exp_negative(tl.abs(v))
     series = 0.020204348489642143 - e * 0.003318420145660639
@@ -43,14 +50,17 @@ def softplus(v):
 
 @triton.jit
 def product(a, b):
-    """``a * b`` rounded, for a sum over lanes. The compiler may fuse a plain product with the sum's first addition, of which each lane has another
-    half: then lanes that hold the same sum hold it in different bits, and which one is stored is chance."""
+    """``a * b`` rounded, for a sum over lanes. The compiler may fuse a plain product with the sum's
+    first addition, of which each lane has another half: then lanes that hold the same sum hold it
+    in different bits, and which one is stored is chance."""
     return tl.fma(a, b, 0.0)
 
 
 @triton.jit
 def cast(value, dtype: tl.constexpr):
-    """float32 to ``dtype``, rounded to nearest even. The interpreter cuts bfloat16 off instead, so there the rounding is done first, on the bits."""
+    """float32 to ``dtype``, rounded to nearest even. The interpreter cuts bfloat16 off instead, so
+    there the rounding is done first, on the bits.
+    """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)

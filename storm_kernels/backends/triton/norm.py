@@ -13,7 +13,21 @@ from .math import cast, product
 
 
 @triton.jit
-def norm_kernel(x, x_stride, residual, residual_stride, weight, bias, normed, summed, mean, rstd, channels, eps, BLOCK_C: tl.constexpr):
+def norm_kernel(
+    x,
+    x_stride,
+    residual,
+    residual_stride,
+    weight,
+    bias,
+    normed,
+    summed,
+    mean,
+    rstd,
+    channels,
+    eps,
+    BLOCK_C: tl.constexpr,
+):
     """One row a program."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK_C)
@@ -37,7 +51,20 @@ def norm_kernel(x, x_stride, residual, residual_stride, weight, bias, normed, su
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_backward_kernel(
-    grad, grad_strides, grad_sum, grad_sum_strides, summed, summed_stride, weight, mean, rstd, out, partials, rows, channels, BLOCK_C: tl.constexpr
+    grad,
+    grad_strides,
+    grad_sum,
+    grad_sum_strides,
+    summed,
+    summed_stride,
+    weight,
+    mean,
+    rstd,
+    out,
+    partials,
+    rows,
+    channels,
+    BLOCK_C: tl.constexpr,
 ):
     """Each program takes every `num_programs`-th row and writes its sums for weight and bias, (2, channels), once."""
     channel = tl.arange(0, BLOCK_C)
@@ -54,16 +81,22 @@ def norm_backward_kernel(
         weight_sum += dout * normal
         bias_sum += dout
         dnormal = product(dout, scale)
-        dvalue = inverse * (dnormal - tl.sum(dnormal, 0) / channels - normal * (tl.sum(product(dnormal, normal), 0) / channels))
+        dvalue = inverse * (
+            dnormal - tl.sum(dnormal, 0) / channels - normal * (tl.sum(product(dnormal, normal), 0) / channels)
+        )
         if grad_sum is not None:
-            dvalue += tl.load(grad_sum + row * grad_sum_strides[0] + channel * grad_sum_strides[1], mask=mask, other=0.0).to(tl.float32)
+            dvalue += tl.load(
+                grad_sum + row * grad_sum_strides[0] + channel * grad_sum_strides[1], mask=mask, other=0.0
+            ).to(tl.float32)
         tl.store(out + row * channels + channel, cast(dvalue, out.dtype.element_ty), mask=mask)
     partials += tl.program_id(0) * 2 * channels + channel
     tl.store(partials, weight_sum, mask=mask)
     tl.store(partials + channels, bias_sum, mask=mask)
 
 
-def norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`contract.Backend.norm`."""
     rows, channels = x.shape
     normed, summed = (torch.empty(rows, channels, dtype=x.dtype, device=x.device) for _ in range(2))

@@ -1,4 +1,6 @@
-"""Token reduction: temporal and spatial pooling with sampling in one pass (docs/spec.md, Token reduction), and the sums of the scan's partials."""
+"""Token reduction: temporal and spatial pooling with sampling in one pass (docs/spec.md, Token
+reduction), and the sums of the scan's partials.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from .math import cast, sigmoid
 
 
 def token_places(grid: TokenGrid, reduction: TokenReduction, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each token, int64 (T*H*W,): the row of the output that averages it, and its place among the kept tokens; both -1 if it is dropped."""
+    """For each token, int64 (T*H*W,): the row of the output that averages it, and its place among
+    the kept tokens; both -1 if it is dropped.
+    """
     small = reduction.reduced(grid)
     t, i, j = (torch.arange(side, dtype=torch.int64, device=device) for side in (grid.frames, grid.height, grid.width))
     pooled = t // reduction.temporal_pool
@@ -39,7 +43,9 @@ def inverse_counts(grid: TokenGrid, reduction: TokenReduction, device: torch.dev
 
 @triton.jit
 def tile_of(program, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The tile of a (rows, channels) matrix that a program owns, channels fastest: row (BLOCK_R, 1) int64, channel (1, BLOCK_C), mask."""
+    """The tile of a (rows, channels) matrix that a program owns, channels fastest: row (BLOCK_R, 1)
+    int64, channel (1, BLOCK_C), mask.
+    """
     blocks = tl.cdiv(channels, BLOCK_C)
     row = (program // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     channel = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -47,8 +53,12 @@ def tile_of(program, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexp
 
 
 @triton.jit(do_not_specialize=["rows", "out_tokens"])
-def combine_kernel(parts, scale, z, z_strides, out, rows, out_tokens, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """out = (first part + second part) * scale of the row, or * SiLU(z); parts and out (batch * out_tokens, channels), contiguous."""
+def combine_kernel(
+    parts, scale, z, z_strides, out, rows, out_tokens, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """out = (first part + second part) * scale of the row, or * SiLU(z); parts and out (batch *
+    out_tokens, channels), contiguous.
+    """
     row, channel, mask = tile_of(tl.program_id(0), rows, channels, BLOCK_R, BLOCK_C)
     at = row * channels + channel
     total = tl.load(parts[0] + at, mask=mask, other=0.0)
@@ -57,16 +67,37 @@ def combine_kernel(parts, scale, z, z_strides, out, rows, out_tokens, channels, 
     if scale is not None:
         total *= tl.load(scale + row % out_tokens)
     if z is not None:
-        gate = tl.load(z + row // out_tokens * z_strides[0] + row % out_tokens * z_strides[1] + channel, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(
+            z + row // out_tokens * z_strides[0] + row % out_tokens * z_strides[1] + channel, mask=mask, other=0.0
+        ).to(tl.float32)
         total *= gate * sigmoid(gate)
     tl.store(out + at, cast(total, out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "frames", "height", "width", "out_tokens", "out_height", "out_width", "k", "p", "s"])
+@triton.jit(
+    do_not_specialize=["rows", "frames", "height", "width", "out_tokens", "out_height", "out_width", "k", "p", "s"]
+)
 def reduce_kernel(
-    x, strides, out, rows, channels, frames, height, width, out_tokens, out_height, out_width, k, p, s, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    x,
+    strides,
+    out,
+    rows,
+    channels,
+    frames,
+    height,
+    width,
+    out_tokens,
+    out_height,
+    out_width,
+    k,
+    p,
+    s,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """x (batch, frames*height*width, channels) -> out (batch * out_tokens, channels); k frames, p x p tokens, every s-th pooled frame."""
+    """x (batch, frames*height*width, channels) -> out (batch * out_tokens, channels); k frames, p x
+    p tokens, every s-th pooled frame.
+    """
     row, channel, mask = tile_of(tl.program_id(0), rows, channels, BLOCK_R, BLOCK_C)
     token = row % out_tokens
     first_t = token // (out_height * out_width) * s * k
@@ -79,14 +110,20 @@ def reduce_kernel(
             for dj in range(0, tl.minimum(p, width)):
                 t, i, j = first_t + dt, first_i + di, first_j + dj
                 inside = (t < frames) & (i < height) & (j < width)
-                total += tl.load(x + ((t * height + i) * width + j) * strides[1], mask=mask & inside, other=0.0).to(tl.float32)
+                total += tl.load(x + ((t * height + i) * width + j) * strides[1], mask=mask & inside, other=0.0).to(
+                    tl.float32
+                )
     count = tl.minimum(frames - first_t, k) * tl.minimum(height - first_i, p) * tl.minimum(width - first_j, p)
     tl.store(out + row * channels + channel, cast(total / count.to(tl.float32), out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
-def spread_kernel(grad, strides, places, weights, out, rows, tokens, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Adjoint of `reduce_kernel`: out (batch * tokens, channels) = each token's weight times the gradient of its row, zero if it has none."""
+def spread_kernel(
+    grad, strides, places, weights, out, rows, tokens, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Adjoint of `reduce_kernel`: out (batch * tokens, channels) = each token's weight times the
+    gradient of its row, zero if it has none.
+    """
     row, channel, mask = tile_of(tl.program_id(0), rows, channels, BLOCK_R, BLOCK_C)
     source = tl.load(places + row % tokens)
     kept = tl.maximum(source, 0)
@@ -101,14 +138,29 @@ def tiles(rows: int, channels: int, config: Config = ROWS) -> int:
 
 
 def combine(parts: list[Tensor], dtype: torch.dtype, *, scale: Tensor | None = None, z: Tensor | None = None) -> Tensor:
-    """Sum of one or two float32 (batch, tokens, channels), in a fixed order, times ``scale`` (tokens,) or SiLU(z), in ``dtype``."""
+    """Sum of one or two float32 (batch, tokens, channels), in a fixed order, times ``scale``
+    (tokens,) or SiLU(z), in ``dtype``.
+    """
     batch, tokens, channels = parts[0].shape
     if len(parts) == 1 and scale is None and z is None:
         return parts[0].to(dtype)
     out = torch.empty(parts[0].shape, dtype=dtype, device=parts[0].device)
     rows = batch * tokens
     z_strides = (0, 0) if z is None else z.stride()[:2]
-    launch(combine_kernel, tiles(rows, channels), ROWS, out.device, tuple(parts), scale, z, z_strides, out, rows, tokens, channels)
+    launch(
+        combine_kernel,
+        tiles(rows, channels),
+        ROWS,
+        out.device,
+        tuple(parts),
+        scale,
+        z,
+        z_strides,
+        out,
+        rows,
+        tokens,
+        channels,
+    )
     return out
 
 
@@ -120,7 +172,19 @@ def reduce(x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:
     rows = batch * small.tokens
     sizes = (grid.frames, grid.height, grid.width, small.tokens, small.height, small.width)
     pools = (reduction.temporal_pool, reduction.spatial_pool, reduction.temporal_stride)
-    launch(reduce_kernel, tiles(rows, channels, POOL), POOL, x.device, x, x.stride()[:2], out, rows, channels, *sizes, *pools)
+    launch(
+        reduce_kernel,
+        tiles(rows, channels, POOL),
+        POOL,
+        x.device,
+        x,
+        x.stride()[:2],
+        out,
+        rows,
+        channels,
+        *sizes,
+        *pools,
+    )
     return out
 
 
@@ -131,5 +195,18 @@ def reduce_backward(grad: Tensor, grid: TokenGrid, reduction: TokenReduction) ->
     places, _ = token_places(grid, reduction, grad.device)
     weights = inverse_counts(grid, reduction, grad.device)
     rows = batch * grid.tokens
-    launch(spread_kernel, tiles(rows, channels), ROWS, grad.device, grad, grad.stride(), places, weights, out, rows, grid.tokens, channels)
+    launch(
+        spread_kernel,
+        tiles(rows, channels),
+        ROWS,
+        grad.device,
+        grad,
+        grad.stride(),
+        places,
+        weights,
+        out,
+        rows,
+        grid.tokens,
+        channels,
+    )
     return out

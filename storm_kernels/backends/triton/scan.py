@@ -1,4 +1,5 @@
-"""Selective scan, forward: sequential in time, one warp for a block of channels of one direction of one sequence (docs/spec.md, Mixer).
+"""Selective scan, forward: sequential in time, one warp for a block of channels of one direction of
+one sequence (docs/spec.md, Mixer).
 
 Symbols as in `scan_layout`; a *step* counts tokens in scan order: in reverse, the last is 0.
 """
@@ -15,13 +16,33 @@ from .configs import SCAN_FORWARD
 from .launch import launch
 from .math import cast, sigmoid
 from .reduce import combine, inverse_counts, token_places
-from .scan_layout import INTERVAL, Shape, checkpoint_shapes, direction_operands, gate_mode, gate_operands, states_first, states_last
-from .scan_steps import advance, first_checkpoint, load_drive, load_gate, load_parameters, locate, open_streams, states_place
+from .scan_layout import (
+    INTERVAL,
+    Shape,
+    checkpoint_shapes,
+    direction_operands,
+    gate_mode,
+    gate_operands,
+    states_first,
+    states_last,
+)
+from .scan_steps import (
+    advance,
+    first_checkpoint,
+    load_drive,
+    load_gate,
+    load_parameters,
+    locate,
+    open_streams,
+    states_place,
+)
 
 
 @triton.jit
 def load_token(streams, out, rows, t, lanes, GATE: tl.constexpr, REDUCE: tl.constexpr):
-    """What token t reads of the large tensors: u, delta, z, the offset of its row of sums and, if REDUCE is "apart", the sum that stands there."""
+    """What token t reads of the large tensors: u, delta, z, the offset of its row of sums and, if
+    REDUCE is "apart", the sum that stands there.
+    """
     u_t, delta_t = load_drive(streams, t, lanes)
     z_t = load_gate(streams, t, lanes, GATE)
     row, total = 0, 0
@@ -56,7 +77,9 @@ def output(h, c, D, u, z, GATE: tl.constexpr):
 
 @triton.jit
 def emit(out, h, c, D, token, t, channels, lanes, mask, GATE: tl.constexpr, REDUCE: tl.constexpr):
-    """Write one token's `output`; with a reduction, add it to its row's sum, which no other program touches, or skip a dropped token."""
+    """Write one token's `output`; with a reduction, add it to its row's sum, which no other program
+    touches, or skip a dropped token.
+    """
     u, z, row, total = token
     if REDUCE == "none":
         tl.store(out + t * channels + lanes, cast(output(h, c, D, u, z, GATE), out.dtype.element_ty), mask=mask)
@@ -88,9 +111,12 @@ def scan_direction(
 ):
     operands, out, checkpoints = direction
     gate, rows, initial, final, cu_seqlens = shared
-    sequence, batch, start, count, _block, group, lanes, mask = locate(program, cu_seqlens, length, channels // groups, groups, BLOCK_E)
-    # Clamped channels need no mask; that they are not known to be contiguous also keeps the compiler from giving a lane four neighbouring
-    # channels and a quarter of the states, which would cost shuffles at every token.
+    sequence, batch, start, count, _block, group, lanes, mask = locate(
+        program, cu_seqlens, length, channels // groups, groups, BLOCK_E
+    )
+    # Clamped channels need no mask; that they are not known to be contiguous also keeps the
+    # compiler from giving a lane four neighbouring channels and a quarter of the states, which
+    # would cost shuffles at every token.
     lanes = tl.minimum(lanes, (group + 1) * (channels // groups) - 1)
     streams, bc, bc_stride = open_streams(operands, gate, batch, group, length, groups, STATES, GATE)
     A, D, delta_bias = load_parameters(operands, channels, lanes, STATES, BLOCK_E)
@@ -106,13 +132,18 @@ def scan_direction(
     b = tl.load(bc + t * bc_stride + states)
     c = tl.load(bc + t * bc_stride + STATES + states)
     group_now = load_group(streams, out, rows, t, step, tl.maximum(count - 1, 0), lanes, GROUP, True, GATE, REDUCE)
-    # Whole groups with a whole group after them: that one is loaded while this one is computed, B and C one step ahead.
+    # Whole groups with a whole group after them: that one is loaded while this one is computed, B
+    # and C one step ahead.
     ahead = tl.maximum((count - GROUP) // GROUP, 0) * GROUP
     span = count if checkpoints is None else INTERVAL
     for begin in range(0, count, span):
         end = tl.minimum(begin + span, count)
         if checkpoints is not None:
-            tl.store(states_place(checkpoints, checkpoint + begin // INTERVAL, channels, lanes, STATES), h, mask=mask[None, :])
+            tl.store(
+                states_place(checkpoints, checkpoint + begin // INTERVAL, channels, lanes, STATES),
+                h,
+                mask=mask[None, :],
+            )
         for _whole in range(begin, tl.minimum(ahead, end), GROUP):
             group_next = load_group(streams, out, rows, t + GROUP * step, step, 0, lanes, GROUP, False, GATE, REDUCE)
             for r in tl.static_range(GROUP):
@@ -164,11 +195,14 @@ def scan_kernel(
 
 
 def reduce_mode(grid: TokenGrid | None, reduction: TokenReduction | None) -> str:
-    """How a token meets the sum of its row: "none"; "apart" where all tokens are kept and those of two groups in a row have different rows, so that
-    sums can be read ahead; else "any"."""
+    """How a token meets the sum of its row: "none"; "apart" where all tokens are kept and those of
+    two groups in a row have different rows, so that sums can be read ahead; else "any"."""
     if reduction is None:
         return "none"
-    alone = reduction.spatial_pool == reduction.temporal_stride == 1 and grid.tokens_per_frame >= 2 * SCAN_FORWARD.constants["GROUP"]
+    alone = (
+        reduction.spatial_pool == reduction.temporal_stride == 1
+        and grid.tokens_per_frame >= 2 * SCAN_FORWARD.constants["GROUP"]
+    )
     return "apart" if alone else "any"
 
 
@@ -179,20 +213,33 @@ def scan(call: ScanCall, save_checkpoints: bool) -> ScanResult:
     shape, dtype, device = Shape.of(first, cu_seqlens), first.u.dtype, first.u.device
     out_length = reduction.reduced(grid).tokens if reduction else shape.length
     rows, places = token_places(grid, reduction, device) if reduction else (None, None)
-    # Both directions, whole: z is read once, where their sum is formed. Reduced, each direction gates what it adds up.
+    # Both directions, whole: z is read once, where their sum is formed. Reduced, each direction
+    # gates what it adds up.
     gate = None if both and not reduction else z
     new = torch.zeros if reduction else torch.empty
-    outs = [new(shape.batch, out_length, shape.channels, dtype=torch.float32 if both or reduction else dtype, device=device) for _ in directions]
-    kept = checkpoint_shapes(*shape[:4], directions=len(directions), sequences=0 if cu_seqlens is None else shape.sequences)
-    checkpoints = tuple(torch.empty(one, dtype=torch.float32, device=device) for one in kept) if save_checkpoints else (None,) * 2
-    final = None if both else torch.empty(shape.sequences, shape.padded, shape.channels, dtype=torch.float32, device=device)
+    outs = [
+        new(shape.batch, out_length, shape.channels, dtype=torch.float32 if both or reduction else dtype, device=device)
+        for _ in directions
+    ]
+    kept = checkpoint_shapes(
+        *shape[:4], directions=len(directions), sequences=0 if cu_seqlens is None else shape.sequences
+    )
+    checkpoints = (
+        tuple(torch.empty(one, dtype=torch.float32, device=device) for one in kept) if save_checkpoints else (None,) * 2
+    )
+    final = (
+        None if both else torch.empty(shape.sequences, shape.padded, shape.channels, dtype=torch.float32, device=device)
+    )
     initial = None if initial_state is None else states_first(initial_state)
     launch(
         scan_kernel,
         len(directions) * shape.programs(SCAN_FORWARD.constants["BLOCK_E"]),
         SCAN_FORWARD,
         device,
-        tuple((direction_operands(one), out, saved) for one, out, saved in zip(directions, outs, checkpoints, strict=False)),
+        tuple(
+            (direction_operands(one), out, saved)
+            for one, out, saved in zip(directions, outs, checkpoints, strict=False)
+        ),
         (gate_operands(gate, places), None if rows is None else rows * shape.channels, initial, final, cu_seqlens),
         shape.length,
         out_length,
@@ -206,7 +253,14 @@ def scan(call: ScanCall, save_checkpoints: bool) -> ScanResult:
         INTERVAL=INTERVAL,
     )
     if both or reduction:
-        out = combine(outs, dtype, z=None if reduction else z, scale=inverse_counts(grid, reduction, device) if reduction else None)
+        out = combine(
+            outs,
+            dtype,
+            z=None if reduction else z,
+            scale=inverse_counts(grid, reduction, device) if reduction else None,
+        )
     else:
         out = outs[0]
-    return ScanResult(out, None if final is None else states_last(final, shape.states), checkpoints if save_checkpoints else ())
+    return ScanResult(
+        out, None if final is None else states_last(final, shape.states), checkpoints if save_checkpoints else ()
+    )

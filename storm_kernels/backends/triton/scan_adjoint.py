@@ -17,7 +17,9 @@ def load_states(tile, STATES: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def add_to(total, tail, value, mask):
-    """Add to a sum in memory that keeps its rounding errors apart (Knuth's two-sum), so that a long video costs no accuracy."""
+    """Add to a sum in memory that keeps its rounding errors apart (Knuth's two-sum), so that a long
+    video costs no accuracy.
+    """
     before = tl.load(total, mask=mask, other=0.0)
     after = before + value
     took = after - before
@@ -27,10 +29,17 @@ def add_to(total, tail, value, mask):
 
 @triton.jit
 def add_sums(totals, sums, sequence, channels, channel, mask, STATES: tl.constexpr):
-    """`add_to` of dA (STATES, BLOCK_E), dD and d(delta_bias) (BLOCK_E,), the rows of ``totals`` (n, 2, STATES + 2, E)."""
+    """`add_to` of dA (STATES, BLOCK_E), dD and d(delta_bias) (BLOCK_E,), the rows of ``totals`` (n,
+    2, STATES + 2, E).
+    """
     total = totals + sequence.to(tl.int64) * (2 * (STATES + 2)) * channels
     tail = total + (STATES + 2) * channels
-    add_to(states_place(total, 0, channels, channel, STATES), states_place(tail, 0, channels, channel, STATES), sums[0], mask[None, :])
+    add_to(
+        states_place(total, 0, channels, channel, STATES),
+        states_place(tail, 0, channels, channel, STATES),
+        sums[0],
+        mask[None, :],
+    )
     dD, dbias = STATES * channels + channel, (STATES + 1) * channels + channel
     add_to(total + dD, tail + dD, sums[1], mask)
     add_to(total + dbias, tail + dbias, sums[2], mask)
@@ -52,7 +61,18 @@ def load_gradient(source, t, lanes, mask, REDUCE: tl.constexpr):
 
 
 @triton.jit
-def replay_token(h, t, inputs, outputs, lanes, spot, STATES: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr, REDUCE: tl.constexpr):
+def replay_token(
+    h,
+    t,
+    inputs,
+    outputs,
+    lanes,
+    spot,
+    STATES: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    GATE: tl.constexpr,
+    REDUCE: tl.constexpr,
+):
     """One step forward again; writes dz and dC. -> state, (u, delta before and after softplus, decay, dy)."""
     streams, bc, bc_stride, source, parameters = inputs
     A, D, delta_bias = parameters  # a line of its own: Triton 3.7 takes no nested target
@@ -83,7 +103,9 @@ def replay_token(h, t, inputs, outputs, lanes, spot, STATES: tl.constexpr, SOFTP
 
 @triton.jit
 def adjoint_token(g, sums, before, token, t, inputs, outputs, spot, STATES: tl.constexpr, SOFTPLUS: tl.constexpr):
-    """One step of the adjoint from the gradient g that reaches its state; writes du, ddelta, dB. -> g of the step before, sums with its own added."""
+    """One step of the adjoint from the gradient g that reaches its state; writes du, ddelta, dB. ->
+    g of the step before, sums with its own added.
+    """
     _, bc, bc_stride, _, parameters = inputs
     A, D, _ = parameters
     du, ddelta, _, dbc = outputs
@@ -114,7 +136,9 @@ def adjoint_group(
     g, sums, tile, t, inputs, outputs, lanes, spot, STATES: tl.constexpr, STEP: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr,
     REDUCE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint of GROUP steps from token t on, whose first state lies at ``tile``: forward to keep what each needs, then back."""
+    """The adjoint of GROUP steps from token t on, whose first state lies at ``tile``: forward to
+    keep what each needs, then back.
+    """
     h = tl.load(tile)
     before = ()
     tokens = ()

@@ -1,11 +1,13 @@
-"""Selective scan, backward: the adjoint of the recurrence in `scan`, from its checkpoints, in the same mapping and without atomics.
+"""Selective scan, backward: the adjoint of the recurrence in `scan`, from its checkpoints, in the
+same mapping and without atomics.
 
 With h' the gradient that reaches a state from the step after it, one step is
     dy = dout SiLU(z)          g = h' + C dy              q = g . B
     du = delta q + D dy        w = exp(delta A) g h_before        ddelta = u q + w . A
     dB = sum_e g delta u       dC = sum_e dy h            dA += delta w       h' = exp(delta A) g
-A program owns its channels through the whole sequence: it sums dA, dD, d(delta_bias) in registers over FLUSH groups and adds that to memory that
-no other program touches. Only dB and dC need other channels: each program writes its own partial, summed later in a fixed order.
+A program owns its channels through the whole sequence: it sums dA, dD, d(delta_bias) in registers
+over FLUSH groups and adds that to memory that no other program touches. Only dB and dC need other
+channels: each program writes its own partial, summed later in a fixed order.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def keep_states(
     h, t, scratch, groups_before, inputs, lanes, STATES: tl.constexpr, STEP: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """From state h before token t on: writes it and the states after each of ``groups_before`` groups to ``scratch``."""
+    """From state h before token t on: writes it and the states after each of ``groups_before``
+    groups to ``scratch``.
+    """
     streams, bc, bc_stride, _, parameters = inputs
     A, _, delta_bias = parameters
     tl.store(load_states(scratch, STATES, BLOCK_E), h)
@@ -67,8 +71,11 @@ def backward_direction(
     operands, checkpoints, outputs = direction
     du, ddelta, dz, dbc, totals = outputs
     gate, grad, grad_strides, grad_rows, grad_final, grad_initial, cu_seqlens, scratch = shared
-    sequence, batch, start, count, block, group, channel, mask = locate(program, cu_seqlens, length, channels // groups, groups, BLOCK_E)
-    # Clamped channels need no mask in loads: a channel that is not real gets no gradient, so it adds nothing to dB and dC.
+    sequence, batch, start, count, block, group, channel, mask = locate(
+        program, cu_seqlens, length, channels // groups, groups, BLOCK_E
+    )
+    # Clamped channels need no mask in loads: a channel that is not real gets no gradient, so it
+    # adds nothing to dB and dC.
     lanes = tl.minimum(channel, (group + 1) * (channels // groups) - 1)
     streams, bc, bc_stride = open_streams(operands, gate, batch, group, length, groups, STATES, GATE)
     if dbc is not None:
@@ -87,28 +94,41 @@ def backward_direction(
     step: tl.constexpr = -1 if REVERSE else 1
     sequence32 = sequence.to(tl.int32)
     first = tl.maximum(start + (count - 1 if REVERSE else 0), 0)
-    nothing = (tl.zeros([STATES, BLOCK_E], tl.float32), tl.zeros([BLOCK_E], tl.float32), tl.zeros([BLOCK_E], tl.float32))
-    # Registers are short: intervals, and steps within one, are counted in 32 bits, and checkpoints are read at the places that `add_sums` writes at.
+    nothing = (
+        tl.zeros([STATES, BLOCK_E], tl.float32),
+        tl.zeros([BLOCK_E], tl.float32),
+        tl.zeros([BLOCK_E], tl.float32),
+    )
+    # Registers are short: intervals, and steps within one, are counted in 32 bits, and checkpoints
+    # are read at the places that `add_sums` writes at.
     chunks = tl.cdiv(count, INTERVAL).to(tl.int32)
     steps = (count - tl.full([], INTERVAL, tl.int64) * (chunks - 1)).to(tl.int32)
     for chunk in range(chunks - 1, -1, -1):
         done = tl.full([], INTERVAL, tl.int64) * chunk
         whole = steps // GROUP
         origin = first + done * step
-        h = tl.load(states_place(checkpoints, checkpoint + chunk, channels, channel, STATES), mask=mask[None, :], other=0.0)
-        keep_states(h, origin, scratch, tl.cdiv(steps, GROUP) - 1, inputs, lanes, STATES, step, SOFTPLUS, BLOCK_E, GROUP)
+        h = tl.load(
+            states_place(checkpoints, checkpoint + chunk, channels, channel, STATES), mask=mask[None, :], other=0.0
+        )
+        keep_states(
+            h, origin, scratch, tl.cdiv(steps, GROUP) - 1, inputs, lanes, STATES, step, SOFTPLUS, BLOCK_E, GROUP
+        )
         tl.debug_barrier()  # a lane may read below what another one wrote
 
         sums = nothing
         if whole * GROUP < steps:
             tile = load_states(scratch + whole * (STATES * BLOCK_E), STATES, BLOCK_E)
             t = origin + whole * (GROUP * step)
-            g, sums = adjoint_group(g, sums, tile, t, inputs, per_token, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, 1)
+            g, sums = adjoint_group(
+                g, sums, tile, t, inputs, per_token, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, 1
+            )
         for part in range(tl.maximum(tl.cdiv(whole, FLUSH), 1) - 1, -1, -1):
             for k in range(tl.minimum((part + 1) * FLUSH, whole) - 1, part * FLUSH - 1, -1):
                 tile = load_states(scratch + k * (STATES * BLOCK_E), STATES, BLOCK_E)
                 t = origin + k * (GROUP * step)
-                g, sums = adjoint_group(g, sums, tile, t, inputs, per_token, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, GROUP)
+                g, sums = adjoint_group(
+                    g, sums, tile, t, inputs, per_token, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, GROUP
+                )
             add_sums(totals, sums, sequence32, channels, channel, mask, STATES)
             sums = nothing
         tl.debug_barrier()  # nor may the next interval's states overtake the reads of this one's
@@ -146,7 +166,11 @@ def backward_kernel(
 
 
 def scan_backward(
-    grad_out: Tensor, grad_final_state: Tensor | None, call: ScanCall, checkpoints: tuple[Tensor, ...], needs: frozenset[str]
+    grad_out: Tensor,
+    grad_final_state: Tensor | None,
+    call: ScanCall,
+    checkpoints: tuple[Tensor, ...],
+    needs: frozenset[str],
 ) -> ScanBackwardResult:
     """`contract.Backend.scan_backward`."""
     directions, z, delta_softplus, initial_state, cu_seqlens, grid, reduction = call
@@ -165,7 +189,10 @@ def scan_backward(
         programs,
         SCAN_BACKWARD,
         device,
-        tuple((direction_operands(one), saved, out) for one, saved, out in zip(directions, checkpoints, outputs, strict=True)),
+        tuple(
+            (direction_operands(one), saved, out)
+            for one, saved, out in zip(directions, checkpoints, outputs, strict=True)
+        ),
         (*_sources(grad_out, z, grid, reduction), grad_final, grad_initial, cu_seqlens, scratch),
         shape.length,
         shape.channels,
@@ -186,8 +213,10 @@ def scan_backward(
 
 
 def _sources(grad_out: Tensor, z: Tensor | None, grid: TokenGrid | None, reduction: TokenReduction | None) -> tuple:
-    """(z, its strides, None), the gradient, its strides, and a table. With a reduction, the gradient is that of one token's share of each row, and a
-    row of zeros for the dropped ones; the table is (L, 2) int32: the row of each token's z and of its gradient (offsets would cost registers)."""
+    """(z, its strides, None), the gradient, its strides, and a table. With a reduction, the
+    gradient is that of one token's share of each row, and a row of zeros for the dropped ones; the
+    table is (L, 2) int32: the row of each token's z and of its gradient (offsets would cost
+    registers)."""
     strides = (0, 0) if z is None else z.stride()[:2]
     if reduction is None:
         return (z, strides, None), grad_out, grad_out.stride(), None
@@ -204,7 +233,9 @@ class Outputs(NamedTuple):
 
     du: Tensor | None  # (batch, L, E)
     ddelta: Tensor | None  # (batch, L, E)
-    dz: Tensor | None  # (batch, L, E), also where z holds the kept tokens only: offsets would cost registers; float32 if there is another direction
+    dz: (
+        Tensor | None
+    )  # (batch, L, E), also where z holds the kept tokens only: offsets would cost registers; float32 if there is another direction
     dbc: Tensor | None  # (batch, channel blocks of a group, L, G, 2, Sp) float32
     totals: Tensor  # (n, 2, Sp + 2, E) float32 from zero: the sums of dA, dD and d(delta_bias), and what rounding took from them
 
@@ -215,8 +246,12 @@ def _outputs(one: ScanInputs, z: Tensor | None, shape: Shape, alone: bool, needs
     return Outputs(
         torch.empty(one.u.shape, dtype=one.u.dtype, device=one.u.device) if "u" in needs else None,
         torch.empty(one.delta.shape, dtype=one.delta.dtype, device=one.u.device) if "delta" in needs else None,
-        torch.empty(one.u.shape, dtype=z.dtype if alone else torch.float32, device=z.device) if z is not None and "z" in needs else None,
-        torch.empty(shape.batch, blocks, shape.length, shape.groups, 2, shape.padded, **floats) if needs & {"B", "C"} else None,
+        torch.empty(one.u.shape, dtype=z.dtype if alone else torch.float32, device=z.device)
+        if z is not None and "z" in needs
+        else None,
+        torch.empty(shape.batch, blocks, shape.length, shape.groups, 2, shape.padded, **floats)
+        if needs & {"B", "C"}
+        else None,
         torch.zeros(shape.sequences, 2, shape.padded + 2, shape.channels, **floats),
     )
 

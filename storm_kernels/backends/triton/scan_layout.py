@@ -1,8 +1,10 @@
-"""What the forward and the backward scan share on the host: the layouts their kernels read, and the facts that choose a kernel.
+"""What the forward and the backward scan share on the host: the layouts their kernels read, and the
+facts that choose a kernel.
 
-Symbols: E channels, S states, Sp = S rounded up to a power of two, G groups, n sequences.
-Tensors of states are kept states first, (..., Sp, E), so that lanes meet channels; B and C are packed in float32 to (batch, L, G, 2, Sp):
-2 Sp floats a token beside 4 E activations, and their loads are then aligned, unmasked and free of conversions whatever S, dtypes and strides are.
+Symbols: E channels, S states, Sp = S rounded up to a power of two, G groups, n sequences. Tensors
+of states are kept states first, (..., Sp, E), so that lanes meet channels; B and C are packed in
+float32 to (batch, L, G, 2, Sp): 2 Sp floats a token beside 4 E activations, and their loads are
+then aligned, unmasked and free of conversions whatever S, dtypes and strides are.
 """
 
 from __future__ import annotations
@@ -32,7 +34,14 @@ class Shape(NamedTuple):
     @classmethod
     def of(cls, one: ScanInputs, cu_seqlens: Tensor | None) -> Shape:
         batch, length, channels = one.u.shape
-        return cls(batch, length, channels, one.A.shape[1], one.B.shape[2], batch if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        return cls(
+            batch,
+            length,
+            channels,
+            one.A.shape[1],
+            one.B.shape[2],
+            batch if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        )
 
     @property
     def padded(self) -> int:
@@ -48,8 +57,12 @@ class Shape(NamedTuple):
         return self.sequences * self.groups * self.blocks(width)
 
 
-def checkpoint_shapes(batch: int, length: int, channels: int, states: int, *, directions: int, sequences: int, **gate) -> tuple[tuple[int, ...], ...]:
-    """The state before every `INTERVAL`-th step of each sequence; packed sequence i starts at row ``cu_seqlens[i] // INTERVAL + i``."""
+def checkpoint_shapes(
+    batch: int, length: int, channels: int, states: int, *, directions: int, sequences: int, **gate
+) -> tuple[tuple[int, ...], ...]:
+    """The state before every `INTERVAL`-th step of each sequence; packed sequence i starts at row
+    ``cu_seqlens[i] // INTERVAL + i``.
+    """
     rows = length // INTERVAL + sequences if sequences else batch * -(-length // INTERVAL)
     return ((rows, triton.next_power_of_2(states), channels),) * directions
 
@@ -82,7 +95,9 @@ def direction_operands(one: ScanInputs) -> tuple:
 
 
 def gate_operands(z: Tensor | None, places: Tensor | None) -> tuple:
-    """z, its strides in batch and time, and where each token's stands if z holds the kept tokens only; ``places`` as of `reduce.token_places`."""
+    """z, its strides in batch and time, and where each token's stands if z holds the kept tokens
+    only; ``places`` as of `reduce.token_places`.
+    """
     offsets = None if z is None or places is None else places.clamp(min=0) * z.stride(1)
     return z, (0, 0) if z is None else z.stride()[:2], offsets
 

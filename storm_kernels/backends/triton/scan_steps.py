@@ -1,4 +1,6 @@
-"""What the forward and the backward scan share on the device: where a program works, what it reads, and one step of the recurrence."""
+"""What the forward and the backward scan share on the device: where a program works, what it reads,
+and one step of the recurrence.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from .math import softplus
 
 @triton.jit
 def locate(program, cu_seqlens, length, group_channels, groups, BLOCK_E: tl.constexpr):
-    """-> sequence, batch, its first token, how many it has; block of channels within its group, group, the channels, and which of them are real."""
+    """-> sequence, batch, its first token, how many it has; block of channels within its group,
+    group, the channels, and which of them are real.
+    """
     blocks = tl.cdiv(group_channels, BLOCK_E)
     block = program % blocks
     group = (program // blocks) % groups
@@ -28,13 +32,23 @@ def locate(program, cu_seqlens, length, group_channels, groups, BLOCK_E: tl.cons
 
 @triton.jit
 def open_streams(operands, gate, batch, group, length, groups, STATES: tl.constexpr, GATE: tl.constexpr):
-    """`scan_layout.direction_operands`, `gate_operands` -> (u, delta, z, their strides in time, offsets) of a batch; its B and C, their stride."""
+    """`scan_layout.direction_operands`, `gate_operands` -> (u, delta, z, their strides in time,
+    offsets) of a batch; its B and C, their stride.
+    """
     u, delta, bc, _, _, _, u_strides, delta_strides = operands
     z, z_strides, offsets = gate
     start = u  # not read
     if GATE != "none":
         start = z + batch * z_strides[0]
-    streams = (u + batch * u_strides[0], delta + batch * delta_strides[0], start, u_strides[1], delta_strides[1], z_strides[1], offsets)
+    streams = (
+        u + batch * u_strides[0],
+        delta + batch * delta_strides[0],
+        start,
+        u_strides[1],
+        delta_strides[1],
+        z_strides[1],
+        offsets,
+    )
     bc_stride = groups * (2 * STATES)
     return streams, bc + (batch * length * groups + group) * (2 * STATES), bc_stride
 
@@ -72,7 +86,9 @@ def load_gate(streams, t, lanes, GATE: tl.constexpr):
 
 @triton.jit
 def rate_of(delta):
-    """log2(e) delta, for 2^(rate A) is exp(delta A). It is not A that takes log2(e): log2(e) A is infinite where |A| is above 2.36e38."""
+    """log2(e) delta, for 2^(rate A) is exp(delta A). It is not A that takes log2(e): log2(e) A is
+    infinite where |A| is above 2.36e38.
+    """
     return delta * 1.4426950408889634
 
 

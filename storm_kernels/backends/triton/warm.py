@@ -1,4 +1,6 @@
-"""The launches of every operation for given shapes, without running them: to compile ahead of the first use, or for another GPU."""
+"""The launches of every operation for given shapes, without running them: to compile ahead of the
+first use, or for another GPU.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,22 @@ def model_launches(
     bidirectional: bool = True,
     backward: bool = False,
 ) -> list[Launch]:
-    """What a projector's layers launch on a video of ``grid``: with softplus, gate, D and biases, as `BiMambaMixer` calls the operations."""
+    """What a projector's layers launch on a video of ``grid``: with softplus, gate, D and biases,
+    as `BiMambaMixer` calls the operations.
+    """
     length = grid.tokens
     activation = _meta(1, length, d_inner, dtype=dtype)
-    # x and dt come out of projections as column slices; B and C follow dt in the same rows, whatever the kernels make of that
+    # x and dt come out of projections as column slices; B and C follow dt in the same rows,
+    # whatever the kernels make of that
     x = _meta(1, length, 2 * d_inner, dtype=dtype)[..., :d_inner]
-    filters = tuple(ConvFilter(_meta(d_inner, d_conv), _meta(d_inner), reverse) for reverse in (False, True)[: 1 + bidirectional])
-    hidden, channel, state = _meta(length, d_model, dtype=dtype), _meta(d_inner), _meta(1, length, 1, d_state, dtype=dtype)
+    filters = tuple(
+        ConvFilter(_meta(d_inner, d_conv), _meta(d_inner), reverse) for reverse in (False, True)[: 1 + bidirectional]
+    )
+    hidden, channel, state = (
+        _meta(length, d_model, dtype=dtype),
+        _meta(d_inner),
+        _meta(1, length, 1, d_state, dtype=dtype),
+    )
     one = ScanInputs(activation, activation, _meta(d_inner, d_state), state, state, channel, channel, False)
     directions = (one, one._replace(reverse=True))[: 1 + bidirectional]
     convolution = ConvCall(x, filters, silu=True, initial_state=None, cu_seqlens=None)
@@ -60,9 +71,17 @@ def model_launches(
     return launches
 
 
-def _scan_launches(directions: tuple[ScanInputs, ...], grid: TokenGrid, reduction: TokenReduction | None, backward: bool) -> None:
+def _scan_launches(
+    directions: tuple[ScanInputs, ...], grid: TokenGrid, reduction: TokenReduction | None, backward: bool
+) -> None:
     u, A = directions[0].u, directions[0].A
-    options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None, "grid": grid if reduction else None, "reduction": reduction}
+    options = {
+        "delta_softplus": True,
+        "initial_state": None,
+        "cu_seqlens": None,
+        "grid": grid if reduction else None,
+        "reduction": reduction,
+    }
     kept = reduction.kept(grid).tokens if reduction else grid.tokens
     z = u.new_empty(1, kept, u.shape[2])
     call = ScanCall(directions, z, **options)
@@ -77,12 +96,18 @@ def conv_state_launch(channels: int, width: int, dtype: torch.dtype) -> Launch:
     x, state = _meta(1, 64, channels, dtype=dtype), _meta(1, channels, width - 1)
     filters = (ConvFilter(_meta(channels, width), _meta(channels), False),)
     with recorded() as launches:
-        conv_backward((x,), ConvCall(x, filters, silu=True, initial_state=state, cu_seqlens=None), needs=frozenset(("initial_state",)))
+        conv_backward(
+            (x,),
+            ConvCall(x, filters, silu=True, initial_state=state, cu_seqlens=None),
+            needs=frozenset(("initial_state",)),
+        )
     return launches[-1]
 
 
 def warmup(**model) -> list[str]:
-    """Compile, for the current GPU, what `model_launches` with these arguments lists; returns the kernels' names, one for each compilation."""
+    """Compile, for the current GPU, what `model_launches` with these arguments lists; returns the
+    kernels' names, one for each compilation.
+    """
     launches = model_launches(**model)
     for one in launches:
         one.kernel.warmup(*one.args, grid=(1,), **one.options)

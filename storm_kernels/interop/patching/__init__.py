@@ -1,8 +1,9 @@
 """patch(model): the mixers a model already has, on our kernels; unpatch(model): as they were.
 
-A mixer is replaced by changing its class to a subclass that differs in ``forward`` only. Parameters, buffers, hooks, names and
-``state_dict`` stay the objects they were, so nothing is copied and a wrapper (``torch.compile``, DDP, DataParallel, PEFT) around it or around
-its model keeps working. How: :mod:`storm_kernels.interop.patching`.
+A mixer is replaced by changing its class to a subclass that differs in ``forward`` only.
+Parameters, buffers, hooks, names and ``state_dict`` stay the objects they were, so nothing is
+copied and a wrapper (``torch.compile``, DDP, DataParallel, PEFT) around it or around its model
+keeps working. How: :mod:`storm_kernels.interop.patching`.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ __all__ = ["Entry", "PatchError", "PatchReport", "patch", "patched", "unpatch"]
 
 
 def patch(model: nn.Module, *, check: bool = False) -> PatchReport:
-    """Run the model's mixers on our kernels: reference projectors, ``Mamba`` of mamba_ssm, Vim and VideoMamba, and the Mamba, FalconMamba, Jamba and
-    Zamba mixers of transformers. Results, weights and ``state_dict`` stay the same.
+    """Run the model's mixers on our kernels: reference projectors, ``Mamba`` of mamba_ssm, Vim and
+    VideoMamba, and the Mamba, FalconMamba, Jamba and Zamba mixers of transformers. Results, weights
+    and ``state_dict`` stay the same.
 
-    A mixer of a class or a generation that is not known here is tried: its own forward and ours run on a few random tokens, with its weights,
-    on its device, with and without padding and cache; it is replaced if they agree, and skipped with the figure if not. The bound is 1e-4 of
-    the largest value in float32 and float64, 1e-2 in float16, 5e-2 in bfloat16. The trial leaves no trace: no hook fires, no gradient,
-    buffer, random number or counter changes.
+    A mixer of a class or a generation that is not known here is tried: its own forward and ours run
+    on a few random tokens, with its weights, on its device, with and without padding and cache; it
+    is replaced if they agree, and skipped with the figure if not. The bound is 1e-4 of the largest
+    value in float32 and float64, 1e-2 in float16, 5e-2 in bfloat16. The trial leaves no trace: no
+    hook fires, no gradient, buffer, random number or counter changes.
 
     Args:
         model: what has the mixers, or is one.
@@ -45,7 +48,8 @@ def patch(model: nn.Module, *, check: bool = False) -> PatchReport:
 
 
 def unpatch(model: nn.Module) -> tuple[str, ...]:
-    """Give every patched module of ``model`` its own forward back; returns their names. What other libraries did to their classes in between stays.
+    """Give every patched module of ``model`` its own forward back; returns their names. What other
+    libraries did to their classes in between stays.
 
     Raises:
         PatchError: no module is patched, or a class that was put on top of ours cannot be made again without it.
@@ -104,8 +108,17 @@ def _settle(module: nn.Module, found: Recognition, check: bool, verdicts: dict) 
     if verdict.agrees:
         return recipe, _note(module, recipe, verdict.text)
     if found.doubt:
-        return None, f"{found.doubt}, and {verdict.text}" if not untried else f"{found.doubt}, and it cannot be tried: {untried}"
-    return (None, verdict.text) if verdict.agrees is False else (recipe, _note(module, recipe, f"not checked: {verdict.text}"))
+        return (
+            None,
+            f"{found.doubt}, and {verdict.text}"
+            if not untried
+            else f"{found.doubt}, and it cannot be tried: {untried}",
+        )
+    return (
+        (None, verdict.text)
+        if verdict.agrees is False
+        else (recipe, _note(module, recipe, f"not checked: {verdict.text}"))
+    )
 
 
 def _tried(module: nn.Module, found: Recognition, verdicts: dict) -> tuple[Recipe, Verdict]:

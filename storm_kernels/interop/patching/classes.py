@@ -1,7 +1,9 @@
-"""How a module's class changes to one whose forward is ours, and changes back, among other libraries that change classes too.
+"""How a module's class changes to one whose forward is ours, and changes back, among other
+libraries that change classes too.
 
-Other libraries (``parametrize``, ``fully_shard``) put classes made at run time on top of a module's own. Ours goes beneath those: they are made
-again, as they were, on the patched class, and on the original one when it goes. So each library undoes its own part, in any order.
+Other libraries (``parametrize``, ``fully_shard``) put classes made at run time on top of a module's
+own. Ours goes beneath those: they are made again, as they were, on the patched class, and on the
+original one when it goes. So each library undoes its own part, in any order.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ def rebuild(original: type[nn.Module], recipe: Recipe | str) -> nn.Module:
 
 
 def install(module: nn.Module, recipe: Recipe, memo: dict) -> None:
-    """Give ``module`` our forward. ``memo``: one dict a call of ``patch``, so that modules that shared a class share one afterwards."""
+    """Give ``module`` our forward. ``memo``: one dict a call of ``patch``, so that modules that
+    shared a class share one afterwards.
+    """
     original = own_class(type(module))
     module.__class__ = patched_class(type(module), recipe, memo)
     _rebind(module, original, fast_class(original, recipe))
@@ -127,7 +131,11 @@ def _rebased(cls: type, before: type, after: type, memo: dict) -> type:
         return cls
     if (cls, after) not in memo:
         where = f"the class {cls.__name__} was put on top of {before.__name__}"
-        bound = [name for name, value in vars(cls).items() if isinstance(value, FunctionType) and "__class__" in value.__code__.co_freevars]
+        bound = [
+            name
+            for name, value in vars(cls).items()
+            if isinstance(value, FunctionType) and "__class__" in value.__code__.co_freevars
+        ]
         if bound:
             raise PatchError(f"{where} and its {', '.join(bound)} names it: undo that first")
         names = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
@@ -142,10 +150,19 @@ def _rebased(cls: type, before: type, after: type, memo: dict) -> type:
 @cache
 def fast_class(original: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     """A subclass of ``original`` under its own name whose forward is ours."""
-    names = {"_storm_original": original, "_storm_recipe": recipe, "__module__": original.__module__, "__qualname__": original.__qualname__}
+    names = {
+        "_storm_original": original,
+        "_storm_recipe": recipe,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+    }
     fast = {"mixer": BiMambaMixer, "projector": TemporalProjector, "mamba": MambaForward}.get(recipe.kind)
     if fast is None:
-        return type(original.__name__, (Patched, original), names | {"forward": _by_roles(original, recipe, _transformers_forward)})
+        return type(
+            original.__name__,
+            (Patched, original),
+            names | {"forward": _by_roles(original, recipe, _transformers_forward)},
+        )
     if recipe.kind == "mamba" and recipe.signature.defaults:
         names["forward"] = _by_roles(original, recipe, _mamba_forward)
     return type(original.__name__, (Patched, fast) if issubclass(fast, original) else (Patched, fast, original), names)
@@ -158,7 +175,9 @@ def _by_roles(original: type[nn.Module], recipe: Recipe, compute: Callable) -> C
     def forward(self, *args, **kwargs):
         values = read(args, kwargs)
         if values is None:
-            slow_path(f"a call of {original.__name__} has an argument that is not known here: its own forward runs, not our kernels")
+            slow_path(
+                f"a call of {original.__name__} has an argument that is not known here: its own forward runs, not our kernels"
+            )
             return original.forward(self, *args, **kwargs)
         return compute(self, values, kwargs, old)
 
@@ -170,7 +189,9 @@ def _by_roles(original: type[nn.Module], recipe: Recipe, compute: Callable) -> C
 def _transformers_forward(mixer: nn.Module, values: dict, kwargs: dict, old: bool) -> Tensor:
     packing = [name for name in _PACKING if kwargs.get(name) is not None]
     if packing:
-        raise ValueError(f"{type(mixer).__name__} keeps packed sequences apart neither here nor in plain PyTorch, got {', '.join(packing)}")
+        raise ValueError(
+            f"{type(mixer).__name__} keeps packed sequences apart neither here nor in plain PyTorch, got {', '.join(packing)}"
+        )
     return mixer_forward(mixer, values[INPUT], values.get(CACHE), values.get(MASK), values.get(POSITION), old=old)
 
 

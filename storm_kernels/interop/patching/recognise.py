@@ -1,4 +1,6 @@
-"""Which modules are mixers that we can replace, by their class where it is known here and by their parameters where it is not."""
+"""Which modules are mixers that we can replace, by their class where it is known here and by their
+parameters where it is not.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,11 @@ _SHAPE = ("in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "D", "out_proj")
 _SHAPE_BY_HEAD = ("in_proj", "conv1d", "x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D", "out_proj")
 _MAMBA_PARAMETERS = {*_SHAPE, "conv1d_b", "x_proj_b", "dt_proj_b", "A_b_log", "D_b", "gamma"}
 _TRANSFORMERS_MIXERS = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer", "ZambaMambaMixer")
-# Methods of MambaForward that a mixer of that name must not have: its own forward still serves calls that ours does not understand.
-_OURS = {name for name in vars(MambaForward) if name.startswith("_") and not name.startswith("__")} - {"_get_states_from_cache"}
+# Methods of MambaForward that a mixer of that name must not have: its own forward still serves
+# calls that ours does not understand.
+_OURS = {name for name in vars(MambaForward) if name.startswith("_") and not name.startswith("__")} - {
+    "_get_states_from_cache"
+}
 _REFERENCES = {ReferenceMixer: ("mixer", BiMambaMixer), ReferenceTemporalProjector: ("projector", TemporalProjector)}
 
 
@@ -47,7 +52,12 @@ def recognise(module: nn.Module) -> Recognition:
     if isinstance(module, (BiMambaMixer, TemporalProjector, Mamba)):
         return Recognition(why="runs on storm_kernels already")
     if isinstance(module, torch.jit.ScriptModule):
-        known = getattr(module, "original_name", "") in (*_TRANSFORMERS_MIXERS, "Mamba", "ReferenceMixer", "ReferenceTemporalProjector")
+        known = getattr(module, "original_name", "") in (
+            *_TRANSFORMERS_MIXERS,
+            "Mamba",
+            "ReferenceMixer",
+            "ReferenceTemporalProjector",
+        )
         return Recognition(why="is compiled TorchScript; patch the model before scripting it" if known else "")
     reference = next((cls for cls in _REFERENCES if isinstance(module, cls)), None)
     if reference is not None:
@@ -63,7 +73,11 @@ def recognise(module: nn.Module) -> Recognition:
 
 def _has(module: nn.Module, name: str) -> bool:
     """Whether the module itself has this parameter: registered, parametrized, or put on it as a plain tensor."""
-    return name in module._parameters or parametrize.is_parametrized(module, name) or isinstance(vars(module).get(name), torch.Tensor)
+    return (
+        name in module._parameters
+        or parametrize.is_parametrized(module, name)
+        or isinstance(vars(module).get(name), torch.Tensor)
+    )
 
 
 def _reference(module: nn.Module, reference: type[nn.Module]) -> Recognition:
@@ -101,7 +115,9 @@ def _transformers(module: nn.Module, known: str) -> Recognition:
     old = hasattr(module, "slow_forward")
     signature = signature_of(own_class(type(module)), "transformers")
     if signature is None:
-        return Recognition(why="its forward needs more than one argument: not a generation of transformers that is known here")
+        return Recognition(
+            why="its forward needs more than one argument: not a generation of transformers that is known here"
+        )
     strangers = [name for name, _ in signature.defaults]
     if strangers and not doubt:
         doubt = f"its forward takes {', '.join(strangers)}, which no generation of transformers known here has"
@@ -121,12 +137,18 @@ def _owner(module: nn.Module, name: str) -> type | None:
 def _mamba(module: nn.Module) -> Recognition:
     own = {name.split(".")[0] for name, _ in module.named_parameters()} - {"parametrizations"}
     if own - _MAMBA_PARAMETERS:
-        return Recognition(why=f"has parameters that no supported variant has: {', '.join(sorted(own - _MAMBA_PARAMETERS))}")
+        return Recognition(
+            why=f"has parameters that no supported variant has: {', '.join(sorted(own - _MAMBA_PARAMETERS))}"
+        )
     declared = getattr(module, "bimamba_type", None) or "none"
     if declared not in BIDIRECTIONAL_TYPES:
-        return Recognition(why=f"bimamba_type={declared!r} is not supported; supported are {', '.join(BIDIRECTIONAL_TYPES)}")
+        return Recognition(
+            why=f"bimamba_type={declared!r} is not supported; supported are {', '.join(BIDIRECTIONAL_TYPES)}"
+        )
     if bidirectional_kind(module) != "none" and not getattr(module, "use_fast_path", True):
-        return Recognition(why="use_fast_path=False makes its own forward ignore the backward direction; set it to True to have both")
+        return Recognition(
+            why="use_fast_path=False makes its own forward ignore the backward direction; set it to True to have both"
+        )
     activation = getattr(module, "activation", "silu")
     if activation not in ("silu", "swish"):
         return Recognition(why=f"its activation is {activation!r}; only silu is fused")
@@ -146,7 +168,9 @@ def _mamba(module: nn.Module) -> Recognition:
 
 def _unknown(module: nn.Module) -> Recognition:
     """A class that is not known by its name: every form is tried."""
-    doubt = f"has the parameters of a Mamba-1 mixer, but what {type(module).__name__} computes with them is not known here"
+    doubt = (
+        f"has the parameters of a Mamba-1 mixer, but what {type(module).__name__} computes with them is not known here"
+    )
     signature = signature_of(own_class(type(module)), "transformers")
     if signature is None:
         return Recognition(why=doubt)

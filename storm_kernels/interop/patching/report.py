@@ -13,7 +13,8 @@ class PatchError(RuntimeError):
 class Entry:
     """One module of the model: its name there, its class, and why it was skipped (empty for a replaced one).
 
-    ``note`` says what of a replaced module is not fused and what that costs, and how far a self-check found it from its own forward.
+    ``note`` says what of a replaced module is not fused and what that costs, and how far a
+    self-check found it from its own forward.
     """
 
     name: str
@@ -31,6 +32,9 @@ class PatchReport:
 
     def __str__(self) -> str:
         lines = [f"replaced {len(self.replaced)}, skipped {len(self.skipped)}"]
-        lines += [f"  replaced {e.name or '(the model)'}: {e.class_name}{f' ({e.note})' if e.note else ''}" for e in self.replaced]
+        lines += [
+            f"  replaced {e.name or '(the model)'}: {e.class_name}{f' ({e.note})' if e.note else ''}"
+            for e in self.replaced
+        ]
         lines += [f"  skipped {e.name or '(the model)'}: {e.class_name}: {e.why}" for e in self.skipped]
         return "\n".join(lines)

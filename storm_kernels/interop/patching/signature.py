@@ -1,7 +1,8 @@
 """What the arguments of a mixer's forward mean, whatever they are called and in whatever order they come.
 
-Projects rename them: the cache of a transformers mixer was ``cache_params`` and is ``cache``. A call is read by these roles; a call whose
-arguments are not all understood is left to the mixer's own forward, which is slow but right.
+Projects rename them: the cache of a transformers mixer was ``cache_params`` and is ``cache``. A
+call is read by these roles; a call whose arguments are not all understood is left to the mixer's
+own forward, which is slow but right.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from itertools import permutations
 # The roles of a transformers mixer's arguments, and how they have been spelled.
 INPUT, CACHE, MASK, POSITION, FRAMES = "hidden_states", "cache", "attention_mask", "cache_position", "frames"
 _SPELLINGS = {
-    "transformers": {"cache": CACHE, "cache_params": CACHE, "past_key_values": CACHE, "attention_mask": MASK, "cache_position": POSITION},
+    "transformers": {
+        "cache": CACHE,
+        "cache_params": CACHE,
+        "past_key_values": CACHE,
+        "attention_mask": MASK,
+        "cache_position": POSITION,
+    },
     "mamba": {"inference_params": CACHE, "T": FRAMES},  # VideoMamba's number of frames changes nothing
 }
 _Parameter = inspect.Parameter
@@ -43,7 +50,9 @@ class Signature:
         return next((name for name, own in self.roles if own == role), None)
 
     def reader(self) -> Callable[[tuple, dict], dict | None]:
-        """A function of a call's (args, kwargs): the values by role; None if one has no known meaning, or is not what this forward takes."""
+        """A function of a call's (args, kwargs): the values by role; None if one has no known
+        meaning, or is not what this forward takes.
+        """
         positional, roles, defaults, keywords, spellings = (
             self.positional,
             dict(self.roles),
@@ -73,7 +82,9 @@ class Signature:
         return read
 
     def guesses(self) -> list[Signature]:
-        """This signature with meanings given to the arguments that have none, in every way that makes sense, the likeliest first."""
+        """This signature with meanings given to the arguments that have none, in every way that
+        makes sense, the likeliest first.
+        """
         unknown = [name for name, default in self.defaults if default is None]
         missing = [role for role in (CACHE, MASK) if self.name_of(role) is None]
         found = []
@@ -83,7 +94,10 @@ class Signature:
                     given = dict(zip(names, roles, strict=True))
                     rest = tuple(pair for pair in self.defaults if pair[0] not in given)
                     found.append(replace(self, roles=(*self.roles, *given.items()), defaults=rest))
-        found.sort(key=lambda guess: sum(role.split("_")[-1] in name for name, role in guess.roles if name != INPUT), reverse=True)
+        found.sort(
+            key=lambda guess: sum(role.split("_")[-1] in name for name, role in guess.roles if name != INPUT),
+            reverse=True,
+        )
         return [*found, self] if unknown else [self]
 
 
@@ -97,13 +111,23 @@ def signature_of(cls: type, kind: str) -> Signature | None:
     spellings = _SPELLINGS[kind]
     roles = {positional[0]: INPUT} | {p.name: spellings[p.name] for p in named[1:] if p.name in spellings}
     defaults = tuple((p.name, _hashable(p.default)) for p in named if p.name not in roles)
-    return Signature(kind, positional, tuple(roles.items()), defaults, any(p.kind is _Parameter.VAR_KEYWORD for p in parameters))
+    return Signature(
+        kind, positional, tuple(roles.items()), defaults, any(p.kind is _Parameter.VAR_KEYWORD for p in parameters)
+    )
 
 
 def plain_forward(function: Callable) -> Callable:
     """The forward within a decorator that hides its arguments (transformers has had one)."""
-    named = [p for p in inspect.signature(function).parameters.values() if p.kind not in (_Parameter.VAR_POSITIONAL, _Parameter.VAR_KEYWORD)]
-    held = [cell.cell_contents for cell in function.__closure__ or ()] if len(named) <= 1 and inspect.isfunction(function) else []
+    named = [
+        p
+        for p in inspect.signature(function).parameters.values()
+        if p.kind not in (_Parameter.VAR_POSITIONAL, _Parameter.VAR_KEYWORD)
+    ]
+    held = (
+        [cell.cell_contents for cell in function.__closure__ or ()]
+        if len(named) <= 1 and inspect.isfunction(function)
+        else []
+    )
     return next((inner for inner in held if inspect.isfunction(inner) and inner.__name__ == "forward"), function)
 
 

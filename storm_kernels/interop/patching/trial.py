@@ -1,7 +1,8 @@
 """The self-check: a mixer's own forward beside ours, on a few random tokens.
 
-It runs on copies that share the mixer's weights, so that nothing of the model is disturbed: without its hooks and in evaluation mode, on
-buffers of their own, without gradients, with a generator of its own, and uncounted.
+It runs on copies that share the mixer's weights, so that nothing of the model is disturbed: without
+its hooks and in evaluation mode, on buffers of their own, without gradients, with a generator of
+its own, and uncounted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from ..mixer import bidirectional_kind
 from .classes import Recipe, patched_class
 from .signature import CACHE, MASK, POSITION
 
-# The largest difference that is rounding, as a part of the largest value: both sides round activations to their dtype in several places.
+# The largest difference that is rounding, as a part of the largest value: both sides round
+# activations to their dtype in several places.
 BOUNDS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _HOOKS = [name for name, value in vars(nn.Module()).items() if "_hooks" in name and isinstance(value, OrderedDict)]
 
@@ -74,17 +76,27 @@ def trial(module: nn.Module, recipe: Recipe) -> Verdict:
                 expected = calls(own)
             except Exception as error:  # whatever it raises: there is nothing to compare with
                 return Verdict(None, f"its own forward {name} raises {_one_line(error)}")
-            if not all(isinstance(t, Tensor) and t.abs().max().item() < float("inf") for t in expected) or not expected[0].any():
-                return Verdict(None, f"its own forward {name} gives only zeros, or no finite numbers, which tells nothing")
+            if (
+                not all(isinstance(t, Tensor) and t.abs().max().item() < float("inf") for t in expected)
+                or not expected[0].any()
+            ):
+                return Verdict(
+                    None, f"its own forward {name} gives only zeros, or no finite numbers, which tells nothing"
+                )
             try:
                 found = calls(ours)
             except Exception as error:
                 return Verdict(False, f"ours {name} raises {_one_line(error)}")
             figure, why = _difference(found, expected)
             if why or not figure <= bound:
-                return Verdict(False, f"ours {name} differs by {why or f'{figure:.1e} of the largest value, more than {bound:.0e}'}")
+                return Verdict(
+                    False,
+                    f"ours {name} differs by {why or f'{figure:.1e} of the largest value, more than {bound:.0e}'}",
+                )
             worst = max(worst, figure)
-    return Verdict(True, f"checked against its own forward: differs by {worst:.1e} of the largest value, {bound:.0e} is allowed")
+    return Verdict(
+        True, f"checked against its own forward: differs by {worst:.1e} of the largest value, {bound:.0e} is allowed"
+    )
 
 
 def _undisturbed(device: torch.device) -> Iterator:
@@ -97,21 +109,31 @@ def _undisturbed(device: torch.device) -> Iterator:
 
 
 def _twin(module: nn.Module, memo: dict) -> nn.Module:
-    """A copy of the modules without their hooks, in evaluation mode, on the same parameters and on copies of the buffers."""
+    """A copy of the modules without their hooks, in evaluation mode, on the same parameters and on
+    copies of the buffers.
+    """
     if id(module) not in memo:
         twin = memo[id(module)] = object.__new__(type(module))
         state = dict(vars(module))
-        for name in ("forward", "_old_forward", "_hf_hook"):  # accelerate's, or the class's own: why_no_trial has looked
+        for name in (
+            "forward",
+            "_old_forward",
+            "_hf_hook",
+        ):  # accelerate's, or the class's own: why_no_trial has looked
             state.pop(name, None)
         state |= {name: OrderedDict() for name in _HOOKS if name in state} | {"training": False}
         state["_parameters"] = dict(module._parameters)
         state["_buffers"] = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
-        state["_modules"] = {name: None if child is None else _twin(child, memo) for name, child in module._modules.items()}
+        state["_modules"] = {
+            name: None if child is None else _twin(child, memo) for name, child in module._modules.items()
+        }
         vars(twin).update(state)
     return memo[id(module)]
 
 
-def _calls(module: nn.Module, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Callable]]:
+def _calls(
+    module: nn.Module, recipe: Recipe, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, Callable]]:
     """(what is tried, a function that makes the calls on a module and returns the tensors to compare)."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -148,7 +170,9 @@ def _calls(module: nn.Module, recipe: Recipe, device: torch.device, dtype: torch
 
 
 def _training(module: nn.Module) -> nn.Module:
-    """The twin in training mode: a dropout of the mixer's own would be lost. Those within its layers, adapters' say, are the layers' affair."""
+    """The twin in training mode: a dropout of the mixer's own would be lost. Those within its
+    layers, adapters' say, are the layers' affair.
+    """
     twin = _twin(module, {}).train()
     for layer in twin.children():
         for child in layer.modules():
@@ -159,7 +183,11 @@ def _training(module: nn.Module) -> nn.Module:
 
 def _without_skip(module: nn.Module) -> nn.Module:
     twin = _twin(module, {})
-    twin._parameters |= {name: torch.zeros_like(twin._parameters[name]) for name in ("D", "D_b") if twin._parameters.get(name) is not None}
+    twin._parameters |= {
+        name: torch.zeros_like(twin._parameters[name])
+        for name in ("D", "D_b")
+        if twin._parameters.get(name) is not None
+    }
     return twin
 
 
@@ -169,7 +197,11 @@ def _steps(module: nn.Module, recipe: Recipe, x: Tensor, mask: dict) -> list[Ten
     cache_name, position_name = recipe.signature.name_of(CACHE), recipe.signature.name_of(POSITION)
 
     def call(tokens: Tensor, positions: range, **options) -> Tensor:
-        where = {} if position_name is None else {position_name: torch.tensor(list(positions), dtype=torch.int64, device=x.device)}
+        where = (
+            {}
+            if position_name is None
+            else {position_name: torch.tensor(list(positions), dtype=torch.int64, device=x.device)}
+        )
         out = module.forward(tokens, **{cache_name: cache}, **where, **options)
         if isinstance(getattr(cache, "has_previous_state", None), bool):
             cache.has_previous_state = True  # the model does so after its last layer
@@ -185,7 +217,9 @@ def _steps(module: nn.Module, recipe: Recipe, x: Tensor, mask: dict) -> list[Ten
 
 
 def _mamba_steps(module: nn.Module, x: Tensor) -> list[Tensor]:
-    params = SimpleNamespace(seqlen_offset=0, key_value_memory_dict={}, max_seqlen=2 * x.shape[1], max_batch_size=x.shape[0])
+    params = SimpleNamespace(
+        seqlen_offset=0, key_value_memory_dict={}, max_seqlen=2 * x.shape[1], max_batch_size=x.shape[0]
+    )
     outs = [module.forward(x, inference_params=params)]
     for t in range(2):
         params.seqlen_offset = x.shape[1] + t
@@ -195,10 +229,20 @@ def _mamba_steps(module: nn.Module, x: Tensor) -> list[Tensor]:
 
 def _new_cache(module: nn.Module, x: Tensor):
     """An empty cache, of a class that the mixer's own file uses."""
-    values = {"config": module.config, "batch_size": x.shape[0], "max_batch_size": x.shape[0], "dtype": x.dtype, "device": x.device}
+    values = {
+        "config": module.config,
+        "batch_size": x.shape[0],
+        "max_batch_size": x.shape[0],
+        "dtype": x.dtype,
+        "device": x.device,
+    }
     for cls in _cache_classes(module):
         parameters = inspect.signature(cls).parameters
-        needed = {name for name, p in parameters.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        needed = {
+            name
+            for name, p in parameters.items()
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        }
         if "config" in parameters and needed <= set(values):
             return cls(**{name: value for name, value in values.items() if name in parameters})
     raise RuntimeError("there is no class of caches that could be made for it")
@@ -206,10 +250,23 @@ def _new_cache(module: nn.Module, x: Tensor):
 
 def _cache_classes(module: nn.Module) -> list[type]:
     """Those with Cache in their names that the mixer's file has, its own before transformers' general ones."""
-    files = [vars(sys.modules[cls.__module__]) for cls in type(module).__mro__ if cls.__module__ in sys.modules and issubclass(cls, nn.Module)]
-    files += [inspect.unwrap(cls.forward).__globals__ for cls in type(module).__mro__ if "forward" in vars(cls) and cls is not nn.Module]
+    files = [
+        vars(sys.modules[cls.__module__])
+        for cls in type(module).__mro__
+        if cls.__module__ in sys.modules and issubclass(cls, nn.Module)
+    ]
+    files += [
+        inspect.unwrap(cls.forward).__globals__
+        for cls in type(module).__mro__
+        if "forward" in vars(cls) and cls is not nn.Module
+    ]
     files.append({"DynamicCache": getattr(sys.modules.get("transformers"), "DynamicCache", None)})
-    found = {value: None for file in files for name, value in list(file.items()) if isinstance(value, type) and "Cache" in name}
+    found = {
+        value: None
+        for file in files
+        for name, value in list(file.items())
+        if isinstance(value, type) and "Cache" in name
+    }
     return sorted(found, key=lambda cls: cls.__name__ in ("Cache", "DynamicCache"))
 
 
@@ -218,7 +275,10 @@ def _states(cache, layer_idx: int) -> list[Tensor]:
     if hasattr(cache, "ssm_states"):
         return [cache.conv_states[layer_idx], cache.ssm_states[layer_idx]]
     layer = cache.layers[layer_idx]
-    held = [states.values() if isinstance(states, dict) else [states] for states in (layer.conv_states, layer.recurrent_states)]
+    held = [
+        states.values() if isinstance(states, dict) else [states]
+        for states in (layer.conv_states, layer.recurrent_states)
+    ]
     return [t for states in held for t in states if isinstance(t, Tensor)]
 
 
@@ -248,7 +308,11 @@ def _difference(found: list[Tensor], expected: list[Tensor]) -> tuple[float, str
 
 
 def _shown(value: object) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
+    return (
+        f"{value.dtype} of shape {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"of type {type(value).__name__}"
+    )
 
 
 def _one_line(error: Exception) -> str:

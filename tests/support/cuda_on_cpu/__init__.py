@@ -1,4 +1,6 @@
-"""Runs the .cu sources of storm_kernels/backends/cuda on a CPU: g++ compiles them behind cuda_on_cpu.h, `OnCpu` launches them on CPU tensors."""
+"""Runs the .cu sources of storm_kernels/backends/cuda on a CPU: g++ compiles them behind
+cuda_on_cpu.h, `OnCpu` launches them on CPU tensors.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from .guarded import Guarded
 
 _HERE = Path(__file__).parent
 _BUILD = _HERE.parents[2] / "build" / "cuda_on_cpu"
-_KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(const __grid_constant__ (\w+) \w+\)')
+_KERNEL = re.compile(
+    r'extern "C" __global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(const __grid_constant__ (\w+) \w+\)'
+)
 _ENTRY = """
 extern "C" int run_{kernel}(const void* args, unsigned blocks, size_t shared, unsigned at_once) {{
     return cuda_on_cpu::run(blocks, THREADS, shared, at_once, [](const void* a) {{ {kernel}(*(const {struct}*)a); }}, args);
@@ -31,12 +35,20 @@ _OUTCOMES = {1: "threads of a block wait for something that never comes", 2: "a 
 class OnCpu:
     """A `Launcher`. ``at_once`` blocks run side by side; ``flags`` are for g++, as sanitizers want them.
 
-    A block may have ``shared`` bytes of shared memory: an H100's limit if not given. What decides about tickets is an H100's too.
+    A block may have ``shared`` bytes of shared memory: an H100's limit if not given. What decides
+    about tickets is an H100's too.
     """
 
     device_type = "cpu"
 
-    def __init__(self, at_once: int = 1, flags: tuple[str, ...] = ("-O1",), shared: int = 227 * 1024, multiprocessors: int = 132, resident: int = 2):
+    def __init__(
+        self,
+        at_once: int = 1,
+        flags: tuple[str, ...] = ("-O1",),
+        shared: int = 227 * 1024,
+        multiprocessors: int = 132,
+        resident: int = 2,
+    ):
         self.at_once, self.flags, self.shared = at_once, flags, shared
         self._multiprocessors, self._resident = multiprocessors, resident
         self._libraries: dict[tuple, ctypes.CDLL] = {}
@@ -45,7 +57,16 @@ class OnCpu:
     def why_not(self) -> None:
         return None
 
-    def launch(self, name: str, kernel: str, defines: Mapping[str, object], struct: str, values: Mapping, blocks: int, shared: int = 0) -> None:
+    def launch(
+        self,
+        name: str,
+        kernel: str,
+        defines: Mapping[str, object],
+        struct: str,
+        values: Mapping,
+        blocks: int,
+        shared: int = 0,
+    ) -> None:
         self.launched.add((name, kernel, tuple(sorted(defines.items()))))
         fixed = {key: value for key, value in defines.items() if key not in FLAGS}
         library = self._library(name, fixed)
@@ -83,20 +104,37 @@ def build(name: str, defines: Mapping[str, object], flags: tuple[str, ...]) -> P
     macros = tuple(f"-D{key}={value}" for key, value in {"THREADS": THREADS, **defines}.items())
     machinery = _compile((_HERE / "cuda_on_cpu.cpp").read_text(), flags)
     return _compile(
-        f'#include "cuda_on_cpu.h"\n{flags_held}#line 1 "{name}"\n{kernels}\n{entries}', (*flags, *macros), str(machinery), f"-Wl,-rpath,{_BUILD}"
+        f'#include "cuda_on_cpu.h"\n{flags_held}#line 1 "{name}"\n{kernels}\n{entries}',
+        (*flags, *macros),
+        str(machinery),
+        f"-Wl,-rpath,{_BUILD}",
     )
 
 
 def _compile(code: str, flags: tuple[str, ...], *libraries: str) -> Path:
     headers = "".join((_HERE / f).read_text() for f in ("cuda_on_cpu.h", "cuda_on_cpu_twins.h"))
-    library = _BUILD / f"{hashlib.sha256(chr(0).join((headers, code, *flags, *libraries)).encode()).hexdigest()[:32]}.so"
+    library = (
+        _BUILD / f"{hashlib.sha256(chr(0).join((headers, code, *flags, *libraries)).encode()).hexdigest()[:32]}.so"
+    )
     if not library.exists():
         _BUILD.mkdir(parents=True, exist_ok=True)
         file = library.with_suffix(f".{os.getpid()}.cpp")
         file.write_text(code)
         made = file.with_suffix(".made.so")
-        command = ["g++", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", f"-I{_HERE}", *flags]
-        done = subprocess.run([*command, str(file), *libraries, "-o", str(made), "-pthread"], capture_output=True, text=True)
+        command = [
+            "g++",
+            "-std=c++17",
+            "-shared",
+            "-fPIC",
+            "-ffp-contract=off",
+            "-Wall",
+            "-Wno-unknown-pragmas",
+            f"-I{_HERE}",
+            *flags,
+        ]
+        done = subprocess.run(
+            [*command, str(file), *libraries, "-o", str(made), "-pthread"], capture_output=True, text=True
+        )
         file.unlink()
         if done.returncode:
             raise RuntimeError(f"g++ could not compile with {flags}:\n{done.stderr}")

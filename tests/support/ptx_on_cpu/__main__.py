@@ -1,9 +1,11 @@
-"""Debug a kernel without a GPU: run one small case of an operation in the PTX interpreter, and follow one thread through it.
+"""Debug a kernel without a GPU: run one small case of an operation in the PTX interpreter, and
+follow one thread through it.
 
-``python -m tests.support.ptx_on_cpu scan states=32 length=5`` runs the case (fields of tests/support/parity_cases.py; the rest as small as can be)
-and says whether its results keep the bound, or what was refused, where. ``--trace 0:64`` prints what thread 64 of block 0 executes: source lines,
-instructions and what they write; ``--kernel`` and ``--lines 600-640`` cut that down. ``--backend triton``, ``--arch sm_80``, ``--backward``,
-``--noise 1``.
+``python -m tests.support.ptx_on_cpu scan states=32 length=5`` runs the case (fields of
+tests/support/parity_cases.py; the rest as small as can be) and says whether its results keep the
+bound, or what was refused, where. ``--trace 0:64`` prints what thread 64 of block 0 executes:
+source lines, instructions and what they write; ``--kernel`` and ``--lines 600-640`` cut that down.
+``--backend triton``, ``--arch sm_80``, ``--backward``, ``--noise 1``.
 """
 
 from __future__ import annotations
@@ -61,12 +63,18 @@ class Trace:
 
     @staticmethod
     def _values(machine: Machine, one: Instruction, lane: int) -> str:
-        names = [name for operand in one.operands[: 2 if one.parts[0] == "st" else 1] for name in operand.strip("[]{}").replace("|", ",").split(",")]
+        names = [
+            name
+            for operand in one.operands[: 2 if one.parts[0] == "st" else 1]
+            for name in operand.strip("[]{}").replace("|", ",").split(",")
+        ]
         shown = []
         for name in (name.split("+")[0].strip() for name in names):
             if name.startswith("%") and name not in ("%tid.x", "%ctaid.x"):
                 value = machine.registers.raw(name)[lane]
-                shown.append(f"{name} = {value:#x}" if value.dtype.kind == "u" and value.itemsize == 8 else f"{name} = {value}")
+                shown.append(
+                    f"{name} = {value:#x}" if value.dtype.kind == "u" and value.itemsize == 8 else f"{name} = {value}"
+                )
                 if value.dtype.kind == "u" and value.itemsize == 4 and one.parts[-1] in ("f32", "b32"):
                     shown[-1] += f" ({value.view('f4'):.8g})"
         return f"    {', '.join(shown)}" if shown else ""
@@ -100,7 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the order of blocks")
     parser.add_argument("--noise", type=int, help="a seed: approximate functions err as far as they may")
     args = parser.parse_args(arguments)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # tensors that nobody wrote are full of NaN, and known as such
+    torch.use_deterministic_algorithms(
+        True, warn_only=True
+    )  # tensors that nobody wrote are full of NaN, and known as such
     torch.set_num_threads(1)
     watch = None
     if args.trace:

@@ -23,7 +23,11 @@ def _form(one: Instruction, *others: str) -> tuple[str, int, str]:
     """(space or "", numbers a lane, their type) of a load or store; refuses modifiers it does not know."""
     space = next((part for part in one.parts if part in _SPACES), "")
     count = next((int(part[1:]) for part in one.parts if re.fullmatch(r"v[248]", part)), 1)
-    odd = [p for p in one.parts[1:-1] if p not in _HINTS and p not in _SPACES and p not in others and not re.fullmatch(r"v[248]", p)]
+    odd = [
+        p
+        for p in one.parts[1:-1]
+        if p not in _HINTS and p not in _SPACES and p not in others and not re.fullmatch(r"v[248]", p)
+    ]
     if odd or space in ("const", "local"):
         raise Unknown(f".{(odd or [space])[0]}")
     return space, count, one.parts[-1]
@@ -61,7 +65,12 @@ def _load(machine: Machine, one: Instruction):
     names = names_of(one.operands[0]) if count > 1 or one.operands[0].startswith("{") else [one.operands[0]]
     rows = [None if name == "_" else machine.registers.raw(name) for name in names]
     # a narrower number fills a wider register, with its sign
-    rows = [row if row is None or row.dtype == np.bool_ else row.view(f"{'i' if kind[0] == 's' else 'u'}{row.dtype.itemsize}") for row in rows]
+    rows = [
+        row
+        if row is None or row.dtype == np.bool_
+        else row.view(f"{'i' if kind[0] == 's' else 'u'}{row.dtype.itemsize}")
+        for row in rows
+    ]
     address, size, item = address_of(machine, one.operands[1]), count * size_of(kind), size_of(kind)
     signed = f"{'i' if kind[0] == 's' else 'u'}{item}"
 
@@ -124,7 +133,9 @@ def write_shared(machine: Machine, one: Instruction, lanes, addresses, values: n
 def _refuse_conflict(machine: Machine, one: Instruction, lanes, found: np.ndarray, values: np.ndarray) -> None:
     differ = (found != values).any(1)
     if differ.any():
-        machine.refuse(one, lanes[int(np.flatnonzero(differ)[0])], "and another thread write different values to one address")
+        machine.refuse(
+            one, lanes[int(np.flatnonzero(differ)[0])], "and another thread write different values to one address"
+        )
 
 
 def _offsets(addresses: np.ndarray) -> np.ndarray:
@@ -162,7 +173,10 @@ def _store(machine: Machine, one: Instruction):
     space, count, kind = _form(one, "release")
     dtype = dtype_of("u" + kind[1:])
     names = names_of(one.operands[1]) if count > 1 or one.operands[1].startswith("{") else [one.operands[1]]
-    sources = [machine.registers.read(name, kind if name.startswith("%") or kind[0] == "f" else "u" + kind[1:]) for name in names]
+    sources = [
+        machine.registers.read(name, kind if name.startswith("%") or kind[0] == "f" else "u" + kind[1:])
+        for name in names
+    ]
     address = address_of(machine, one.operands[0])
     if space == "param":
         raise Unknown("st.param")

@@ -6,7 +6,9 @@ import numpy as np
 
 
 class Copies:
-    """What lands where when its lane waits for its group. The values are those that memory held when the copy was asked for."""
+    """What lands where when its lane waits for its group. The values are those that memory held
+    when the copy was asked for.
+    """
 
     def __init__(self, machine):
         self.committed = np.zeros(machine.lanes, np.int64)  # groups of each lane
@@ -21,7 +23,11 @@ class Copies:
         for lanes, places, values in self.open:
             some = mask[lanes]
             self.groups.append((lanes[some], places[some], values[some], self.committed[lanes[some]]))
-        self.open = [(lanes[~mask[lanes]], p[~mask[lanes]], v[~mask[lanes]]) for lanes, p, v in self.open if not mask[lanes].all()]
+        self.open = [
+            (lanes[~mask[lanes]], p[~mask[lanes]], v[~mask[lanes]])
+            for lanes, p, v in self.open
+            if not mask[lanes].all()
+        ]
         self.committed[mask] += 1
 
     def land(self, machine, mask: np.ndarray, pending: int) -> None:

@@ -26,9 +26,11 @@ _FIELD = re.compile(r"^    (const )?(\w+)(\*?) (\w+)(?:\[(\d+)\])?;", re.MULTILI
 
 
 def compile_both(name: str, defines: Mapping[str, object], arch: str, *, cubin: bool = True) -> tuple[str, bytes]:
-    """PTX and, from the same compilation, machine code of source ``name`` for ``arch`` ("sm_90"); without ``cubin`` only the PTX, in half the time.
+    """PTX and, from the same compilation, machine code of source ``name`` for ``arch`` ("sm_90");
+    without ``cubin`` only the PTX, in half the time.
 
-    Lines of the PTX's `.loc` are those of `storm_kernels.backends.cuda.source.text`. Raises RuntimeError with NVRTC's log.
+    Lines of the PTX's `.loc` are those of `storm_kernels.backends.cuda.source.text`. Raises
+    RuntimeError with NVRTC's log.
     """
     from cuda.bindings import nvrtc
 
@@ -45,7 +47,12 @@ def compile_both(name: str, defines: Mapping[str, object], arch: str, *, cubin: 
 
     macros = {"THREADS": THREADS, **defines}
     target = arch if cubin else arch.replace("sm", "compute")
-    options = [f"--gpu-architecture={target}", "--std=c++17", "-lineinfo", *(f"-D{key}={value}" for key, value in macros.items())]
+    options = [
+        f"--gpu-architecture={target}",
+        "--std=c++17",
+        "-lineinfo",
+        *(f"-D{key}={value}" for key, value in macros.items()),
+    ]
     program = ask(nvrtc.nvrtcCreateProgram, source.text(name).encode(), name.encode(), 0, [], [])
     try:
         ask(nvrtc.nvrtcCompileProgram, program, len(options), [one.encode() for one in options])
@@ -60,7 +67,9 @@ def compile_both(name: str, defines: Mapping[str, object], arch: str, *, cubin: 
 
 def ptx_of(name: str, defines: Mapping[str, object], arch: str) -> str:
     """PTX alone, kept in build/ptx_on_cpu."""
-    key = hashlib.sha256("\0".join((source.text(name), repr(sorted(defines.items())), arch, _nvrtc())).encode()).hexdigest()[:32]
+    key = hashlib.sha256(
+        "\0".join((source.text(name), repr(sorted(defines.items())), arch, _nvrtc())).encode()
+    ).hexdigest()[:32]
     path = _BUILD / f"{key}.ptx"
     if not path.exists():
         text, _ = compile_both(name, defines, arch, cubin=False)
@@ -80,7 +89,9 @@ def _nvrtc() -> str:
 
 @cache
 def _constants(name: str) -> dict[str, dict[str, tuple[str, bool]]]:
-    """Of each structure in source ``name``, of each field: the structure nested there or "", and whether it points to what is constant."""
+    """Of each structure in source ``name``, of each field: the structure nested there or "", and
+    whether it points to what is constant.
+    """
     structs = _STRUCT.findall(source.text(name))
     return {struct: {f: ("" if star or kind == "int64" else kind, bool(const and star)) for const, kind, star, f, _ in _FIELD.findall(body)}
             for struct, body in structs}  # fmt: skip
@@ -107,7 +118,8 @@ class OnPtx:
 
     A block may have ``shared`` bytes of shared memory.
 
-    ``edit`` changes the PTX before it is read: for tests that seed faults. ``watch`` is called with each `Machine` before it runs.
+    ``edit`` changes the PTX before it is read: for tests that seed faults. ``watch`` is called with
+    each `Machine` before it runs.
     """
 
     device_type = "cpu"
@@ -131,7 +143,16 @@ class OnPtx:
     def resident(self, name: str, kernel: str, defines: Mapping[str, object], shared: int) -> int:
         return self._resident
 
-    def launch(self, name: str, kernel: str, defines: Mapping[str, object], struct: str, values: Mapping, blocks: int, shared: int = 0) -> None:
+    def launch(
+        self,
+        name: str,
+        kernel: str,
+        defines: Mapping[str, object],
+        struct: str,
+        values: Mapping,
+        blocks: int,
+        shared: int = 0,
+    ) -> None:
         if blocks == 0:
             return
         self.launched.add((name, kernel, tuple(sorted(defines.items()))))
@@ -140,7 +161,9 @@ class OnPtx:
         memory.fill()
         program = self._kernel(name, kernel, defines)
         parameters = np.frombuffer(packed, np.uint8).copy()
-        machine = Machine(program, THREADS, blocks, parameters, memory, Shared(program, program.static_shared + shared), self.options)
+        machine = Machine(
+            program, THREADS, blocks, parameters, memory, Shared(program, program.static_shared + shared), self.options
+        )
         if self.watch:
             self.watch(machine)
         machine.run()

@@ -1,13 +1,24 @@
-"""Arithmetic on floating-point numbers. Approximate functions are rounded once; with noise they err as far as the PTX manual allows.
+"""Arithmetic on floating-point numbers. Approximate functions are rounded once; with noise they err
+as far as the PTX manual allows.
 
-A fused multiply-add goes through float64: its sum is rounded there and then to float32, which differs from one rounding once in about 2^29.
+A fused multiply-add goes through float64: its sum is rounded there and then to float32, which
+differs from one rounding once in about 2^29.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .integers import INTEGER, assign, elementwise, integer_arithmetic, integer_product, integer_quotient, integer_unary, is_float
+from .integers import (
+    INTEGER,
+    assign,
+    elementwise,
+    integer_arithmetic,
+    integer_product,
+    integer_quotient,
+    integer_unary,
+    is_float,
+)
 from .machine import ALWAYS, Machine, opcode
 from .parser import Instruction
 from .refusal import Unknown
@@ -135,7 +146,8 @@ def approximate(machine: Machine, one: Instruction, function, error: float, *, f
     return assign(machine, one.operands[0], "f32", compute)
 
 
-# Largest errors of themselves that the PTX manual states: ex2.approx 2^-22.5, rcp.approx, rsqrt.approx 2^-22.9; sqrt.approx 2^-23; div.full 2 ulp.
+# Largest errors of themselves that the PTX manual states: ex2.approx 2^-22.5, rcp.approx,
+# rsqrt.approx 2^-22.9; sqrt.approx 2^-23; div.full 2 ulp.
 _APPROXIMATE = {
     "ex2": (np.exp2, 2**-22.5),
     "rcp": (np.reciprocal, 2**-23),
@@ -184,7 +196,12 @@ def _convert(machine: Machine, one: Instruction):
             raise Unknown(f"modifiers {sorted(modifiers)}")
         high, low = (read(text, "f32") for text in one.operands[1:])
         narrow = f32_to_bf16 if to == "bf16x2" else lambda x: np.asarray(x).astype(np.float16).view(np.uint16)
-        return assign(machine, name, "u32", lambda: narrow(high).astype(np.uint32) << np.uint32(16) | narrow(low).astype(np.uint32))
+        return assign(
+            machine,
+            name,
+            "u32",
+            lambda: narrow(high).astype(np.uint32) << np.uint32(16) | narrow(low).astype(np.uint32),
+        )
     if source == "bf16":
         bits = read(one.operands[1], "u16")
         return assign(machine, name, "f32", lambda: bf16_to_f32(bits))

@@ -1,9 +1,12 @@
-"""Does machine code guard its accesses to memory wherever the PTX does? ptxas may move code, also out from under a condition.
+"""Does machine code guard its accesses to memory wherever the PTX does? ptxas may move code, also
+out from under a condition.
 
-An access is *unconditional* if it is made in each round of the innermost loop around it (or, outside of loops, by each thread that gets to the end).
-Accesses are matched by their kind and by their line with the line it was put into, which ptxas keeps (`-lineinfo`): where a place in the source
-has only conditional accesses in the PTX, none of its accesses may be unconditional in the machine code. A condition that only decides whether a
-whole loop runs is not looked at within that loop.
+An access is *unconditional* if it is made in each round of the innermost loop around it (or,
+outside of loops, by each thread that gets to the end). Accesses are matched by their kind and by
+their line with the line it was put into, which ptxas keeps (`-lineinfo`): where a place in the
+source has only conditional accesses in the PTX, none of its accesses may be unconditional in the
+machine code. A condition that only decides whether a whole loop runs is not looked at within that
+loop.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ Place = tuple[str, int, int]  # "ld.global", line, line it was put into or 0
 
 @dataclass
 class Node:
-    accesses: list[tuple[Place, bool, str]] = field(default_factory=list)  # with whether a predicate guards it, and its text
+    accesses: list[tuple[Place, bool, str]] = field(
+        default_factory=list
+    )  # with whether a predicate guards it, and its text
     following: list[int] = field(default_factory=list)
     ends: bool = False  # whether threads may end there
 
@@ -84,8 +89,15 @@ def of_ptx(text: str, kernel: str) -> list[Node]:
         for one in block.instructions:
             kind = one.parts[0]
             space = next((part for part in one.parts if part in ("global", "shared")), "")
-            if kind in ("ld", "st", "cp") and space and one.source and one.parts[1:3] not in (("async", "commit_group"), ("async", "wait_group")):
-                node.accesses.append((("cp" if kind == "cp" else f"{kind}.{space}", *one.source[1:]), bool(one.guard), one.text))
+            if (
+                kind in ("ld", "st", "cp")
+                and space
+                and one.source
+                and one.parts[1:3] not in (("async", "commit_group"), ("async", "wait_group"))
+            ):
+                node.accesses.append(
+                    (("cp" if kind == "cp" else f"{kind}.{space}", *one.source[1:]), bool(one.guard), one.text)
+                )
         last = block.instructions[-1]
         if last.parts[0] == "bra":
             node.following.append(program.labels[last.operands[0]])
@@ -113,7 +125,10 @@ def of_cubin(cubin: bytes, kernel: str) -> list[Node]:
             continue
         elif found := _PLACE.search(line):
             if fresh:
-                place, fresh = (int(found[1]), int(found[2] or 0)), False  # lines after it say what it was put into in turn
+                place, fresh = (
+                    (int(found[1]), int(found[2] or 0)),
+                    False,
+                )  # lines after it say what it was put into in turn
         elif label := _LABEL.match(line):
             nodes[-1].following.append(len(nodes))
             labels[label[1]] = len(nodes)
@@ -143,7 +158,13 @@ def of_cubin(cubin: bytes, kernel: str) -> list[Node]:
 
 
 def unguarded(text: str, cubin: bytes, kernel: str) -> list[str]:
-    """Instructions of ``cubin`` that access memory unconditionally at a place where the PTX does so under a condition only."""
+    """Instructions of ``cubin`` that access memory unconditionally at a place where the PTX does so
+    under a condition only.
+    """
     wanted, every = unconditional(of_ptx(text, kernel))
     found, _ = unconditional(of_cubin(cubin, kernel))
-    return [f"line {place[1]}, put into {place[2]}: {text}" for place, text in sorted(found.items()) if place in every and place not in wanted]
+    return [
+        f"line {place[1]}, put into {place[2]}: {text}"
+        for place, text in sorted(found.items())
+        if place in every and place not in wanted
+    ]

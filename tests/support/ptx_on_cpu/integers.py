@@ -139,7 +139,9 @@ def integer_quotient(machine: Machine, one: Instruction):
     a, b = (machine.registers.read(text, kind) for text in one.operands[1:])
 
     def rest():
-        return np.fmod(a, np.where(b == 0, b + b.dtype.type(1), b))  # by zero: any result; lanes that are not asked may hold anything
+        return np.fmod(
+            a, np.where(b == 0, b + b.dtype.type(1), b)
+        )  # by zero: any result; lanes that are not asked may hold anything
 
     def quotient():
         divisor = np.where(b == 0, b + b.dtype.type(1), b)
@@ -179,7 +181,14 @@ _COMPARE = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
     "lo": operator.lt, "ls": operator.le, "hi": operator.gt, "hs": operator.ge,
 }  # fmt: skip
-_OPPOSITE = {"equ": "ne", "neu": "eq", "ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt"}  # true where numbers are not ordered, too
+_OPPOSITE = {
+    "equ": "ne",
+    "neu": "eq",
+    "ltu": "ge",
+    "leu": "gt",
+    "gtu": "le",
+    "geu": "lt",
+}  # true where numbers are not ordered, too
 _JOIN = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 

@@ -1,7 +1,9 @@
-"""Control flow: lanes of several blocks at once, those with the lowest place in the program first; barriers, and everything where lanes meet.
+"""Control flow: lanes of several blocks at once, those with the lowest place in the program first;
+barriers, and everything where lanes meet.
 
-A mask says which lanes run an instruction: a bool array over all lanes, or True for all of them. Lanes that part at a branch wait in `Team.waiting`
-by the block of instructions that they go to and are joined there. A `Team` is a set of lanes that only its own instructions wait for: all lanes of
+A mask says which lanes run an instruction: a bool array over all lanes, or True for all of them.
+Lanes that part at a branch wait in `Team.waiting` by the block of instructions that they go to and
+are joined there. A `Team` is a set of lanes that only its own instructions wait for: all lanes of
 the machine, or one block each where blocks wait for each other.
 """
 
@@ -39,7 +41,9 @@ def opcode(*names: str):
 @dataclass
 class Team:
     lanes: np.ndarray  # a mask
-    waiting: dict[int, np.ndarray | bool] = field(default_factory=dict)  # block of instructions -> lanes that run it next
+    waiting: dict[int, np.ndarray | bool] = field(
+        default_factory=dict
+    )  # block of instructions -> lanes that run it next
     parked: dict[int, np.ndarray | bool] = field(default_factory=dict)  # -> lanes that wait there for others
     steps: int = 0
     yielded: bool = False
@@ -51,7 +55,9 @@ class Team:
 
 @dataclass(frozen=True)
 class Options:
-    """How kernels run. ``seed`` orders the blocks; ``noise`` draws the errors that approximate functions are allowed, from a seed."""
+    """How kernels run. ``seed`` orders the blocks; ``noise`` draws the errors that approximate
+    functions are allowed, from a seed.
+    """
 
     at_once: int = 8  # blocks
     seed: int = 0
@@ -60,10 +66,27 @@ class Options:
 
 
 class Machine:
-    """One launch. ``memory`` and ``shared`` are `memory.Global` and `shared.Shared`; ``parameters`` are the kernel's, byte by byte."""
+    """One launch. ``memory`` and ``shared`` are `memory.Global` and `shared.Shared`; ``parameters``
+    are the kernel's, byte by byte.
+    """
 
-    def __init__(self, kernel: Kernel, threads: int, blocks: int, parameters: np.ndarray, memory, shared, options: Options = Options()):  # noqa: B008
-        self.kernel, self.threads, self.blocks, self.parameters, self.options = kernel, threads, blocks, parameters, options
+    def __init__(
+        self,
+        kernel: Kernel,
+        threads: int,
+        blocks: int,
+        parameters: np.ndarray,
+        memory,
+        shared,
+        options: Options = Options(),
+    ):  # noqa: B008
+        self.kernel, self.threads, self.blocks, self.parameters, self.options = (
+            kernel,
+            threads,
+            blocks,
+            parameters,
+            options,
+        )
         self.slots = min(blocks, options.at_once)
         self.lanes = self.slots * threads
         lane = np.arange(self.lanes)
@@ -78,7 +101,9 @@ class Machine:
         self.every_lane = lane
         self.code: list[list[Run] | None] = [None] * len(kernel.blocks)
         self.trace: Callable[[Machine, Instruction, object], None] | None = None
-        self.one_by_one = any(one.parts[0] in ("atom", "red") or "acquire" in one.parts for one in kernel.instructions())
+        self.one_by_one = any(
+            one.parts[0] in ("atom", "red") or "acquire" in one.parts for one in kernel.instructions()
+        )
         self.copies = Copies(self)
         memory.attach(self)
         shared.attach(self)
@@ -119,7 +144,9 @@ class Machine:
         mask = team.waiting.pop(index)
         block = self.kernel.blocks[index]
         if team.steps > self.options.patience:
-            self.refuse(block.instructions[0], mask, f"is part of a loop that has not ended after {team.steps - 1:,} steps")
+            self.refuse(
+                block.instructions[0], mask, f"is part of a loop that has not ended after {team.steps - 1:,} steps"
+            )
         if block.meets:
             mask = self._meet(team, index, block, mask)
             if mask is None:
@@ -192,7 +219,11 @@ class Machine:
         index, mask = next(iter(team.parked.items()))
         elsewhere = sum(int(np.count_nonzero(m)) for i, m in team.parked.items() if i != index)
         what = f"is waited at by {np.count_nonzero(mask)} lanes for others that never come"
-        self.refuse(self.kernel.blocks[index].instructions[0], mask, what + (f"; {elsewhere} wait elsewhere" if elsewhere else ""))
+        self.refuse(
+            self.kernel.blocks[index].instructions[0],
+            mask,
+            what + (f"; {elsewhere} wait elsewhere" if elsewhere else ""),
+        )
 
     def _build(self, one: Instruction) -> Run:
         build = OPCODES.get(one.parts[0])

@@ -1,4 +1,6 @@
-"""Instructions where lanes meet: barriers, shuffles, votes, and matrices of 8 x 8 halves moved by a whole warp. The machine has joined the lanes."""
+"""Instructions where lanes meet: barriers, shuffles, votes, and matrices of 8 x 8 halves moved by a
+whole warp. The machine has joined the lanes.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def _vote(machine: Machine, one: Instruction):
 
 @opcode("ldmatrix", "stmatrix")
 def _matrix(machine: Machine, one: Instruction):
-    """Lane t holds two halves of row t / 4 of each matrix; matrix m's rows begin at the addresses of lanes 8 m to 8 m + 7."""
+    """Lane t holds two halves of row t / 4 of each matrix; matrix m's rows begin at the addresses
+    of lanes 8 m to 8 m + 7.
+    """
     if one.parts[1:4] != ("sync", "aligned", "m8n8") or "trans" in one.parts or one.parts[-1] != "b16":
         raise Unknown(one.name)
     loads = one.parts[0] == "ldmatrix"

@@ -1,7 +1,8 @@
 """Global memory of one launch: the bytes of the tensors it was given, and what is known of each byte.
 
-Every storage is copied to an arena, and back where the kernel may write. Addresses are the arena's, far beyond 32 bits. A byte can be read or written
-only if it belongs to an element of a view that was given: what lies between the rows of a slice does not.
+Every storage is copied to an arena, and back where the kernel may write. Addresses are the arena's,
+far beyond 32 bits. A byte can be read or written only if it belongs to an element of a view that
+was given: what lies between the rows of a slice does not.
 """
 
 from __future__ import annotations
@@ -17,8 +18,15 @@ WINDOW = 0x7E00_0000_0000  # of shared memory among generic addresses
 _GAP = 256  # bytes between storages, and their alignment
 
 READABLE, WRITABLE, WRITTEN, FILLED = 1, 2, 4, 8  # WRITTEN: in this launch; FILLED: somebody has written it
-# torch's pattern of memory that nobody wrote, under torch.utils.deterministic.fill_uninitialized_memory
-_POISON = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.int32: 2**31 - 1, torch.int64: 2**63 - 1}
+# torch's pattern of memory that nobody wrote, under
+# torch.utils.deterministic.fill_uninitialized_memory
+_POISON = {
+    torch.float32: 0x7FC00000,
+    torch.bfloat16: 0x7FC0,
+    torch.float16: 0x7E00,
+    torch.int32: 2**31 - 1,
+    torch.int64: 2**63 - 1,
+}
 
 
 class Global:
@@ -84,7 +92,10 @@ class Global:
     def attach(self, machine) -> None:
         self.machine = machine
         half = self._end // 2
-        self.writer, self.written_at = np.full(half, -1, np.int32), np.zeros(half, np.int32)  # of each two bytes: lane of all lanes, and when
+        self.writer, self.written_at = (
+            np.full(half, -1, np.int32),
+            np.zeros(half, np.int32),
+        )  # of each two bytes: lane of all lanes, and when
         self._known: np.ndarray | None = None  # (lanes, blocks): what other blocks wrote before that moment can be read
         self._released: dict[int, np.ndarray] = {}
 
@@ -107,7 +118,9 @@ class Global:
                 groups[group] = groups[group].max(0)
 
     def release(self, lanes: np.ndarray, offsets: np.ndarray) -> None:
-        """It tells of what the block's threads wrote before their last barrier: not of the releasing thread's own writes since then."""
+        """It tells of what the block's threads wrote before their last barrier: not of the
+        releasing thread's own writes since then.
+        """
         known, shared = self.known(), self.machine.shared
         for lane, offset in zip(lanes, offsets, strict=True):
             told = known[lane].copy()
@@ -122,7 +135,9 @@ class Global:
                 np.maximum(known[lane], self._released[int(offset)], out=known[lane])
 
     def check(self, one, lanes: np.ndarray, offsets: np.ndarray, size: int, *, write: bool) -> bool:
-        """Refuse an access of ``size`` bytes outside the views, to a constant, misaligned or of what nobody wrote; was any written in this launch?"""
+        """Refuse an access of ``size`` bytes outside the views, to a constant, misaligned or of
+        what nobody wrote; was any written in this launch?
+        """
         if (offsets >= np.uint64(self._end - size)).any() or (offsets & np.uint64(size - 1)).any():
             self._refuse_address(one, lanes, offsets, size)
         flags = wide(self.flags, size)[offsets >> np.uint64(size.bit_length() - 1)]
@@ -141,16 +156,22 @@ class Global:
         at = int(np.flatnonzero(offsets & np.uint64(size - 1))[0])
         self.machine.refuse(one, lanes[at], f"is not aligned to its {size} bytes: {self.name_of(int(offsets[at]))}")
 
-    def _refuse_bytes(self, one, lanes: np.ndarray, offsets: np.ndarray, size: int, bad: np.ndarray, write: bool) -> None:
+    def _refuse_bytes(
+        self, one, lanes: np.ndarray, offsets: np.ndarray, size: int, bad: np.ndarray, write: bool
+    ) -> None:
         at = int(np.flatnonzero(bad)[0])
         offset = int(offsets[at])
         where, there = self.name_of(offset), self.flags[offset : offset + size]
         if not (there & READABLE).all():
             self.machine.refuse(one, lanes[at], f"reaches {size} bytes that are not all of a tensor: {where}")
-        self.machine.refuse(one, lanes[at], f"writes to a constant: {where}" if write else f"reads what nobody wrote: {where}")
+        self.machine.refuse(
+            one, lanes[at], f"writes to a constant: {where}" if write else f"reads what nobody wrote: {where}"
+        )
 
     def check_order(self, one, lanes: np.ndarray, offsets: np.ndarray, size: int, *, stale: bool, same=None) -> None:
-        """Refuse to read (or, unless it leaves the ``same`` value, to write over) what another thread wrote and no barrier or release has told of."""
+        """Refuse to read (or, unless it leaves the ``same`` value, to write over) what another
+        thread wrote and no barrier or release has told of.
+        """
         machine, shared = self.machine, self.machine.shared
         shape = (len(lanes), max(1, size // 2))
         halves = (offsets >> np.uint64(1)).astype(np.int64)[:, None] + np.arange(shape[1])

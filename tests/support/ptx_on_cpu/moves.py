@@ -72,7 +72,9 @@ def _pack(machine: Machine, to: str, source: str, kind: str):
 
 @opcode("cvta")
 def _generic_address(machine: Machine, one: Instruction):
-    """Generic addresses of global memory are global ones; of shared memory they lie in a window of their own (memory.WINDOW)."""
+    """Generic addresses of global memory are global ones; of shared memory they lie in a window of
+    their own (memory.WINDOW).
+    """
     from .memory import WINDOW
 
     kind, space = one.parts[-1], next(part for part in one.parts[1:] if part != "to" and part != one.parts[-1])
@@ -98,7 +100,9 @@ def _permute(machine: Machine, one: Instruction):
         for i in range(4):
             choice = np.asarray(selector).astype(np.uint64) >> np.uint64(4 * i)
             byte = whole >> (choice & np.uint64(7)) * np.uint64(8) & np.uint64(0xFF)
-            byte = np.where(choice & np.uint64(8), np.where(byte & np.uint64(0x80), np.uint64(0xFF), np.uint64(0)), byte)
+            byte = np.where(
+                choice & np.uint64(8), np.where(byte & np.uint64(0x80), np.uint64(0xFF), np.uint64(0)), byte
+            )
             found |= byte.astype(np.uint32) << np.uint32(8 * i)
         return found
 

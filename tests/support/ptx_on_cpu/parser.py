@@ -1,4 +1,6 @@
-"""PTX text -> `Kernel`: parameters, registers, shared variables, and instructions cut into blocks at every place where lanes may part or meet."""
+"""PTX text -> `Kernel`: parameters, registers, shared variables, and instructions cut into blocks
+at every place where lanes may part or meet.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from .refusal import Refused
 
 _COMMENT = re.compile(r"//.*")
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)(.*?)\{", re.DOTALL)
-_PARAM = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)((?:\s+\.(?!b8)\w+(?:\s+\d+)?)*)\s+([\w$]+)(?:\[(\d+)\])?")
+_PARAM = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)((?:\s+\.(?!b8)\w+(?:\s+\d+)?)*)\s+([\w$]+)(?:\[(\d+)\])?"
+)
 _SHARED = re.compile(r"(\.extern\s+)?\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?")
 _REGISTER = re.compile(r"\.reg\s+\.(\w+)\s+(.*)")
 _LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+(?:.*inlined_at\s+\d+\s+(\d+))?")
@@ -50,7 +54,9 @@ class Instruction:
 
 @dataclass
 class Block:
-    """Instructions that the same lanes run one after the other. One at which lanes wait for each other comes first or not at all."""
+    """Instructions that the same lanes run one after the other. One at which lanes wait for each
+    other comes first or not at all.
+    """
 
     first: int
     instructions: list[Instruction]
@@ -91,7 +97,9 @@ def parse(text: str, name: str) -> Kernel:
         if entry[1] == name:
             break
     else:
-        raise Refused(f"the PTX has no kernel {name}: it has {', '.join(m[1] for m in _ENTRY.finditer(text)) or 'none'}")
+        raise Refused(
+            f"the PTX has no kernel {name}: it has {', '.join(m[1] for m in _ENTRY.finditer(text)) or 'none'}"
+        )
     threads = re.search(r"\.(?:maxntid|reqntid)\s+(\d+)", entry[3])
     kernel = Kernel(name, _parameters(entry[2]), {}, {}, 0, int(threads[1]) if threads else 0)
     files = dict(_FILE.findall(text))
@@ -123,7 +131,9 @@ def _place(kernel: Kernel, match: re.Match) -> None:
 
 
 def _statements(text: str, begin: int):
-    """(line number, statement) of a kernel's body; a label ends in ":"; directives that end with their line are whole lines."""
+    """(line number, statement) of a kernel's body; a label ends in ":"; directives that end with
+    their line are whole lines.
+    """
     depth, line, pending = 1, text.count("\n", 0, begin) + 1, ""
     for raw in text[begin:].split("\n"):
         rest = _COMMENT.sub("", raw).strip()

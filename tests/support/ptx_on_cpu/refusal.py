@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class Refused(RuntimeError):
-    """The kernel did what a GPU may answer with a fault or with another result; the message says what, where and which thread."""
+    """The kernel did what a GPU may answer with a fault or with another result; the message says
+    what, where and which thread.
+    """
 
 
 class Unknown(Refused):

@@ -1,4 +1,6 @@
-"""Shared memory of the blocks that run together, and who wrote and read each piece of it when: what has to be ordered by a barrier."""
+"""Shared memory of the blocks that run together, and who wrote and read each piece of it when: what
+has to be ordered by a barrier.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,17 @@ import numpy as np
 from .parser import SHARED_START, Kernel
 from .refusal import Refused
 
-NOBODY, UNDER_WAY = 2**31 - 1, 2**31 - 2  # instead of a moment: nobody wrote it; an asynchronous copy is on its way to it
+NOBODY, UNDER_WAY = (
+    2**31 - 1,
+    2**31 - 2,
+)  # instead of a moment: nobody wrote it; an asynchronous copy is on its way to it
 WARP = 32
 
 
 class Shared:
-    """``size`` bytes a block, static and dynamic. A piece is the smallest access that the kernel makes: two neighbours may be two threads'."""
+    """``size`` bytes a block, static and dynamic. A piece is the smallest access that the kernel
+    makes: two neighbours may be two threads'.
+    """
 
     def __init__(self, kernel: Kernel, size: int):
         self.size = size
@@ -25,7 +32,8 @@ class Shared:
         self.data = np.zeros(total, np.uint8)
         count = total // self.piece
         self.written_at, self.writer = np.empty(count, np.int32), np.empty(count, np.int32)
-        # of each warp (reads of several warps stand beside each other): when a lane of it last read, and which, -1 for several
+        # of each warp (reads of several warps stand beside each other): when a lane of it last
+        # read, and which, -1 for several
         self.read_at, self.reader = np.empty((warps, count), np.int32), np.empty((warps, count), np.int32)
         self.met_at, self.warp_met_at = np.zeros(machine.lanes, np.int32), np.zeros(machine.lanes, np.int32)
         self._start = (machine.slot_of * self.stride).astype(np.int64)
@@ -56,7 +64,9 @@ class Shared:
         bad = offsets % size != 0
         if bad.any():
             at = int(np.flatnonzero(bad)[0])
-            self.machine.refuse(one, lanes[at], f"is not aligned to its {size} bytes: byte {offsets[at]} of shared memory")
+            self.machine.refuse(
+                one, lanes[at], f"is not aligned to its {size} bytes: byte {offsets[at]} of shared memory"
+            )
         return offsets + self._start[lanes]
 
     def _pieces(self, places: np.ndarray, size: int) -> np.ndarray:
@@ -96,7 +106,9 @@ class Shared:
 
     def _check_written(self, one, lanes, places, pieces, when, late, does: str) -> None:
         writer = self.writer[pieces]
-        ordered = (writer == lanes[:, None]) | ((writer // WARP == (lanes // WARP)[:, None]) & (when < self.warp_met_at[lanes][:, None]))
+        ordered = (writer == lanes[:, None]) | (
+            (writer // WARP == (lanes // WARP)[:, None]) & (when < self.warp_met_at[lanes][:, None])
+        )
         bad = late & ~(ordered & (when < UNDER_WAY))
         if bad.any():
             at, part = (int(index[0]) for index in np.nonzero(bad))
@@ -105,7 +117,9 @@ class Shared:
                 self.machine.refuse(one, lanes[at], f"{does} what nobody wrote: {where}")
             who = self.machine.thread_of[writer[at, part]]
             if when[at, part] == UNDER_WAY:
-                self.machine.refuse(one, lanes[at], f"{does} what thread {who}'s asynchronous copy is on its way to: {where}")
+                self.machine.refuse(
+                    one, lanes[at], f"{does} what thread {who}'s asynchronous copy is on its way to: {where}"
+                )
             barrier = "warp barrier" if writer[at, part] // WARP == lanes[at] // WARP else "barrier"
             self.machine.refuse(one, lanes[at], f"{does} what thread {who} wrote, with no {barrier} between: {where}")
 
@@ -126,7 +140,9 @@ class Shared:
                 at = int(np.nonzero(bad)[0][0])
                 where = f"byte {places[at] - self._start[lanes[at]]} of shared memory"
                 barrier = "warp barrier" if own[at, 0] == warp else "barrier"
-                self.machine.refuse(one, lanes[at], f"writes over what threads of warp {warp} read, with no {barrier} between: {where}")
+                self.machine.refuse(
+                    one, lanes[at], f"writes over what threads of warp {warp} read, with no {barrier} between: {where}"
+                )
 
     def under_way(self, lanes: np.ndarray, places: np.ndarray, size: int) -> None:
         pieces = self._pieces(places, size)

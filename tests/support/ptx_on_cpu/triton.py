@@ -24,12 +24,16 @@ _kernels: dict[tuple, tuple[Kernel, int]] = {}
 
 
 class TritonOnPtx:
-    """What stands in for the list of recorded launches: each is compiled for ``target`` ("sm_90") and interpreted as it comes.
+    """What stands in for the list of recorded launches: each is compiled for ``target`` ("sm_90")
+    and interpreted as it comes.
 
-    ``edit`` changes the PTX before it is read; ``watch`` is called with each `Machine` before it runs.
+    ``edit`` changes the PTX before it is read; ``watch`` is called with each `Machine` before it
+    runs.
     """
 
-    def __init__(self, target: str, options: Options, edit: Callable[[str], str] | None, watch: Callable[[Machine], None] | None):
+    def __init__(
+        self, target: str, options: Options, edit: Callable[[str], str] | None, watch: Callable[[Machine], None] | None
+    ):
         self.target, self.options, self.edit, self.watch = target, options, edit, watch
         self.launched: set[str] = set()
 
@@ -42,7 +46,15 @@ class TritonOnPtx:
         memory = Global()
         values = _leaves(launch, source, memory)
         memory.fill()
-        program = Machine(kernel, kernel.threads, launch.programs, _parameters(kernel, values), memory, Shared(kernel, shared), self.options)
+        program = Machine(
+            kernel,
+            kernel.threads,
+            launch.programs,
+            _parameters(kernel, values),
+            memory,
+            Shared(kernel, shared),
+            self.options,
+        )
         if self.watch:
             self.watch(program)
         program.run()
@@ -61,7 +73,9 @@ class TritonOnPtx:
 
 
 def _leaves(launch: Launch, source, memory: Global) -> list[int | float]:
-    """The values that the kernel is given, tensors as their addresses: the arguments that are no constants, tuples opened."""
+    """The values that the kernel is given, tensors as their addresses: the arguments that are no
+    constants, tuples opened.
+    """
     kernel, found = launch.kernel, []
     values = dict(zip(kernel.arg_names, launch.args, strict=False)) | launch.options
 
@@ -89,9 +103,11 @@ def _parameters(kernel: Kernel, values: list[int | float]) -> np.ndarray:
 
 
 @contextmanager
-def triton_on_ptx(target: str = "sm_90", options: Options = Options(), *, edit=None, watch=None) -> Iterator[TritonOnPtx]:  # noqa: B008
+def triton_on_ptx(
+    target: str = "sm_90", options: Options | None = None, *, edit=None, watch=None
+) -> Iterator[TritonOnPtx]:
     """Within it, backend "triton" takes CPU tensors and runs `TritonOnPtx`."""
-    runner = TritonOnPtx(target, options, edit, watch)
+    runner = TritonOnPtx(target, options or Options(), edit, watch)
     before, interpreted = starting._recording, backend.INTERPRETED
     starting._recording, backend.INTERPRETED = runner, True
     try:

@@ -1,4 +1,6 @@
-"""Registers: a NumPy row over the lanes each, and operands as rows or numbers of the type that an instruction asks for."""
+"""Registers: a NumPy row over the lanes each, and operands as rows or numbers of the type that an
+instruction asks for.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,12 @@ class Registers:
         }
         zero, one = np.zeros_like(threads), np.ones_like(threads)
         for axis in "yz":
-            self._special |= {f"%tid.{axis}": zero, f"%ctaid.{axis}": zero, f"%ntid.{axis}": one, f"%nctaid.{axis}": one}
+            self._special |= {
+                f"%tid.{axis}": zero,
+                f"%ctaid.{axis}": zero,
+                f"%ntid.{axis}": one,
+                f"%nctaid.{axis}": one,
+            }
 
     def new_blocks(self) -> None:
         """The number of each lane's block; nothing of what ran before is left in the registers."""
@@ -43,7 +50,9 @@ class Registers:
         return row
 
     def row(self, name: str, kind: str) -> np.ndarray:
-        """The register ``name`` as numbers of ``kind``, to be written or read; a wider register's low part cannot be written so."""
+        """The register ``name`` as numbers of ``kind``, to be written or read; a wider register's
+        low part cannot be written so.
+        """
         row = self.raw(name)
         dtype = dtype_of(kind)
         if row.dtype.itemsize != np.dtype(dtype).itemsize:
@@ -56,9 +65,17 @@ class Registers:
         if text.startswith("%"):
             special = self._special.get(text)
             if special is not None:
-                return special if special.dtype == dtype else special.view(dtype) if np.dtype(dtype).itemsize == 4 else special.astype(dtype)
+                return (
+                    special
+                    if special.dtype == dtype
+                    else special.view(dtype)
+                    if np.dtype(dtype).itemsize == 4
+                    else special.astype(dtype)
+                )
             row = self.raw(text)
-            if row.dtype.itemsize > np.dtype(dtype).itemsize and dtype is not np.bool_:  # the low part, of a little-endian number
+            if (
+                row.dtype.itemsize > np.dtype(dtype).itemsize and dtype is not np.bool_
+            ):  # the low part, of a little-endian number
                 return row.view(dtype)[:: row.dtype.itemsize // np.dtype(dtype).itemsize]
             return self.row(text, kind)
         return number(self.address(text) if text[0].isalpha() or text[0] in "_$" else text, dtype)
@@ -88,7 +105,11 @@ def number(text: str | int, dtype: type):
     """An immediate operand: 12, -1, 0x1F, 0f3F800000 (bits of a float32), 0d... (of a float64)."""
     if isinstance(text, str) and text[:2] in ("0f", "0F"):
         bits = int(text[2:], 16)
-        return np.uint32(bits).view(np.float32) if np.dtype(dtype).itemsize == 4 and dtype is np.float32 else np.uint32(bits).view(dtype)
+        return (
+            np.uint32(bits).view(np.float32)
+            if np.dtype(dtype).itemsize == 4 and dtype is np.float32
+            else np.uint32(bits).view(dtype)
+        )
     if isinstance(text, str) and text[:2] in ("0d", "0D"):
         return np.float64(struct.unpack(">d", bytes.fromhex(text[2:]))[0]).astype(dtype)
     value = int(text, 0) if isinstance(text, str) else text
