@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from storm_benchmarks import environment
+from storm_benchmarks.harness import load_rows
 
 import storm_kernels as sk
 from storm_kernels.backends import dispatch
@@ -25,9 +26,30 @@ def test_the_first_step_tells_what_works(capsys):
 
 
 @pytest.mark.ptx
-def test_every_family_works():
-    found = gpu.smoke("ptx")
-    assert found == dict.fromkeys(gpu.families(), "")
+def test_the_whole_script_runs_and_is_not_repeated(tmp_path, capfd):
+    """Every step of `make gpu`, the interpreter in place of the GPU; compute-sanitizer needs a GPU's driver."""
+    status = gpu.main(["--device", "ptx", "--state", str(tmp_path)])
+    printed = capfd.readouterr().out
+    outcomes = json.loads((tmp_path / "ptx.json").read_text())["steps"]
+    expected = dict.fromkeys(["smoke", *gpu.steps("ptx")], "done")
+    assert outcomes == expected | {"sanitize": "compute-sanitizer is not there"}
+    assert status == 1 and "look first at" in printed
+    for op in ("scan", "conv", "reduce", "projector"):
+        rows = load_rows(tmp_path / "ptx" / f"{op}.json")
+        assert {row["backend"] for row in rows} >= ({"cuda", "triton"} if op != "projector" else {"fused"})
+        assert {(row["device"], row["commit"]) for row in rows} == {(gpu.NAME, environment.commit())}
+    assert (tmp_path / "ptx" / "e2e-128-both" / "report.html").exists()
+    gpu.main(["--device", "ptx", "--state", str(tmp_path)])
+    assert capfd.readouterr().out.count("done before") == len(expected) - 1  # all but the sanitizer
+
+
+def test_a_step_that_runs_again_leaves_one_row_of_each_measurement(tmp_path):
+    row = {"op": "scan", "backend": "cuda", "mode": "forward", "shape": "tokens=1", "dtype": "float32"}
+    row |= {"p50_ms": 1.0, "device": "a GPU", "commit": "1"}
+    stopped, other, again = row, row | {"commit": "0"}, row | {"p50_ms": 2.0}
+    (tmp_path / "scan.json").write_text(json.dumps([other, other, stopped, row | {"op": "conv"}, again]))
+    gpu.keep_latest(tmp_path, "a GPU, commit 1")
+    assert load_rows(tmp_path / "scan.json") == [other, other, again, row | {"op": "conv"}]
 
 
 def fails(name, device, answer):

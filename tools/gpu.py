@@ -29,11 +29,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .gpu_ptx import NAME, in_place_of_a_gpu, kernels_on
-from .gpu_steps import RESULTS, ROOT, Step, steps
+from .gpu_steps import ROOT, STATE, Step, results, steps
 
-STATE = ROOT / "build" / "gpu"
 LONGEST = 9 * 60  # seconds of a step
 EACH = {"cuda": 18, "ptx": 300}  # seconds of a family in the first step
+SUBJECT = ("op", "backend", "mode", "shape", "dtype")  # what a row measures
 AT_ONCE = 4  # families: 17 of 18 seconds end within 90 even if each one hangs
 
 
@@ -183,6 +183,21 @@ def run_whole(command: list[str], environment: dict[str, str], longest: float) -
                 os.killpg(child.pid, signal.SIGKILL)
 
 
+def keep_latest(folder: Path, who: str) -> None:
+    """Of rows that measure the same on this device at this commit, keep the last: a step that was
+    stopped and runs again measures what it had measured before.
+    """
+    from storm_benchmarks.harness import Rows
+
+    for path in folder.glob("*.json"):
+        stored, latest = Rows(path), {}
+        for number, row in enumerate(stored.rows):
+            subject = tuple(row[name] for name in SUBJECT)
+            latest[subject if f"{row['device']}, commit {row['commit']}" == who else number] = row
+        if len(latest) < len(stored.rows):
+            stored.put(0, *latest.values())
+
+
 def leave_out(broken: list[str]) -> None:
     """Backends answer from now on that they cannot run the operations of ``broken`` ("cuda:scan")."""
     from storm_kernels.backends import dispatch
@@ -208,18 +223,19 @@ def execute(device: str, broken: list[str], module: list[str]) -> None:
 
 def run(names: list[str], state: State, device: str, again: bool) -> None:
     """Run the steps ``names``; where they are all, without those that are done before."""
-    known = steps(device)
+    known, rows = steps(device, state.path.parent), results(device, state.path.parent)
     for name in names or ["smoke", *known, "compare"]:
         if name == "compare":
             from .gpu_compare import compare
 
-            compare(ROOT / RESULTS[device])
+            compare(rows)
         elif state.steps.get(name) == "done" and not again and not names:
             print(f"{name}: done before", flush=True)
         elif name == "smoke":
             run_smoke(state, device)
         else:
             state.note(name, run_step(known[name], state.broken, device))
+            keep_latest(rows, state.who)
             print(f"{name}: {state.steps[name]}", flush=True)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = {"cuda": "benchmarks/results", "ptx": "build/gpu/ptx"}
+STATE = ROOT / "build" / "gpu"
 SANITIZER = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
 
 
@@ -27,9 +27,14 @@ class Step(NamedTuple):
     fuzz: str = "1"
 
 
-def steps(device: str) -> dict[str, Step]:
+def results(device: str, state: Path = STATE) -> Path:
+    """Where rows go: a GPU's are kept in the repository, the interpreter's beside what notes the steps."""
+    return ROOT / "benchmarks" / "results" if device == "cuda" else state.absolute() / "ptx"
+
+
+def steps(device: str, state: Path = STATE) -> dict[str, Step]:
     """The steps on ``device``, "cuda" or "ptx", in the order in which they run."""
-    return {"cuda": on_a_gpu, "ptx": in_the_interpreter}[device](RESULTS[device])
+    return {"cuda": on_a_gpu, "ptx": in_the_interpreter}[device](str(results(device, state)))
 
 
 def on_a_gpu(out: str) -> dict[str, Step]:
