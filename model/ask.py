@@ -17,9 +17,8 @@ from transformers.utils import logging
 
 from storm_kernels.profiling import recording
 
-from .loading import CheckpointError
+from .loading import FLOATS, CheckpointError
 from .modeling_storm import StormForConditionalGeneration
-from .parts import FLOATS
 from .video import StormVideoError
 
 # What one sees happen, in its order; the stages inside these are left out.

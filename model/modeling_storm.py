@@ -28,7 +28,7 @@ from storm_kernels.tokens import TokenReduction, described
 
 from .configuration_storm import StormConfig, checked_reduction
 from .context import check_context
-from .loading import check_loaded, refuse_pickles
+from .loading import check_files, check_loaded
 from .pixels import FRAME_BATCH
 from .projector import build_projector
 
@@ -79,7 +79,7 @@ class StormPreTrainedModel(PreTrainedModel):
             CheckpointError: the weights are not this model's.
         """
         folder = pretrained_model_name_or_path
-        refuse_pickles(folder, kwargs.pop("use_safetensors", None))
+        check_files(folder, kwargs.pop("use_safetensors", None))
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = super().from_pretrained(folder, *args, **kwargs)
@@ -229,31 +229,37 @@ class StormModel(StormPreTrainedModel):
         if inputs_embeds is None:
             if any(given is not None for given, _ in pixels.values()):
                 check_context(self.config, input_ids, pixel_values_videos, video_reductions)
-            inputs_embeds = self._filled(input_ids, pixels, mm_encoder_outputs or {})
+            features = self._features(input_ids, pixels, mm_encoder_outputs or {})
         elif mm_encoder_outputs or any(given is not None for given, _ in pixels.values()):
             raise ValueError("pixels and their features need input_ids, which say where they go, not inputs_embeds")
-        with stage("prefill" if inputs_embeds.shape[1] > 1 else "token"):
+        with reading(input_ids if inputs_embeds is None else inputs_embeds):
+            if inputs_embeds is None:
+                inputs_embeds = self._filled(input_ids, features)
             return self.language_model(
                 inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
             )
 
-    def _filled(
+    def _features(
         self, input_ids: Tensor, pixels: dict[str, tuple], known: dict[str, BaseModelOutputWithPooling]
-    ) -> Tensor:
-        """The embeddings of the prompt, with the tokens of images and videos in their places."""
-        embeds = self.get_input_embeddings()(input_ids)
+    ) -> dict[str, list[Tensor]]:
+        """The tokens of images and videos by modality, (tokens, D) of each, made of pixels or known already."""
+        found: dict[str, list[Tensor]] = {}
         for modality, (given, reductions) in pixels.items():
             if given is not None and known.get(modality) is not None:
                 raise ValueError(f"give the {modality}s' pixels or their features, not both")
             if given is not None:
                 get = self.get_video_features if modality == "video" else self.get_image_features
-                features = list(get(given, reductions, return_dict=True).pooler_output)
+                found[modality] = list(get(given, reductions, return_dict=True).pooler_output)
             elif known.get(modality) is not None:
-                features = [own.flatten(0, -2) for own in known[modality].pooler_output]
-            elif input_ids.shape[1] == 1:  # a token that was just written; there is nothing to fill
-                continue
-            else:
-                features = []
+                found[modality] = [own.flatten(0, -2) for own in known[modality].pooler_output]
+            elif input_ids.shape[1] > 1:  # a token that was just written has nothing to fill
+                found[modality] = []
+        return found
+
+    def _filled(self, input_ids: Tensor, found: dict[str, list[Tensor]]) -> Tensor:
+        """The embeddings of the prompt, with the tokens of images and videos in their places."""
+        embeds = self.get_input_embeddings()(input_ids)
+        for modality, features in found.items():
             mask = self.get_placeholder_mask(input_ids, modality, features)
             if features:
                 tokens = torch.cat([own.to(embeds.device, embeds.dtype) for own in features])
@@ -357,7 +363,8 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         )
         hidden = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept])
+        with reading(hidden):
+            logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -389,6 +396,11 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         if self.training and torch.is_grad_enabled() and self.config.random_parts:
             frozen = [part for part in self.config.random_parts if not _trains(self.model.get_submodule(part))]
             self.config.random_parts = frozen or None
+
+
+def reading(prompt: Tensor):
+    """The stage of a call on ``prompt`` (batch, length, ...): the first reads it, those after it write a token each."""
+    return stage("prefill" if prompt.shape[1] > 1 else "token")
 
 
 def random_notice(config: StormConfig) -> str:

@@ -72,11 +72,13 @@ class VilaProjector(nn.Module):
             return torch.cat([reduce_tokens(v, own, reduction) for v, own in zip(videos, grids, strict=True)], 1)
 
 
-def build_projector(config: StormConfig) -> nn.Module:
-    """The projector that ``config`` names, with random weights, on the current default device and in its dtype."""
+def build_projector(
+    config: StormConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The projector that ``config`` names, with random weights; ``device`` and ``dtype`` are the current defaults."""
     widths = (config.vision_config.hidden_size, config.text_config.hidden_size)
     if config.projector_type == "vila":
-        return VilaProjector(*widths)
+        return VilaProjector(*widths, device=device, dtype=dtype)
     fused = config.projector_implementation == "fused"
     cls = storm_kernels.TemporalProjector if fused else ReferenceTemporalProjector
     return cls(
@@ -86,4 +88,6 @@ def build_projector(config: StormConfig) -> nn.Module:
         d_state=config.projector_state,
         d_conv=config.projector_conv,
         expand=config.projector_expand,
+        device=device,
+        dtype=dtype,
     )

@@ -55,7 +55,7 @@ def run(installed, *command, without=()):
 
 
 def test_models_and_benchmarks_are_imported_from_it(installed):
-    names = ("storm_kernels", "storm_model.storm", "storm_benchmarks.e2e.report", "storm_benchmarks.scan")
+    names = ("storm_kernels", "storm_model.modeling_storm", "storm_benchmarks.e2e.report", "storm_benchmarks.scan")
     code = f"import importlib; print(*(importlib.import_module(name).__file__ for name in {names}), sep='\\n')"
     done = run(installed, sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr

@@ -33,7 +33,7 @@ def in_place_of_a_gpu() -> Iterator[None]:
     "tiny" and take one round.
     """
     from storm_benchmarks import environment, harness
-    from storm_model import config
+    from storm_model import presets
 
     from storm_kernels.backends import dispatch
     from tests.support.tiny_model import TINY
@@ -47,7 +47,7 @@ def in_place_of_a_gpu() -> Iterator[None]:
         for backend in ("cuda", "triton"):
             stack.enter_context(kernels_on("ptx", backend))
         stack.enter_context(mock.patch.dict(dispatch.ORDER, cpu=dispatch.ORDER["cuda"]))
-        stack.enter_context(mock.patch.dict(config.PRESETS, tiny=TINY))
+        stack.enter_context(mock.patch.dict(presets.PRESETS, tiny=TINY))
         stack.enter_context(mock.patch.object(environment, "device_name", lambda device: NAME))
         stack.enter_context(mock.patch.object(harness, "time_rounds", in_one_round))
         yield

