@@ -74,11 +74,11 @@ def model(seed=0, **changes):
     return made
 
 
-def processor(**changes):
+def processor(frame_separator="", **changes):
     sizes = {"image_size": IMAGE_SIZE, "patch_size": 14} | changes
     words = tokenizer()
     parts = (StormImageProcessor(**sizes), words, StormVideoProcessor(**sizes))
-    return StormProcessor(*parts, chat_template=chat_template(words))
+    return StormProcessor(*parts, chat_template=chat_template(words), frame_separator=frame_separator)
 
 
 def save(folder, **changes):
