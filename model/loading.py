@@ -4,12 +4,13 @@ finite, no pickles.
 
 from __future__ import annotations
 
-import os
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 _SHOWN = 5
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -20,16 +21,54 @@ class CheckpointError(ValueError):
     """A saved model that cannot be used; the message names the file or folder and the tensor or field."""
 
 
-def refuse_pickles(folder: str | os.PathLike, use_safetensors: bool | None = None) -> None:
-    """Raise if a local folder has no safetensors files but pickles, or if a caller asks for those."""
+def check_folder(
+    folder: Any, *, subfolder: str = "", use_safetensors: bool | None = None, config: Any = None, state_dict: Any = None
+) -> None:
+    """Raise if a local folder has no configuration or no readable safetensors files, or if a caller asks for pickles.
+
+    Args:
+        folder: of :func:`from_pretrained`; what is no local folder is left to transformers.
+        subfolder: where in it the files lie.
+        use_safetensors: False asks for pickles.
+        config, state_dict: what the caller brings itself and the folder need not hold.
+
+    Raises:
+        CheckpointError: with the file that is missing or damaged.
+    """
     if use_safetensors is False:
         raise CheckpointError(f"{folder}: use_safetensors=False asks for pickles, which are never opened")
-    path = Path(folder)
-    if not path.is_dir() or any(any(path.glob(pattern)) for pattern in _WEIGHTS):
+    if folder is None or not (path := Path(folder, subfolder)).is_dir():
         return
-    found = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
-    also = f"; pickles are never opened ({', '.join(found)})" if found else ""
-    raise CheckpointError(f"{path}: no model.safetensors; weights must be in safetensors files{also}")
+    if config is None and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise CheckpointError(f"{path}: no config.json, which says what model it is")
+    if state_dict is not None:
+        return
+    if not any(any(path.glob(pattern)) for pattern in _WEIGHTS):
+        found = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+        also = f"; pickles are never opened ({', '.join(found)})" if found else ""
+        raise CheckpointError(f"{path}: no model.safetensors; weights must be in safetensors files{also}")
+    raise_problems(path, [*_missing_files(path), *_damaged_files(path)])
+
+
+def _missing_files(path: Path) -> list[str]:
+    """The files that an index names and that are not there."""
+    missing: set[str] = set()
+    for index in path.glob("*.safetensors.index.json"):
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing |= {f"{name}, which {index.name} names, is missing" for name in named if not (path / name).is_file()}
+    return sorted(missing)
+
+
+def _damaged_files(path: Path) -> list[str]:
+    """The safetensors files whose header does not fit their length."""
+    damaged = []
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            damaged.append(f"{file.name} is damaged ({error})")
+    return damaged
 
 
 def check_loaded(folder: Any, info: dict[str, Any], model: nn.Module) -> None:
@@ -43,18 +82,26 @@ def check_loaded(folder: Any, info: dict[str, Any], model: nn.Module) -> None:
 
 
 def not_finite(model: nn.Module) -> list[str]:
-    """Names of the floating-point parameters and buffers with an infinity or a NaN; those on the
-    meta device are left out.
+    """Names of the floating-point parameters and buffers with an infinity or a NaN, those that accelerate has
+    offloaded included; what lies on the meta device without values, or is quantised, is left out.
     """
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return [
-        name
-        for name, tensor in tensors
-        if type(tensor.data) is torch.Tensor
-        and tensor.is_floating_point()
-        and not tensor.is_meta
-        and not torch.isfinite(tensor).all()
-    ]
+    names = []
+    for prefix, module in model.named_modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            stored = _offloaded(module, name) if tensor.is_meta else tensor.data
+            if type(stored) is Tensor and stored.is_floating_point() and not torch.isfinite(stored).all():
+                names.append(f"{prefix}.{name}" if prefix else name)
+    return names
+
+
+def _offloaded(module: nn.Module, name: str) -> Tensor | None:
+    """The values of a parameter that accelerate fetches when ``module`` is called; None if it does not."""
+    hook = getattr(module, "_hf_hook", None)
+    for own in getattr(hook, "hooks", (hook,)):
+        weights = getattr(own, "weights_map", None)
+        if weights is not None and f"{getattr(weights, 'prefix', '')}{name}" in getattr(weights, "dataset", weights):
+            return weights[name]
+    return None
 
 
 def raise_problems(where: Any, problems: list[str]) -> None:

@@ -51,6 +51,33 @@ def test_a_prompt_longer_than_the_context_is_told_before_anything_is_encoded():
         model.generate(**given, max_new_tokens=1)
 
 
+def test_the_reduction_that_would_fit_is_that_of_one_prompt_of_a_batch():
+    """Each row has its own videos: those of its neighbour cost it nothing."""
+    model = ask_model.model(text={"max_position_embeddings": 40})
+    one = inputs(model.config, 10)
+    rows = {"input_ids": one["input_ids"].repeat(2, 1), "pixel_values_videos": one["pixel_values_videos"] * 2}
+    for given in (one, rows):
+        with pytest.raises(ValueError, match="the prompt has 45 tokens, 40 .*; temporal_stride=2 would make it 25"):
+            model.generate(**given, max_new_tokens=1)
+    short = inputs(model.config, 1)["input_ids"]
+    padded = torch.nn.functional.pad(short, (45 - short.shape[1], 0), value=1)
+    rows = {"input_ids": torch.cat([padded, one["input_ids"]])}
+    rows["pixel_values_videos"] = [torch.zeros(1, 3, 56, 56), *one["pixel_values_videos"]]
+    with pytest.raises(ValueError, match="temporal_stride=2 would make it 25"):
+        model(**rows)
+
+
+def test_each_text_of_a_batch_has_its_own_videos():
+    """Lists of videos, one a text: as many as its placeholders, or an answer would be about the neighbour's video."""
+    processor = ask_model.processor()
+    videos = [torch.zeros(n, 20, 20, 3, dtype=torch.uint8) for n in (3, 5)]
+    texts = ["<video><video>", "x"]
+    with pytest.raises(ValueError, match="text 0 has 2 <video>, but 1 videos were given for it"):
+        processor(text=texts, videos=[[videos[0]], [videos[1]]])
+    assert len(processor(text=texts, videos=[videos, []], return_tensors="pt")["pixel_values_videos"]) == 2
+    assert len(processor(text=texts, videos=videos, return_tensors="pt")["pixel_values_videos"]) == 2
+
+
 def test_the_context_counts_rope_scaling():
     rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 100}
     assert ask_model.config(text={"max_position_embeddings": 100, "rope_parameters": rope}).context_length == 400
@@ -94,6 +121,53 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path, change, message
     for kind in (StormForConditionalGeneration, AutoModelForImageTextToText, StormModel):
         with pytest.raises(CheckpointError, match=f"{tmp_path}: (model.)?{message}"):
             kind.from_pretrained(tmp_path)
+
+
+def test_what_is_not_finite_is_found_on_the_disk_too(tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    ask_model.model().save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    spoil(tensors)
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    places = dict.fromkeys(("model.vision_tower", "model.projector", "lm_head"), "cpu")
+    for device in ("cpu", "disk"):
+        with pytest.raises(CheckpointError, match="language_model.norm.weight holds values that are not finite"):
+            StormForConditionalGeneration.from_pretrained(
+                tmp_path / "model", device_map=places | {"model.language_model": device}, offload_folder=tmp_path
+            )
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        ("config.json", "no config.json, which says what model it is"),
+        ("model-00002-of-", r"model-00002-of-\d+.safetensors, which model.safetensors.index.json names, is missing"),
+        ("cut", r"model-00001-of-\d+.safetensors is damaged \(.*metadata"),
+        ("text", r"model-00001-of-\d+.safetensors is damaged \(.*header"),
+    ],
+)
+def test_a_folder_with_a_missing_or_damaged_file_is_refused_by_name(tmp_path, spoilt, message):
+    """Without its configuration transformers would make the default one's billions of random weights."""
+    ask_model.model().save_pretrained(tmp_path, max_shard_size="100KB")
+    assert StormForConditionalGeneration.from_pretrained(tmp_path).num_parameters()
+    first = next(tmp_path.glob("model-00001-of-*"))
+    if spoilt in ("cut", "text"):
+        first.write_bytes(first.read_bytes()[:1000] if spoilt == "cut" else b"hello")
+    else:
+        next(tmp_path.glob(f"{spoilt}*")).unlink()
+    with pytest.raises(CheckpointError, match=message):
+        StormForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_folder_need_not_hold_what_the_caller_brings(tmp_path):
+    model = ask_model.model()
+    model.save_pretrained(tmp_path / "inner")
+    for given, options in (
+        ((tmp_path,), {"subfolder": "inner"}),
+        ((None,), {"config": model.config, "state_dict": model.state_dict()}),
+    ):
+        back = StormForConditionalGeneration.from_pretrained(*given, **options)
+        assert torch.equal(back.lm_head.weight, model.lm_head.weight)
 
 
 def test_pickles_are_refused(tmp_path):
@@ -140,6 +214,9 @@ def test_a_tokenizer_without_the_placeholders_is_refused(tmp_path):
         ({"projector_type": "qformer"}, "projector_type must be one of storm, vila, got 'qformer'"),
         ({"projector_implementation": "slow"}, "projector_implementation must be one of fused, reference, got 'slow'"),
         ({"projector_layers": 0}, "projector_layers must be between 1 and"),
+        ({"image_token_id": 3, "video_token_id": 3}, "image_token_id and video_token_id must be two tokens, got 3"),
+        ({"video_token_id": 10**6}, "video_token_id must be a token of text_config, 0 to .*, got 1000000"),
+        ({"image_token_id": "<image>"}, "image_token_id must be an integer, got '<image>'"),
         ({"temporal_pool": 0}, "temporal_pool must be between 1 and .* got 0"),
         ({"temporal_stride": 10**6}, "temporal_stride must be at most 65536, got 1000000"),
     ],
