@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from storm_kernels.tokens import TokenGrid, TokenReduction, described, positive_int
+from storm_kernels.tokens import TokenGrid, TokenReduction, described, integer, positive_int
 
 PROJECTOR_TYPES = ("storm", "vila")
 PROJECTOR_IMPLEMENTATIONS = ("fused", "reference")
@@ -70,7 +70,21 @@ class StormConfig(PreTrainedConfig):
         for name in ("projector_layers", "projector_state", "projector_conv"):
             positive_int(name, getattr(self, name))
         checked_reduction(self.temporal_pool, self.spatial_pool, self.temporal_stride)
+        self._check_placeholders()
         super().__post_init__(**kwargs)
+
+    def _check_placeholders(self) -> None:
+        """The placeholders are two tokens that the language model has."""
+        for name in ("image_token_id", "video_token_id"):
+            number = integer(name, getattr(self, name))
+            if not 0 <= number < self.text_config.vocab_size:
+                raise ValueError(
+                    f"{name} must be a token of text_config, 0 to {self.text_config.vocab_size - 1}, got {number}"
+                )
+        if self.image_token_id == self.video_token_id:
+            raise ValueError(
+                f"image_token_id and video_token_id must be two tokens, got {self.image_token_id} for both"
+            )
 
     @property
     def reduction(self) -> TokenReduction:

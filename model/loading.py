@@ -5,13 +5,12 @@ finite, no pickles.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 # What a command line calls the dtypes that weights come in.
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,19 +23,36 @@ class CheckpointError(ValueError):
     """A saved model that cannot be used; the message names the file or folder and the tensor or field."""
 
 
-def check_files(folder: str | os.PathLike, use_safetensors: bool | None = None) -> list[Path]:
-    """The safetensors files of a local folder, whose headers are whole; [] for a name that is no local path.
+def check_folder(
+    folder: Any, *, subfolder: str = "", use_safetensors: bool | None = None, config: Any = None, state_dict: Any = None
+) -> None:
+    """Raise if a local folder has no configuration or no whole safetensors files, or if a caller asks for pickles.
+
+    Args:
+        folder: of :func:`from_pretrained`; a name that is no local path is left to transformers.
+        subfolder: where in it the files lie.
+        use_safetensors: False asks for pickles.
+        config, state_dict: what the caller brings itself and the folder need not hold.
 
     Raises:
-        CheckpointError: no folder, no such files, only pickles, a broken file or index; or a caller asks for pickles.
+        CheckpointError: with the file that is missing or damaged.
     """
     if use_safetensors is False:
         raise CheckpointError(f"{folder}: use_safetensors=False asks for pickles, which are never opened")
-    path = Path(folder)
+    if folder is None:
+        return
+    path = Path(folder, subfolder)
     if not path.is_dir():
         if path.is_absolute() or path.exists():
             raise CheckpointError(f"{path}: no such folder")
-        return []
+        return
+    if config is None and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise CheckpointError(f"{path}: no config.json, which says what model it is")
+    if state_dict is None:
+        _check_files(path)
+
+
+def _check_files(path: Path) -> None:
     if not (path / WEIGHTS).is_file() and (path / INDEX).is_file():
         files = _indexed(path / INDEX)
     else:
@@ -45,9 +61,10 @@ def check_files(folder: str | os.PathLike, use_safetensors: bool | None = None) 
         found = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
         also = f"; pickles are never opened ({', '.join(found)})" if found else ""
         raise CheckpointError(f"{path}: no {WEIGHTS}; weights must be in safetensors files{also}")
+    missing = [f"{file.name}, which {INDEX} names, is missing" for file in files if not file.is_file()]
+    raise_problems(path, missing)
     for file in files:
         _check_header(file)
-    return files
 
 
 def _indexed(index: Path) -> list[Path]:
@@ -62,8 +79,6 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def _check_header(file: Path) -> None:
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file, though the index names it")
     try:
         with safe_open(file, framework="pt") as tensors:
             tensors.keys()
@@ -82,18 +97,26 @@ def check_loaded(folder: Any, info: dict[str, Any], model: nn.Module) -> None:
 
 
 def not_finite(model: nn.Module) -> list[str]:
-    """Names of the floating-point parameters and buffers with an infinity or a NaN; those on the
-    meta device are left out.
+    """Names of the floating-point parameters and buffers with an infinity or a NaN, those that accelerate has
+    offloaded included; what lies on the meta device without values, or is quantised, is left out.
     """
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return [
-        name
-        for name, tensor in tensors
-        if type(tensor.data) is torch.Tensor
-        and tensor.is_floating_point()
-        and not tensor.is_meta
-        and not torch.isfinite(tensor).all()
-    ]
+    names = []
+    for prefix, module in model.named_modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            stored = _offloaded(module, name) if tensor.is_meta else tensor.data
+            if type(stored) is Tensor and stored.is_floating_point() and not torch.isfinite(stored).all():
+                names.append(f"{prefix}.{name}" if prefix else name)
+    return names
+
+
+def _offloaded(module: nn.Module, name: str) -> Tensor | None:
+    """The values of a parameter that accelerate fetches when ``module`` is called; None if it does not."""
+    hook = getattr(module, "_hf_hook", None)
+    for own in getattr(hook, "hooks", (hook,)):
+        weights = getattr(own, "weights_map", None)
+        if weights is not None and f"{getattr(weights, 'prefix', '')}{name}" in getattr(weights, "dataset", weights):
+            return weights[name]
+    return None
 
 
 def raise_problems(where: Any, problems: list[str]) -> None:

@@ -28,7 +28,7 @@ from storm_kernels.tokens import TokenReduction, described
 
 from .configuration_storm import StormConfig, checked_reduction
 from .context import check_context
-from .loading import check_files, check_loaded
+from .loading import check_folder, check_loaded
 from .pixels import FRAME_BATCH
 from .projector import build_projector
 
@@ -79,7 +79,10 @@ class StormPreTrainedModel(PreTrainedModel):
             CheckpointError: the weights are not this model's.
         """
         folder = pretrained_model_name_or_path
-        check_files(folder, kwargs.pop("use_safetensors", None))
+        given = {
+            name: kwargs[name] for name in ("subfolder", "use_safetensors", "config", "state_dict") if name in kwargs
+        }
+        check_folder(folder, **given)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = super().from_pretrained(folder, *args, **kwargs)

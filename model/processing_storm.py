@@ -12,7 +12,13 @@ from transformers.video_processing_utils import VideoProcessorMixin
 from storm_kernels.tokens import TokenGrid, TokenReduction, described
 
 from .configuration_storm import checked_reduction, token_grid
-from .video_processing_storm import REDUCTION, StormImageProcessor, StormVideoProcessor
+from .video_processing_storm import (
+    REDUCTION,
+    StormImageProcessor,
+    StormVideoProcessor,
+    flat_videos,
+    is_list_of_videos,
+)
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -135,6 +141,22 @@ class StormProcessor(ProcessorMixin):
                 raise ValueError(f"the text has {wanted} {token}, but no {name} were given")
             if given is not None and text is not None and not wanted:
                 raise ValueError(f"{name} were given, but the text has no {token}")
+        self._check_own_videos(texts, videos)
+
+    def _check_own_videos(self, texts: list, videos: Any) -> None:
+        """Where each text of a batch has a list of videos of its own, its placeholders are theirs, not its neighbour's."""
+        if (
+            not isinstance(videos, (list, tuple))
+            or len(videos) != len(texts)
+            or not all(map(is_list_of_videos, videos))
+        ):
+            return
+        for i, (text, own) in enumerate(zip(texts, videos, strict=True)):
+            given = len(list(flat_videos(own)))
+            if isinstance(text, str) and text.count(self.video_token) != given:
+                raise ValueError(
+                    f"text {i} has {text.count(self.video_token)} {self.video_token}, but {given} videos were given for it"
+                )
 
 
 def chat_template(tokenizer: Any) -> str:

@@ -114,7 +114,7 @@ class StormVideoProcessor(_Sizes, VideoProcessorMixin):
             StormVideoError: a file cannot be read (:class:`storm_model.video.Video`).
             TypeError, ValueError: an argument is wrong; named.
         """
-        flat = list(_flat_videos(videos))
+        flat = list(flat_videos(videos))
         if not flat:
             raise ValueError("videos must hold a video, got none")
         given = options.get("video_metadata") or [None] * len(flat)
@@ -180,19 +180,24 @@ class StormImageProcessor(_Sizes, BaseImageProcessor):
         return BatchFeature({"pixel_values": pixels, "image_reductions": self.reductions(len(flat), options)})
 
 
-def _flat_videos(videos: Any) -> Iterable[Any]:
+def flat_videos(videos: Any) -> Iterable[Any]:
     """Each video of a nested list."""
     if isinstance(videos, (str, os.PathLike)) or _is_frames(videos):
         yield videos
     elif isinstance(videos, (list, tuple)):
         for inner in videos:
-            yield from _flat_videos(inner)
+            yield from flat_videos(inner)
     elif isinstance(videos, (np.ndarray, Tensor)) and videos.ndim == 5:
         yield from videos
     else:
         raise TypeError(
             f"a video must be a path, frames of shape (T, H, W, 3) or a list of images, got {described(videos)}"
         )
+
+
+def is_list_of_videos(videos: Any) -> bool:
+    """Whether this is a list of videos, which may be none, and not the frames of one."""
+    return isinstance(videos, (list, tuple)) and not _is_frames(videos)
 
 
 def _is_frames(video: Any) -> bool:

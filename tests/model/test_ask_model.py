@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from tests.support import ask_model
+from tests.support.ask_model import greedy
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +51,6 @@ def question(*parts, text="What happens?"):
 def inputs_of(processor, conversation, **options):
     asked = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     return processor.apply_chat_template(conversation, **asked, **options)
-
-
-def new_tokens(model, inputs, n=8, **options):
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
-    return model.generate(**inputs, max_new_tokens=n, **options)[:, inputs["input_ids"].shape[1] :]
 
 
 def picture(seed=0):
@@ -113,7 +109,7 @@ def test_frames_are_chosen_as_asked(loaded, film, options, indices):
     (metadata,) = inputs.pop("video_metadata")
     assert metadata.frames_indices == indices or (len(indices) == 3 and metadata.frames_indices[::2] == indices[::2])
     assert inputs["pixel_values_videos"].shape[1] == len(indices)
-    assert new_tokens(model, inputs, 2).shape == (1, 2)
+    assert greedy(model, inputs, 2).shape == (1, 2)
 
 
 def test_several_videos_and_images_in_one_prompt(loaded, film, other):
@@ -125,7 +121,7 @@ def test_several_videos_and_images_in_one_prompt(loaded, film, other):
     hook = model.model.language_model.register_forward_pre_hook(
         lambda _, a, k: seen.append(k["inputs_embeds"]), with_kwargs=True
     )
-    new_tokens(model, inputs, 1)
+    greedy(model, inputs, 1)
     hook.remove()
     ids = inputs["input_ids"][0]
     expected = model.get_input_embeddings()(ids).clone()
@@ -148,9 +144,9 @@ def test_a_batch_of_prompts_with_videos_of_different_lengths(loaded, film, other
     conversations = [question(film), question(other, text="Why?"), question(text="No video here.")]
     inputs = inputs_of(processor, conversations, fps=10)
     assert (inputs["attention_mask"][1:, 0] == 0).all()
-    together = new_tokens(model, inputs)
+    together = greedy(model, inputs)
     for i, conversation in enumerate(conversations):
-        alone = new_tokens(model, inputs_of(processor, conversation, fps=10))
+        alone = greedy(model, inputs_of(processor, conversation, fps=10))
         assert torch.equal(together[i], alone[0])
 
 
@@ -195,7 +191,7 @@ def test_a_call_chooses_the_reduction(loaded, film, reduction, left):
     processor, model = loaded
     inputs = inputs_of(processor, question(film), num_frames=20, **reduction)
     assert (inputs["input_ids"] == model.config.video_token_id).sum() == left
-    assert new_tokens(model, inputs, 3).shape == (1, 3)
+    assert greedy(model, inputs, 3).shape == (1, 3)
     assert processor._get_num_multimodal_tokens(video_sizes=[(20, 48, 64)], **reduction)["num_video_tokens"] == [left]
 
 
@@ -205,7 +201,7 @@ def test_sampling_follows_the_seed(loaded, film):
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn.append(new_tokens(model, inputs, do_sample=True, temperature=2.0))
+        drawn.append(greedy(model, inputs, do_sample=True, temperature=2.0))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
@@ -216,7 +212,7 @@ def test_one_beam_of_many_is_greedy_search_and_beams_find_no_less(loaded, film, 
     options = {"num_beams": 3, "num_return_sequences": 1, "output_scores": True, "return_dict_in_generate": True}
     out = model.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0, **options)
     beams = out.sequences[:, inputs["input_ids"].shape[1] :]
-    assert (likelihood(model, inputs, beams) >= likelihood(model, inputs, new_tokens(model, inputs, 5)) - 1e-4).all()
+    assert (likelihood(model, inputs, beams) >= likelihood(model, inputs, greedy(model, inputs, 5)) - 1e-4).all()
     torch.testing.assert_close(likelihood(model, inputs, beams) / 5, out.sequences_scores, rtol=1e-4, atol=1e-4)
 
 
@@ -236,12 +232,12 @@ def test_streaming_gives_the_same_words(loaded, film):
     processor, model = loaded
     inputs = inputs_of(processor, question(film), num_frames=4)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    options = {"max_new_tokens": 8, "do_sample": False, "streamer": streamer, "eos_token_id": None, "pad_token_id": 0}
+    options = {"max_new_tokens": 6, "do_sample": False, "streamer": streamer, "eos_token_id": None, "pad_token_id": 0}
     thread = threading.Thread(target=model.generate, kwargs={**inputs, **options})
     thread.start()
     streamed = "".join(streamer)
     thread.join()
-    assert streamed == processor.batch_decode(new_tokens(model, inputs), skip_special_tokens=True)[0]
+    assert streamed == processor.batch_decode(greedy(model, inputs), skip_special_tokens=True)[0]
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -252,11 +248,11 @@ def test_a_second_question_does_not_encode_again(loaded, film, beams):
     encoded = []
     hook = model.model.vision_tower.register_forward_hook(lambda *_: encoded.append(1))
     for inputs in (first, second):
-        expected = new_tokens(model, inputs, num_beams=beams)
+        expected = greedy(model, inputs, num_beams=beams)
         assert encoded
         encoded.clear()
         words = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        assert torch.equal(new_tokens(model, words, mm_encoder_outputs={"video": features}, num_beams=beams), expected)
+        assert torch.equal(greedy(model, words, mm_encoder_outputs={"video": features}, num_beams=beams), expected)
         assert not encoded
     hook.remove()
 

@@ -73,7 +73,9 @@ def test_an_index_cannot_leave_its_folder_nor_name_what_is_not_there(saved):
     with pytest.raises(CheckpointError, match="names files outside its folder: ../secret.safetensors"):
         load(saved)
     index.write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}}))
-    with pytest.raises(CheckpointError, match="model-00002-of-00002.safetensors: no such file"):
+    with pytest.raises(
+        CheckpointError, match="model-00002-of-00002.safetensors, which model.safetensors.index.json names, is missing"
+    ):
         load(saved)
 
 

@@ -14,6 +14,8 @@ from storm_model.processing_storm import IMAGE_TOKEN, VIDEO_TOKEN, chat_template
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 
+from storm_kernels import TokenReduction
+
 IMAGE_SIZE = 56  # 4 x 4 patches, 2 x 2 tokens a frame
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% if message.role == 'assistant' %}"
@@ -72,11 +74,11 @@ def model(seed=0, **changes):
     return made
 
 
-def processor(**changes):
+def processor(frame_separator="", **changes):
     sizes = {"image_size": IMAGE_SIZE, "patch_size": 14} | changes
     words = tokenizer()
     parts = (StormImageProcessor(**sizes), words, StormVideoProcessor(**sizes))
-    return StormProcessor(*parts, chat_template=chat_template(words))
+    return StormProcessor(*parts, chat_template=chat_template(words), frame_separator=frame_separator)
 
 
 def save(folder, **changes):
@@ -98,3 +100,30 @@ def clip(path, frames=20, fps=10, size=(64, 48), seed=0):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
         out.mux(stream.encode())
     return path
+
+
+def pixels(*frames, seed=0):
+    """Random videos of so many frames each, as the tower takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(n, 3, 56, 56, generator=generator) * 2 - 1 for n in frames]
+
+
+def prompt(config, *frames, reduction=(1, 1, 1), text=5):
+    """One text: the placeholders of every video, then letters."""
+    tokens = [TokenReduction(*reduction).reduced(config.token_grid(n)).tokens for n in frames]
+    return torch.tensor([[config.video_token_id] * sum(tokens) + list(range(40, 40 + text))])
+
+
+def inputs(config, *frames, reduction=(1, 1, 1), seed=0):
+    """What a model takes for one prompt with a video of so many frames each."""
+    return {
+        "input_ids": prompt(config, *frames, reduction=reduction),
+        "pixel_values_videos": pixels(*frames, seed=seed),
+        "video_reductions": torch.tensor([reduction] * len(frames)),
+    }
+
+
+def greedy(model, given, n=6, **options):
+    """The n likeliest next tokens, one after the other."""
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
+    return model.generate(**given, max_new_tokens=n, **options)[:, given["input_ids"].shape[1] :]
