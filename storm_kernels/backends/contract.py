@@ -52,10 +52,13 @@ class ScanCall(NamedTuple):
     reduction: TokenReduction | None  # never an identity; never with cu_seqlens; grid.tokens == L
 
 
+Checkpoints = tuple[Tensor, ...]  # what a backend keeps of a scan for its backward pass; its own affair
+
+
 class ScanResult(NamedTuple):
     out: Tensor  # (batch, L', E) in u's dtype; the directions' sum, gated, reduced
     final_state: Tensor | None  # (n, E, S): the state after the last scanned token; None with two directions
-    checkpoints: tuple[Tensor, ...]  # of `checkpoint_shapes`, for `scan_backward`; () unless asked for
+    checkpoints: Checkpoints  # of `checkpoint_shapes`, for `scan_backward`; () unless asked for
 
 
 class ScanGrads(NamedTuple):
@@ -138,7 +141,7 @@ class Backend(Protocol):
         grad_out: Tensor,  # (batch, L', E)
         grad_final_state: Tensor | None,
         call: ScanCall,
-        checkpoints: tuple[Tensor, ...],  # those that are not empty
+        checkpoints: Checkpoints,  # those that are not empty
         needs: frozenset[
             str
         ],  # of "u delta A B C D delta_bias z initial_state"; the first seven for both directions alike

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
-from ..nn.linear import convolve, convolve_both, project, project_dt
-from ..reference import Direction, ReferenceMixer
+from ..nn.core import Branch, mixer_core, operands, scan
+from ..nn.linear import convolve, project
+from ..reference import ReferenceMixer
 from ..reference.modules import decay
 
 BIDIRECTIONAL_TYPES = ("none", "v1", "v2")
@@ -69,22 +69,18 @@ class MambaForward(nn.Module):
 
     def _scan_all(self, x: Tensor, z: Tensor, kind: str) -> Tensor:
         """Convolved, scanned in each direction, gated: x, z (b, l, d) -> (b, l, d)."""
-        if kind == "v2":
-            u, u_b = convolve_both(x, self.conv1d, self.conv1d_b, _activation(self))
-            backward = self._operands(u_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
-        else:
-            u = convolve(x, self.conv1d, _activation(self))
-        forward = self._operands(u, self.x_proj, self.dt_proj, self.A_log, self.D)
+        forward = self._forward_branch()
         if kind == "none":
-            return ops.selective_scan(*forward[:6], z=z, delta_bias=forward.delta_bias, delta_softplus=True)
-        if kind == "v1":
-            backward = forward._replace(A=decay(self.A_b_log))
-        return ops.bidirectional_selective_scan(forward, backward, z=z, delta_softplus=True)
+            return mixer_core(x, z, [forward], _activation(self))
+        backward_A = decay(self.A_b_log)
+        if kind == "v2":
+            backward = Branch(self.conv1d_b, self.x_proj_b, self.dt_proj_b, backward_A, self.D_b)
+            return mixer_core(x, z, [forward, backward], _activation(self))
+        direction = operands(convolve(x, self.conv1d, _activation(self)), *forward[1:])
+        return scan([direction, direction._replace(A=backward_A)], z)
 
-    def _operands(self, u: Tensor, x_proj: nn.Module, dt_proj: nn.Module, A_log: Tensor, D: Tensor) -> Direction:
-        dt_raw, B, C = project(u, x_proj).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        delta, delta_bias = project_dt(dt_raw, dt_proj)
-        return Direction(u, delta, decay(A_log), B, C, D, delta_bias)
+    def _forward_branch(self) -> Branch:
+        return Branch(self.conv1d, self.x_proj, self.dt_proj, decay(self.A_log), self.D)
 
     def _out(self, y: Tensor) -> Tensor:
         out = project(y, self.out_proj)
@@ -97,11 +93,7 @@ class MambaForward(nn.Module):
         x, z = project(hidden_states, self.in_proj).chunk(2, dim=-1)
         # A negative pad crops: the last w inputs, with zeros before a shorter sequence.
         conv_state.copy_(F.pad(x.transpose(1, 2), (self.d_conv - x.shape[1], 0)))
-        u = convolve(x, self.conv1d, _activation(self))
-        one = self._operands(u, self.x_proj, self.dt_proj, self.A_log, self.D)
-        y, state = ops.selective_scan(
-            *one[:6], z=z, delta_bias=one.delta_bias, delta_softplus=True, return_final_state=True
-        )
+        y, state = mixer_core(x, z, [self._forward_branch()], _activation(self), return_final_state=True)
         ssm_state.copy_(state)
         return y
 
@@ -116,11 +108,10 @@ class MambaForward(nn.Module):
         x, z = project(hidden_states, self.in_proj).chunk(2, dim=-1)
         history = conv_state[..., 1:].to(x.dtype, copy=True)
         conv_state.copy_(torch.cat([conv_state[..., 1:], x.transpose(1, 2).to(conv_state.dtype)], -1))
-        u = convolve(x, self.conv1d, _activation(self), initial_state=history)
-        one = self._operands(u, self.x_proj, self.dt_proj, self.A_log, self.D)
-        before = ssm_state.to(one.A.dtype, copy=True)
-        y, state = ops.selective_scan(
-            *one[:6], z=z, delta_bias=one.delta_bias, delta_softplus=True, initial_state=before, return_final_state=True
+        branch = self._forward_branch()
+        before = ssm_state.to(branch.A.dtype, copy=True)
+        y, state = mixer_core(
+            x, z, [branch], _activation(self), history=history, initial_state=before, return_final_state=True
         )
         ssm_state.copy_(state)
         return self._out(y), conv_state, ssm_state

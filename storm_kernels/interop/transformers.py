@@ -19,6 +19,7 @@ channels, n states, w taps, r rank of dt, h heads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -26,8 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..nn.core import operands, scan
 from ..nn.linear import convolve, linear, project
 from ..plain import is_plain_convolution, is_silu
+from ..reference import Direction
 from .transformers_cache import Past, past
 
 _Result = TypeVar("_Result")
@@ -60,13 +63,9 @@ def mixer_forward(
     if before is not None:
         before.keep_inputs(x)
     u = _masked(u, mask)
-    delta, delta_bias, B, C = _operands_by_head(mixer, u, old) if by_head(mixer) else _operands(mixer, u, old)
-    A = -torch.exp(mixer.A_log.float()).flatten(0, -2)
+    direction = _operands_by_head(mixer, u, old) if by_head(mixer) else _operands(mixer, u, old)
     act = mixer.act if old and not _is_silu(mixer) else None
-    y = ops.selective_scan(
-        u, delta, A, B, C, mixer.D.flatten(), z=None if act else z, delta_bias=delta_bias, delta_softplus=True, initial_state=state,
-        return_final_state=before is not None,
-    )  # fmt: skip
+    y = scan([direction], None if act else z, initial_state=state, return_final_state=before is not None)
     if before is not None:
         y, state = y
         before.keep_state(state)
@@ -165,29 +164,35 @@ def _with_weights(module: nn.Module, function: Callable[[nn.Module], _Result]) -
         hook.post_forward(module, ())
 
 
-def _operands(mixer: nn.Module, u: Tensor, old: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """delta (b, l, d), its bias or None, B and C (b, l, n)."""
-    states = mixer.A_log.shape[-1]
-    projected = project(u, mixer.x_proj)
-    dt_raw, B, C = projected.split([projected.shape[-1] - 2 * states, states, states], dim=-1)
+def _operands(mixer: nn.Module, u: Tensor, old: bool) -> Direction:
+    A = -torch.exp(mixer.A_log.float())
+    return operands(
+        u, mixer.x_proj, mixer.dt_proj, A, mixer.D, norms=_norms(mixer), project_dt=partial(_project_dt, mixer, old)
+    )
+
+
+def _norms(mixer: nn.Module) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None:
+    """What normalises dt_raw, B and C, if anything does."""
     if hasattr(mixer, "dt_layernorm"):  # Jamba, and FalconMamba from 5.16
-        dt_raw, B, C = mixer.dt_layernorm(dt_raw), mixer.b_layernorm(B), mixer.c_layernorm(C)
-    elif hasattr(mixer, "rms_eps"):  # FalconMamba before: norms without weights
-        dt_raw, B, C = (F.rms_norm(t.float(), t.shape[-1:], eps=mixer.rms_eps).to(t.dtype) for t in (dt_raw, B, C))
+        return lambda dt_raw, B, C: (mixer.dt_layernorm(dt_raw), mixer.b_layernorm(B), mixer.c_layernorm(C))
+    if hasattr(mixer, "rms_eps"):  # FalconMamba before: norms without weights
+        return lambda *rows: tuple(F.rms_norm(t.float(), t.shape[-1:], eps=mixer.rms_eps).to(t.dtype) for t in rows)
+    return None
+
+
+def _project_dt(mixer: nn.Module, old: bool, dt_raw: Tensor, dt_proj: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """delta (b, l, d), and its bias where the scan adds it."""
     if old:
-        return project(dt_raw, mixer.dt_proj), None, B, C
-    if hasattr(
-        getattr(mixer, "config", None), "_is_quantized"
-    ):  # the weight is packed: only the module can multiply with it
-        bias = _with_weights(mixer.dt_proj, lambda dt_proj: dt_proj.bias)
-        return mixer.dt_proj(dt_raw) - bias, bias, B, C
-    return *_with_weights(mixer.dt_proj, lambda dt_proj: (linear(dt_raw, dt_proj.weight), dt_proj.bias)), B, C
+        return project(dt_raw, dt_proj), None
+    if hasattr(getattr(mixer, "config", None), "_is_quantized"):
+        # The weight is packed: only the module can multiply with it.
+        bias = _with_weights(dt_proj, lambda module: module.bias)
+        return dt_proj(dt_raw) - bias, bias
+    return _with_weights(dt_proj, lambda module: (linear(dt_raw, module.weight), module.bias))
 
 
-def _operands_by_head(mixer: nn.Module, u: Tensor, old: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """delta (b, l, d), its bias or None, B and C (b, l, h, n) from x_proj_weight (h, r + 2n, d / h)
-    and dt_proj_weight (h, d / h, r).
-    """
+def _operands_by_head(mixer: nn.Module, u: Tensor, old: bool) -> Direction:
+    """B and C (b, l, h, n), from x_proj_weight (h, r + 2n, d / h) and dt_proj_weight (h, d / h, r)."""
     heads, _, states = mixer.A_log.shape
     rank = mixer.dt_proj_weight.shape[-1]
     projected = torch.einsum("blhd,hrd->blhr", u.unflatten(-1, (heads, -1)), mixer.x_proj_weight)
@@ -195,5 +200,6 @@ def _operands_by_head(mixer: nn.Module, u: Tensor, old: bool) -> tuple[Tensor, T
     delta = torch.einsum("blhr,hdr->blhd", dt_raw, mixer.dt_proj_weight).flatten(2)
     bias = None if mixer.dt_proj_bias is None else mixer.dt_proj_bias.flatten()
     if old and bias is not None:
-        return delta + bias, None, B, C
-    return delta, bias, B, C
+        delta, bias = delta + bias, None
+    A = -torch.exp(mixer.A_log.float()).flatten(0, -2)
+    return Direction(u, delta, A, B, C, mixer.D.flatten(), bias)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import bidirectional_selective_scan, reduce_tokens, selective_scan
+from ..ops import reduce_tokens
 from ..plain import is_plain
 from ..profiling import stage
-from ..reference import Direction, ReferenceMixer
+from ..reference import ReferenceMixer
+from ..reference.modules import decay
 from ..tokens import TokenGrid, TokenReduction
-from .linear import convolve, convolve_both, linear, project, project_dt
+from .core import Branch, mixer_core
+from .linear import linear, project
 
 # A traced program takes a grid or a reduction as it takes an integer: torch.export accepts them
 # among the inputs.
@@ -27,7 +29,7 @@ for _kind in (TokenGrid, TokenReduction):
 class BiMambaMixer(ReferenceMixer):
     """:class:`storm_kernels.reference.ReferenceMixer` on the kernels: same arguments, parameters and results."""
 
-    _project, _project_dt = staticmethod(project), staticmethod(project_dt)
+    _project = staticmethod(project)
 
     def forward(
         self,
@@ -42,11 +44,9 @@ class BiMambaMixer(ReferenceMixer):
             return reduce_tokens(BiMambaMixer.forward(self, x, cu_seqlens=cu_seqlens), grid, reduction)
         with stage("in_proj"):
             inner, z = self._in_proj(x, grid, reduction)
-        with stage("conv"):
-            convolved = self._conv(inner, cu_seqlens)
-        directions = [self._direction(u, suffix) for u, suffix in zip(convolved, self.suffixes, strict=True)]
-        with stage("scan"):
-            y = self._fused_scan(directions, z, cu_seqlens, grid, reduction)
+        y = mixer_core(inner, z, self._branches(), cu_seqlens=cu_seqlens, grid=grid, reduction=reduction)
+        if self.bidirectional and self.if_divide_out:
+            y = y / 2
         with stage("out_proj"):
             return self._project(y, self.out_proj)
 
@@ -60,25 +60,11 @@ class BiMambaMixer(ReferenceMixer):
         inner = linear(x, weight[:half], None if bias is None else bias[:half])
         return inner, linear(kept, weight[half:], None if bias is None else bias[half:])
 
-    def _conv(self, x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    def _branches(self) -> list[Branch]:
+        forward = Branch(self.conv1d, self.x_proj, self.dt_proj, decay(self.A_log), self.D)
         if not self.bidirectional:
-            return (convolve(x, self.conv1d, cu_seqlens=cu_seqlens),)
-        return convolve_both(x, self.conv1d, self.conv1d_b, cu_seqlens=cu_seqlens)
-
-    def _fused_scan(
-        self,
-        directions: list[Direction],
-        z: Tensor,
-        cu_seqlens: Tensor | None,
-        grid: TokenGrid | None,
-        reduction: TokenReduction | None,
-    ) -> Tensor:
-        options = {"delta_softplus": True, "cu_seqlens": cu_seqlens, "grid": grid, "reduction": reduction}
-        if not self.bidirectional:
-            (one,) = directions
-            return selective_scan(*one[:6], z=z, delta_bias=one.delta_bias, **options)
-        y = bidirectional_selective_scan(*directions, z=z, **options)
-        return y / 2 if self.if_divide_out else y
+            return [forward]
+        return [forward, Branch(self.conv1d_b, self.x_proj_b, self.dt_proj_b, decay(self.A_b_log), self.D_b)]
 
 
 def kept_tokens(x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:

@@ -11,11 +11,29 @@ from ..backends import torch as torch_backend
 from ..backends.contract import ConvCall, ConvFilter
 from ..tokens import described
 from . import checks
-from .autograd import refuse_forward_mode, register, vjp
+from .autograd import refuse_forward_mode, register
 from .normalise import accumulator, parameter, unit_innermost
+from .operands import BACKEND, NEEDS, Operand, Table, pick
 
-_DIFFERENTIABLE = ("x", "weight", "bias", "weight_b", "bias_b", "initial_state")
-_Gradients = tuple[(Tensor,) * len(_DIFFERENTIABLE)]
+_FILTER = (
+    Operand("weight", "(E, K)", gradient=True),
+    Operand("bias", "(E,)", "Tensor?", gradient=True),
+)
+_SECOND = tuple(operand.of_second() for operand in _FILTER)  # anti-causal
+_OPERANDS = (
+    Operand("x", "(batch, L, E)", gradient=True),
+    *_FILTER,
+    *_SECOND,
+    Operand("initial_state", "(n, E, K-1)", "Tensor?", gradient=True),
+    Operand("cu_seqlens", "(n + 1,)", "Tensor?"),
+)
+_OPTIONS = (Operand("silu", type="bool"), Operand("reverse", type="bool"))  # reverse: of a single filter
+_INCOMING = (Operand("grad", "(batch, L, E)", "Tensor?"), Operand("grad_b", "(batch, L, E)", "Tensor?"))
+
+CONV = Table(*_OPERANDS, *_OPTIONS, BACKEND, returns=2)
+CONV_BACKWARD = Table(*_INCOMING, *_OPERANDS, *_OPTIONS, NEEDS, BACKEND, returns=len(CONV.differentiable))
+
+_first, _second, _operands, _options = map(pick, (_FILTER, _SECOND, _OPERANDS, _OPTIONS))
 
 
 def causal_conv1d(
@@ -136,117 +154,91 @@ def _final_state(
     return torch.where(inside, recent, older)
 
 
-@torch.library.custom_op("storm_kernels::conv", mutates_args=())
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    weight_b: Tensor | None,
-    bias_b: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-    reverse: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("storm_kernels::conv", mutates_args=(), schema=CONV.schema)
+def _conv(*args):
     """-> one output for each filter; without a second one an empty tensor."""
-    refuse_forward_mode("conv", x, weight, bias, weight_b, bias_b, initial_state)
-    checks.bounds(cu_seqlens, x.shape[1])
-    filters = _filters(weight, bias, weight_b, bias_b, reverse)
-    checks.memory("the convolution's result", x.device, x.numel() * len(filters), x.element_size())
-    module = dispatch.choose("conv", backend, x, d_conv=weight.shape[1])
+    refuse_forward_mode("conv", *args)
+    a = CONV.read(args)
+    checks.bounds(a.cu_seqlens, a.x.shape[1])
+    call = _call_of(a)
+    checks.memory("the convolution's result", a.x.device, a.x.numel() * len(call.filters), a.x.element_size())
+    module = dispatch.choose("conv", a.backend, a.x, d_conv=a.weight.shape[1])
     dispatch.count("conv", module)
-    outs = module.conv(ConvCall(unit_innermost(x), filters, silu, initial_state, cu_seqlens))
+    return _results(module.conv(call), a.x)
+
+
+def _results(outs: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, Tensor]:
     return outs[0], outs[1] if len(outs) == 2 else x.new_empty(0)
 
 
-def _plain(
-    x, weight, bias, weight_b, bias_b, initial_state, cu_seqlens, silu, reverse, backend
-) -> tuple[Tensor, Tensor]:
+def _plain(*args) -> tuple[Tensor, Tensor]:
     """The operator in differentiable PyTorch."""
-    checks.bounds(cu_seqlens, x.shape[1])
-    filters = _filters(weight, bias, weight_b, bias_b, reverse)
-    outs = torch_backend.conv(ConvCall(x, filters, silu, initial_state, cu_seqlens))
-    return outs[0], outs[1] if len(outs) == 2 else x.new_empty(0)
+    a = CONV.read(args)
+    checks.bounds(a.cu_seqlens, a.x.shape[1])
+    return _results(torch_backend.conv(_call_of(a)), a.x)
 
 
 @_conv.register_fake
-def _(x, weight, bias, weight_b, *_):
-    return x.new_empty(x.shape), x.new_empty(0 if weight_b is None else x.shape)
+def _(*args):
+    a = CONV.read(args)
+    return a.x.new_empty(a.x.shape), a.x.new_empty(0 if a.weight_b is None else a.x.shape)
 
 
-@torch.library.custom_op("storm_kernels::conv_backward", mutates_args=())
-def _conv_backward(
-    grad: Tensor | None,
-    grad_b: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    weight_b: Tensor | None,
-    bias_b: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-    reverse: bool,
-    needs: str,
-    backend: str,
-) -> _Gradients:
-    """-> the gradient of each operand that ``needs`` names, separated by spaces; empty tensors for the others."""
-    refuse_forward_mode("conv_backward", grad, grad_b, x, weight, bias, weight_b, bias_b, initial_state)
-    filters = _filters(weight, bias, weight_b, bias_b, reverse)
-    module = dispatch.choose("conv", backend, x, d_conv=weight.shape[1])
+@torch.library.custom_op("storm_kernels::conv_backward", mutates_args=(), schema=CONV_BACKWARD.schema)
+def _conv_backward(*args):
+    """-> the gradient of each operand that ``needs`` names; empty tensors for the others."""
+    refuse_forward_mode("conv_backward", *args)
+    a = CONV_BACKWARD.read(args)
+    module = dispatch.choose("conv", a.backend, a.x, d_conv=a.weight.shape[1])
     dispatch.count("conv_backward", module)
-    grads = tuple(torch.zeros_like(x) if g is None else g for g in (grad, grad_b))[: len(filters)]
-    names = needs.split()
-    wanted = frozenset(name.removesuffix("_b") for name in names)
-    call = ConvCall(unit_innermost(x), filters, silu, initial_state, cu_seqlens)
-    grad_x, per_filter, grad_state = module.conv_backward(grads, call, wanted)
+    wanted = frozenset(name.removesuffix("_b") for name in a.needs.split())
+    grad_x, per_filter, grad_state = module.conv_backward(_incoming(a), _call_of(a), wanted)
     found = {"x": grad_x, "initial_state": grad_state}
-    for suffix, (grad_weight, grad_bias) in zip(("", "_b"), per_filter, strict=False):
-        found |= {f"weight{suffix}": grad_weight, f"bias{suffix}": grad_bias}
-    return tuple(found[name] if name in names else weight.new_empty(0) for name in _DIFFERENTIABLE)
+    for operands, grads in zip((_FILTER, _SECOND), per_filter, strict=False):
+        found |= {operand.name: grad for operand, grad in zip(operands, grads, strict=True)}
+    return CONV.results(found, a.needs, a.weight)
 
 
 @_conv_backward.register_fake
-def _(grad, grad_b, *rest):
-    operands, names, weight = rest[:6], rest[-2].split(), rest[1]
-    return tuple(
-        torch.empty_like(operand, memory_format=torch.contiguous_format) if name in names else weight.new_empty(0)
-        for name, operand in zip(_DIFFERENTIABLE, operands, strict=True)
-    )
+def _(*args):
+    a = CONV_BACKWARD.read(args)
+    return CONV.fake_results(a, a.weight)
 
 
-def _plain_backward(grad, grad_b, *rest):
+def _plain_backward(*args) -> tuple[Tensor, ...]:
     """The gradients in PyTorch that can be differentiated again: those of the plain convolution."""
-    operands, options, names = rest[:6], rest[6:9], rest[9].split()
-    x, weight, weight_b = operands[0], operands[1], operands[3]
-    grads = tuple(torch.zeros_like(x) if g is None else g for g in (grad, grad_b))[: 1 if weight_b is None else 2]
-    positions = [_DIFFERENTIABLE.index(name) for name in names]
-    found = vjp(lambda *values: _plain(*values, *options, "torch")[: len(grads)], operands, positions, grads)
-    by_name = dict(zip(names, found, strict=True))
-    return tuple(by_name[name] if name in by_name else weight.new_empty(0) for name in _DIFFERENTIABLE)
+    a = CONV_BACKWARD.read(args)
+    return CONV.plain_results(_plain, a, _incoming(a), a.weight)
 
 
 _call_backward = register(_conv_backward, kind="conv", plain=_plain_backward)
 
 
+def _incoming(a) -> tuple[Tensor, ...]:
+    """The incoming gradient of each filter's result; zeros where nothing depends on it."""
+    grads = (a.grad,) if a.weight_b is None else (a.grad, a.grad_b)
+    return tuple(torch.zeros_like(a.x) if grad is None else grad for grad in grads)
+
+
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:7])
-    ctx.options = inputs[7:9]
-    ctx.backend = inputs[9]
+    a = CONV.read(inputs)
+    ctx.save_for_backward(*_operands(a))
+    ctx.options, ctx.backend = _options(a), a.backend
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, grad_b):
-    needs = [name for name, wanted in zip(_DIFFERENTIABLE, ctx.needs_input_grad, strict=False) if wanted]
-    found = _call_backward(grad, grad_b, *ctx.saved_tensors, *ctx.options, " ".join(needs), ctx.backend)
-    return (*(grad if name in needs else None for name, grad in zip(_DIFFERENTIABLE, found, strict=True)), *(None,) * 4)
+    needs = CONV.needed(ctx.needs_input_grad)
+    found = _call_backward(grad, grad_b, *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
+    return CONV.for_arguments(CONV.named(found, needs))
 
 
 _call = register(_conv, kind="conv", plain=_plain, backward=_backward, setup_context=_setup_context)
 
 
-def _filters(weight, bias, weight_b, bias_b, reverse: bool) -> tuple[ConvFilter, ...]:
-    if weight_b is None:
-        return (ConvFilter(weight, bias, reverse),)
-    return ConvFilter(weight, bias, False), ConvFilter(weight_b, bias_b, True)
+def _call_of(a) -> ConvCall:
+    """The contract's form of the arguments of either operator."""
+    filters = (ConvFilter(*_first(a), a.reverse if a.weight_b is None else False),)
+    if a.weight_b is not None:
+        filters = (*filters, ConvFilter(*_second(a), True))
+    return ConvCall(unit_innermost(a.x), filters, a.silu, a.initial_state, a.cu_seqlens)

@@ -12,8 +12,15 @@ import importlib.abc
 import importlib.util
 import math
 import sys
+from collections.abc import Callable
 
 import torch
+
+from .conv import CONV, CONV_BACKWARD
+from .norm import NORM, NORM_BACKWARD
+from .operands import Table
+from .reduce import REDUCE, REDUCE_BACKWARD
+from .scan_operator import SCAN, SCAN_BACKWARD
 
 # Of the scan, for each token, channel and state: the figure by which the Mamba family is reported
 # (github.com/state-spaces/mamba, issue 110). Ours by hand is less: delta*A and exp (2), times h
@@ -26,53 +33,43 @@ NORM_PER_ELEMENT = 7
 _COUNTER = "torch.utils.flop_counter"
 
 
-# Arguments are those of the operators, each tensor replaced by its shape.
-def _scan(u, delta, A, B, C, D, delta_bias, u_b, *rest, **options) -> int:
-    directions = 1 if u_b is None else 2
-    return directions * SCAN_PER_STATE * math.prod(u) * A[1]
+# Arguments are those of the operators by name, each tensor replaced by its shape. A backward
+# operator has those of its forward operator among its own.
+def _scan(a) -> int:
+    directions = 1 if a.u_b is None else 2
+    return directions * SCAN_PER_STATE * math.prod(a.u) * a.A[-1]
 
 
-def _scan_backward(grad_out, grad_final_state, *rest, **options) -> int:
-    return 2 * _scan(*rest)
+def _conv(a) -> int:
+    filters = 1 if a.weight_b is None else 2
+    return filters * 2 * math.prod(a.x) * a.weight[-1]
 
 
-def _conv(x, weight, bias, weight_b, *rest, **options) -> int:
-    filters = 1 if weight_b is None else 2
-    return filters * 2 * math.prod(x) * weight[1]
+def _norm(a) -> int:
+    return (NORM_PER_ELEMENT + (a.residual is not None)) * math.prod(a.x)
 
 
-def _conv_backward(grad, grad_b, *rest, **options) -> int:
-    return 2 * _conv(*rest)
-
-
-def _reduce(x, *rest, **options) -> int:
-    """An addition for each element; in the backward pass a product for each element of the gradient."""
-    return math.prod(x)
-
-
-def _norm(x, residual, *rest, **options) -> int:
-    return (NORM_PER_ELEMENT + (residual is not None)) * math.prod(x)
-
-
-def _norm_backward(grad_normed, *rest, **options) -> int:
-    return 2 * NORM_PER_ELEMENT * math.prod(grad_normed)
-
-
+# Each operator's table and the count of its arguments. A reduction adds each element; its backward
+# pass multiplies each element of the gradient.
 FORMULAS = {
-    "scan": _scan,
-    "scan_backward": _scan_backward,
-    "conv": _conv,
-    "conv_backward": _conv_backward,
-    "reduce": _reduce,
-    "reduce_backward": _reduce,
-    "norm": _norm,
-    "norm_backward": _norm_backward,
+    "scan": (SCAN, _scan),
+    "scan_backward": (SCAN_BACKWARD, lambda a: 2 * _scan(a)),
+    "conv": (CONV, _conv),
+    "conv_backward": (CONV_BACKWARD, lambda a: 2 * _conv(a)),
+    "reduce": (REDUCE, lambda a: math.prod(a.x)),
+    "reduce_backward": (REDUCE_BACKWARD, lambda a: math.prod(a.grad)),
+    "norm": (NORM, _norm),
+    "norm_backward": (NORM_BACKWARD, lambda a: 2 * NORM_PER_ELEMENT * math.prod(a.grad_normed)),
 }
 
 
+def _formula(table: Table, count: Callable[[object], int]) -> Callable[..., int]:
+    return lambda *args, **options: count(table.read(args))
+
+
 def _register(counter) -> None:
-    for name, formula in FORMULAS.items():
-        counter.register_flop_formula(getattr(torch.ops.storm_kernels, name))(formula)
+    for name, (table, count) in FORMULAS.items():
+        counter.register_flop_formula(getattr(torch.ops.storm_kernels, name))(_formula(table, count))
 
 
 class _OnceImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -11,6 +11,7 @@ from ..backends import dispatch
 from . import checks
 from .autograd import refuse_forward_mode, register, vjp
 from .normalise import accumulator, parameter, unit_innermost
+from .operands import BACKEND, Operand, Table
 
 
 def residual_layer_norm(
@@ -54,20 +55,43 @@ def residual_layer_norm(
     return normed.view(x.shape), summed.view(x.shape)
 
 
-@torch.library.custom_op("storm_kernels::norm", mutates_args=())
-def _norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    refuse_forward_mode("norm", x, residual, weight, bias)
-    module = dispatch.choose("norm", backend, x)
+_EPS = Operand("eps", type="float")  # added to the variance
+NORM = Table(
+    Operand("x", "(rows, C)", gradient=True),
+    Operand("residual", "(rows, C)", "Tensor?", gradient=True),
+    Operand("weight", "(C,)", gradient=True),
+    Operand("bias", "(C,)", gradient=True),
+    _EPS,
+    BACKEND,
+    returns=4,  # normed, sum, mean and rstd of each row
+)
+NORM_BACKWARD = Table(
+    Operand("grad_normed", "(rows, C)"),
+    Operand("grad_sum", "(rows, C)", "Tensor?"),
+    Operand("summed", "(rows, C)"),
+    Operand("weight", "(C,)"),
+    Operand("mean", "(rows,)"),
+    Operand("rstd", "(rows,)"),
+    _EPS,  # for derivatives of the gradients alone
+    BACKEND,
+    returns=3,  # gradients of the sum, of weight and of bias
+)
+
+
+@torch.library.custom_op("storm_kernels::norm", mutates_args=(), schema=NORM.schema)
+def _norm(*args):
+    refuse_forward_mode("norm", *args)
+    a = NORM.read(args)
+    module = dispatch.choose("norm", a.backend, a.x)
     dispatch.count("norm", module)
-    return module.norm(unit_innermost(x), unit_innermost(residual), weight, bias, eps)
+    return module.norm(unit_innermost(a.x), unit_innermost(a.residual), a.weight, a.bias, a.eps)
 
 
-def _plain(x, residual, weight, bias, eps, backend):
+def _plain(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator in differentiable PyTorch, from elementary operations: torch.func's second
     derivative of F.layer_norm is wrong in torch 2.13.
     """
+    x, residual, weight, bias, eps, _ = NORM.read(args)
     summed = x.clone() if residual is None else (x.to(weight.dtype) + residual.to(weight.dtype)).to(x.dtype)
     mean = summed.to(weight.dtype).mean(-1, keepdim=True)
     centred = summed.to(weight.dtype) - mean
@@ -76,66 +100,60 @@ def _plain(x, residual, weight, bias, eps, backend):
 
 
 @_norm.register_fake
-def _(x, residual, weight, bias, eps, backend):
-    per_row = weight.new_empty(x.shape[0])
-    return x.new_empty(x.shape), x.new_empty(x.shape), per_row, torch.empty_like(per_row)
+def _(*args):
+    a = NORM.read(args)
+    per_row = a.weight.new_empty(a.x.shape[0])
+    return a.x.new_empty(a.x.shape), a.x.new_empty(a.x.shape), per_row, torch.empty_like(per_row)
 
 
-@torch.library.custom_op("storm_kernels::norm_backward", mutates_args=())
-def _norm_backward(
-    grad_normed: Tensor,
-    grad_sum: Tensor | None,
-    summed: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> gradients of the sum, of weight and of bias; ``eps`` is for derivatives of these alone."""
-    refuse_forward_mode("norm_backward", grad_normed, grad_sum, summed, weight)
-    module = dispatch.choose("norm", backend, summed)
+@torch.library.custom_op("storm_kernels::norm_backward", mutates_args=(), schema=NORM_BACKWARD.schema)
+def _norm_backward(*args):
+    refuse_forward_mode("norm_backward", *args)
+    a = NORM_BACKWARD.read(args)
+    module = dispatch.choose("norm", a.backend, a.summed)
     dispatch.count("norm_backward", module)
-    return module.norm_backward(grad_normed, grad_sum, summed, weight, mean, rstd)
+    return module.norm_backward(a.grad_normed, a.grad_sum, a.summed, a.weight, a.mean, a.rstd)
 
 
 @_norm_backward.register_fake
-def _(grad_normed, grad_sum, summed, weight, mean, rstd, eps, backend):
-    return summed.new_empty(summed.shape), torch.empty_like(weight), torch.empty_like(weight)
+def _(*args):
+    a = NORM_BACKWARD.read(args)
+    return a.summed.new_empty(a.summed.shape), torch.empty_like(a.weight), torch.empty_like(a.weight)
 
 
-def _plain_backward(grad_normed, grad_sum, summed, weight, mean, rstd, eps, backend):
+def _plain_backward(*args) -> tuple[Tensor, ...]:
     """The gradients in PyTorch that can be differentiated again: those of the plain norm. mean and
     rstd follow from the sum.
     """
-    grads = (grad_normed, torch.zeros_like(summed) if grad_sum is None else grad_sum)
-    return vjp(
-        lambda *values: _plain(*values, eps, backend)[:2],
-        (summed, None, weight, torch.zeros_like(weight)),
-        [0, 2, 3],
-        grads,
-    )
+    a = NORM_BACKWARD.read(args)
+
+    def plain(summed, weight, bias):
+        return _plain(summed, None, weight, bias, a.eps, a.backend)[:2]
+
+    grads = (a.grad_normed, torch.zeros_like(a.summed) if a.grad_sum is None else a.grad_sum)
+    return vjp(plain, (a.summed, a.weight, torch.zeros_like(a.weight)), [0, 1, 2], grads)
 
 
 _call_backward = register(_norm_backward, kind="norm", plain=_plain_backward)
 
 
 def _setup_context(ctx, inputs, output):
-    _, residual, weight, _, eps, backend = inputs
-    _, summed, mean, rstd = output
-    ctx.save_for_backward(summed, weight, mean, rstd)
-    ctx.has_residual, ctx.eps, ctx.backend = residual is not None, eps, backend
+    a = NORM.read(inputs)
+    _, *kept = output  # sum, mean, rstd
+    ctx.save_for_backward(a.weight, *kept)
+    ctx.has_residual, ctx.eps, ctx.backend = a.residual is not None, a.eps, a.backend
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_normed, grad_sum, *_):
-    summed, weight, mean, rstd = ctx.saved_tensors
+    weight, summed, mean, rstd = ctx.saved_tensors
     if grad_normed is None:
         grad_normed = torch.zeros_like(summed)
     grad, grad_weight, grad_bias = _call_backward(
         grad_normed, grad_sum, summed, weight, mean, rstd, ctx.eps, ctx.backend
     )
-    return grad, grad if ctx.has_residual else None, grad_weight, grad_bias, None, None
+    found = {"x": grad, "residual": grad if ctx.has_residual else None, "weight": grad_weight, "bias": grad_bias}
+    return NORM.for_arguments(found)
 
 
 _call = register(_norm, kind="norm", plain=_plain, backward=_backward, setup_context=_setup_context)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -13,6 +11,7 @@ from ..tokens import TokenGrid, TokenReduction, placed
 from . import checks
 from .autograd import refuse_forward_mode, register, vjp
 from .normalise import unit_innermost
+from .operands import BACKEND, Operand, Table
 
 
 def reduce_tokens(x: Tensor, grid: TokenGrid, reduction: TokenReduction, *, backend: str | None = None) -> Tensor:
@@ -40,8 +39,16 @@ def reduce_tokens(x: Tensor, grid: TokenGrid, reduction: TokenReduction, *, back
     return _call(x, where, how, dispatch.requested(backend))
 
 
-@torch.library.custom_op("storm_kernels::reduce", mutates_args=())
-def _reduce(x: Tensor, grid: Sequence[int], reduction: Sequence[int], backend: str) -> Tensor:
+_WHERE = (
+    Operand("grid", type="SymInt[]"),  # frames, height, width
+    Operand("reduction", type="SymInt[]"),  # temporal_pool, spatial_pool, temporal_stride
+)
+REDUCE = Table(Operand("x", "(batch, T*H*W, C)", gradient=True), *_WHERE, BACKEND, returns=1)
+REDUCE_BACKWARD = Table(Operand("grad", "(batch, T'*H'*W', C)"), *_WHERE, BACKEND, returns=1)
+
+
+@torch.library.custom_op("storm_kernels::reduce", mutates_args=(), schema=REDUCE.schema)
+def _reduce(x, grid, reduction, backend):
     refuse_forward_mode("reduce", x)
     module = dispatch.choose("reduce", backend, x)
     dispatch.count("reduce", module)
@@ -59,8 +66,8 @@ def _(x, grid, reduction, backend):
     return x.new_empty(x.shape[0], tokens, x.shape[2])
 
 
-@torch.library.custom_op("storm_kernels::reduce_backward", mutates_args=())
-def _reduce_backward(grad: Tensor, grid: Sequence[int], reduction: Sequence[int], backend: str) -> Tensor:
+@torch.library.custom_op("storm_kernels::reduce_backward", mutates_args=(), schema=REDUCE_BACKWARD.schema)
+def _reduce_backward(grad, grid, reduction, backend):
     refuse_forward_mode("reduce_backward", grad)
     module = dispatch.choose("reduce", backend, grad)
     dispatch.count("reduce_backward", module)
@@ -89,7 +96,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return _call_backward(grad, *ctx.where), None, None, None
+    return REDUCE.for_arguments({"x": _call_backward(grad, *ctx.where)})
 
 
 _call = register(_reduce, kind="reduce", plain=_plain, backward=_backward, setup_context=_setup_context)

@@ -159,7 +159,7 @@ class ReferenceMixer(nn.Module):
 
     @staticmethod
     def _project(x: Tensor, projection: nn.Module) -> Tensor:
-        """``projection(x)``; what a subclass may compute in its own way, as :meth:`_project_dt`."""
+        """``projection(x)``; what a subclass may compute in its own way."""
         return projection(x)
 
     @staticmethod

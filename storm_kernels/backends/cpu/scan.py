@@ -9,7 +9,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..contract import ScanBackwardResult, ScanCall, ScanGrads, ScanInputs, ScanResult
+from ..contract import Checkpoints, ScanBackwardResult, ScanCall, ScanGrads, ScanInputs, ScanResult
 from ..pages import empty
 from .loader import library
 from .structs import (
@@ -87,11 +87,7 @@ def _scan_struct(directions, z, out, checkpoints, delta_softplus, initial_state,
 
 
 def scan_backward(
-    grad_out: Tensor,
-    grad_final_state: Tensor | None,
-    call: ScanCall,
-    checkpoints: tuple[Tensor, ...],
-    needs: frozenset[str],
+    grad_out: Tensor, grad_final_state: Tensor | None, call: ScanCall, checkpoints: Checkpoints, needs: frozenset[str]
 ) -> ScanBackwardResult:
     directions, z, delta_softplus, initial_state, cu_seqlens, grid, reduction = call
     grads = tuple(_empty_grads(d, needs) for d in directions)

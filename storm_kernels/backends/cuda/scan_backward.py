@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import ScanBackwardResult, ScanCall, ScanGrads, ScanInputs
+from ..contract import Checkpoints, ScanBackwardResult, ScanCall, ScanGrads, ScanInputs
 from .gate import gate_backward
 from .launcher import THREADS, current
 from .scan import Geometry, Setting, channel_blocks, defines, direction_values, geometry, launch_together, setting
@@ -145,11 +145,7 @@ class _Partials:
 
 
 def scan_backward(
-    grad_out: Tensor,
-    grad_final_state: Tensor | None,
-    call: ScanCall,
-    checkpoints: tuple[Tensor, ...],
-    needs: frozenset[str],
+    grad_out: Tensor, grad_final_state: Tensor | None, call: ScanCall, checkpoints: Checkpoints, needs: frozenset[str]
 ) -> ScanBackwardResult:
     """`Backend.scan_backward`."""
     directions, z, delta_softplus, initial_state, cu_seqlens, grid, reduction = call

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...tokens import TokenGrid, TokenReduction
-from ..contract import ScanBackwardResult, ScanCall, ScanGrads, ScanInputs
+from ..contract import Checkpoints, ScanBackwardResult, ScanCall, ScanGrads, ScanInputs
 from .configs import SCAN_BACKWARD
 from .launch import launch
 from .reduce import combine, inverse_counts, token_places
@@ -166,11 +166,7 @@ def backward_kernel(
 
 
 def scan_backward(
-    grad_out: Tensor,
-    grad_final_state: Tensor | None,
-    call: ScanCall,
-    checkpoints: tuple[Tensor, ...],
-    needs: frozenset[str],
+    grad_out: Tensor, grad_final_state: Tensor | None, call: ScanCall, checkpoints: Checkpoints, needs: frozenset[str]
 ) -> ScanBackwardResult:
     """`contract.Backend.scan_backward`."""
     directions, z, delta_softplus, initial_state, cu_seqlens, grid, reduction = call
