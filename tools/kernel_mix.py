@@ -187,11 +187,11 @@ def _budget(launch: Launch) -> float | None:
 
 
 def slots_per_item(launch: Launch, loops: tuple[Counter[str], ...]) -> float:
-    """Forward: the largest loop, of GROUP tokens. Backward: the largest, the adjoint, and the
+    """Forward: the largest loop, of SEGMENT tokens. Backward: the largest, the adjoint, and the
     largest without shuffles, the recomputation.
     """
     options = launch.options
-    items = options["GROUP"] * options["STATES"] * options["BLOCK_E"] / 32
+    items = options["SEGMENT"] * options["STATES"] * options["BLOCK_E"] / 32
     slots = max(loop.total() for loop in loops)
     if launch.kernel.__name__ == "backward_kernel":
         slots += max(loop.total() for loop in loops if loop["MUFU"] and not loop["SHFL"])

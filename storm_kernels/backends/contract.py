@@ -12,6 +12,16 @@ strides, unit innermost unless that axis has one element; parameters are contigu
 pass 2^31. Results are contiguous and share no memory with an input. Gradients come back contiguous,
 in the shape and dtype of what they are gradients of. Incoming gradients have any strides, zero
 included. No axis is empty: ops/ leaves that to the torch backend.
+
+Glossary:
+    group: channels that share B and C; never of tokens or frames.
+    pool: the frames that a reduction averages together (``temporal_pool`` of them).
+    kept: of a token, that sampling keeps its pool; *kept tokens* are counted in their own order.
+    cell: a row of a reduced result: the kept tokens that are averaged into one.
+    checkpoint: the state before a token that the forward scan saves.
+    segment: tokens whose inputs are loaded, or whose states are recomputed, together.
+    tile: tokens that are prepared together.
+    slot: one instruction that one warp issues.
 """
 
 from __future__ import annotations

@@ -39,15 +39,15 @@ class Config:
 
 # One warp of 32 channels: each lane keeps the 16 states of its channel, so y is a sum inside a
 # lane, without shuffles. 64 channels save half a slot per item (B and C are loaded once for two
-# channels) but leave half of an H100's schedulers idle at 7168 channels. Groups of 4 tokens. Slots
+# channels) but leave half of an H100's schedulers idle at 7168 channels. Segments of 4 tokens. Slots
 # with softplus, D and checkpoints, sm_80 / sm_90 / sm_100: both directions 8.9 / 8.9 / 7.4; one
-# with its gate 10.2 / 10.2 / 8.5; both reduced, each gated, adding to its row's sum, 10.4 / 10.4 /
+# with its gate 10.2 / 10.2 / 8.5; both reduced, each gated, adding to its cell's sum, 10.4 / 10.4 /
 # 8.9. 255 registers: left to itself ptxas stops at 168 and spills.
-SCAN_FORWARD = Config({"BLOCK_E": 32, "GROUP": 4}, max_registers=255, budget=11.0)
-# Backward keeps a group's states and decays in registers: 2 tokens take 32 slots, and 8 for the
-# recomputation; 4 tokens spill. Sums of 32 tokens (16 groups) are short enough to be as exact as
+SCAN_FORWARD = Config({"BLOCK_E": 32, "SEGMENT": 4}, max_registers=255, budget=11.0)
+# Backward keeps a segment's states and decays in registers: 2 tokens take 32 slots, and 8 for the
+# recomputation; 4 tokens spill. Sums of 32 tokens (16 segments) are short enough to be as exact as
 # torch's pairwise ones and make the traffic of adding them up negligible.
-SCAN_BACKWARD = Config({"BLOCK_E": 32, "GROUP": 2, "FLUSH": 16}, max_registers=255, budget=42.0)
+SCAN_BACKWARD = Config({"BLOCK_E": 32, "SEGMENT": 2, "FLUSH": 16}, max_registers=255, budget=42.0)
 # The adjoint of pooling and the sum of partials move memory and compute nothing: 8 elements a lane
 # are one 16-byte access in bfloat16.
 ROWS = Config({"BLOCK_R": 16, "BLOCK_C": 64}, num_warps=4)

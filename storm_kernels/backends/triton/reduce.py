@@ -16,22 +16,22 @@ from .math import cast, sigmoid
 
 
 def token_places(grid: TokenGrid, reduction: TokenReduction, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each token, int64 (T*H*W,): the row of the output that averages it, and its place among
-    the kept tokens; both -1 if it is dropped.
+    """For each token, int64 (T*H*W,): its cell (the row of the output that averages it), and its
+    place among the kept tokens; -1 and -1 if it is dropped.
     """
     small = reduction.reduced(grid)
     t, i, j = (torch.arange(side, dtype=torch.int64, device=device) for side in (grid.frames, grid.height, grid.width))
     pooled = t // reduction.temporal_pool
     kept = pooled % reduction.temporal_stride == 0
     within = i[:, None] // reduction.spatial_pool * small.width + j // reduction.spatial_pool
-    rows = (pooled // reduction.temporal_stride * small.tokens_per_frame)[:, None, None] + within
+    cells = (pooled // reduction.temporal_stride * small.tokens_per_frame)[:, None, None] + within
     places = ((kept.cumsum(0) - 1) * grid.tokens_per_frame)[:, None, None] + (i[:, None] * grid.width + j)
     dropped = ~kept[:, None, None]
-    return rows.masked_fill(dropped, -1).flatten(), places.masked_fill(dropped, -1).flatten()
+    return cells.masked_fill(dropped, -1).flatten(), places.masked_fill(dropped, -1).flatten()
 
 
 def inverse_counts(grid: TokenGrid, reduction: TokenReduction, device: torch.device) -> Tensor:
-    """For each row of the output: one over the number of tokens it averages, (T'*H'*W',) float32."""
+    """For each cell: one over the number of tokens it averages, (T'*H'*W',) float32."""
 
     def counts(side: int, pool: int, stride: int = 1) -> Tensor:
         return (side - torch.arange(0, side, pool * stride, dtype=torch.int64, device=device)).clamp(max=pool).float()
@@ -119,16 +119,16 @@ def reduce_kernel(
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
 def spread_kernel(
-    grad, strides, places, weights, out, rows, tokens, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    grad, strides, cells, weights, out, rows, tokens, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """Adjoint of `reduce_kernel`: out (batch * tokens, channels) = each token's weight times the
-    gradient of its row, zero if it has none.
+    gradient of its cell, zero if it has none.
     """
     row, channel, mask = tile_of(tl.program_id(0), rows, channels, BLOCK_R, BLOCK_C)
-    source = tl.load(places + row % tokens)
-    kept = tl.maximum(source, 0)
-    place = grad + row // tokens * strides[0] + kept * strides[1] + channel * strides[2]
-    value = tl.load(place, mask=mask & (source >= 0), other=0.0).to(tl.float32) * tl.load(weights + kept)
+    source = tl.load(cells + row % tokens)
+    cell = tl.maximum(source, 0)
+    place = grad + row // tokens * strides[0] + cell * strides[1] + channel * strides[2]
+    value = tl.load(place, mask=mask & (source >= 0), other=0.0).to(tl.float32) * tl.load(weights + cell)
     tl.store(out + row * channels + channel, cast(value, out.dtype.element_ty), mask=mask)
 
 
@@ -192,7 +192,7 @@ def reduce_backward(grad: Tensor, grid: TokenGrid, reduction: TokenReduction) ->
     """`contract.Backend.reduce_backward`."""
     batch, _, channels = grad.shape
     out = torch.empty(batch, grid.tokens, channels, dtype=grad.dtype, device=grad.device)
-    places, _ = token_places(grid, reduction, grad.device)
+    cells, _ = token_places(grid, reduction, grad.device)
     weights = inverse_counts(grid, reduction, grad.device)
     rows = batch * grid.tokens
     launch(
@@ -202,7 +202,7 @@ def reduce_backward(grad: Tensor, grid: TokenGrid, reduction: TokenReduction) ->
         grad.device,
         grad,
         grad.stride(),
-        places,
+        cells,
         weights,
         out,
         rows,

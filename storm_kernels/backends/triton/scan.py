@@ -40,7 +40,7 @@ from .scan_steps import (
 
 @triton.jit
 def load_token(streams, out, rows, t, lanes, GATE: tl.constexpr, REDUCE: tl.constexpr):
-    """What token t reads of the large tensors: u, delta, z, the offset of its row of sums and, if
+    """What token t reads of the large tensors: u, delta, z, the offset of its cell's sum and, if
     REDUCE is "apart", the sum that stands there.
     """
     u_t, delta_t = load_drive(streams, t, lanes)
@@ -54,15 +54,15 @@ def load_token(streams, out, rows, t, lanes, GATE: tl.constexpr, REDUCE: tl.cons
 
 
 @triton.jit
-def load_group(
-    streams, out, rows, t, step, last, lanes, GROUP: tl.constexpr, CLAMP: tl.constexpr, GATE: tl.constexpr, REDUCE: tl.constexpr
+def load_segment(
+    streams, out, rows, t, step, last, lanes, SEGMENT: tl.constexpr, CLAMP: tl.constexpr, GATE: tl.constexpr, REDUCE: tl.constexpr
 ):  # fmt: skip
-    """`load_token` of GROUP steps from t on, none further than ``last`` if CLAMP."""
-    group = ()
-    for r in tl.static_range(GROUP):
+    """`load_token` of SEGMENT steps from t on, none further than ``last`` if CLAMP."""
+    segment = ()
+    for r in tl.static_range(SEGMENT):
         ahead = tl.minimum(r, last) if CLAMP else r
-        group = group + (load_token(streams, out, rows, t + ahead * step, lanes, GATE, REDUCE),)
-    return group
+        segment = segment + (load_token(streams, out, rows, t + ahead * step, lanes, GATE, REDUCE),)
+    return segment
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def output(h, c, D, u, z, GATE: tl.constexpr):
 
 @triton.jit
 def emit(out, h, c, D, token, t, channels, lanes, mask, GATE: tl.constexpr, REDUCE: tl.constexpr):
-    """Write one token's `output`; with a reduction, add it to its row's sum, which no other program
+    """Write one token's `output`; with a reduction, add it to its cell's sum, which no other program
     touches, or skip a dropped token.
     """
     u, z, row, total = token
@@ -107,7 +107,7 @@ def scan_direction(
     REDUCE: tl.constexpr,
     INTERVAL: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    GROUP: tl.constexpr,
+    SEGMENT: tl.constexpr,
 ):
     operands, out, checkpoints = direction
     gate, rows, initial, final, cu_seqlens = shared
@@ -131,10 +131,12 @@ def scan_direction(
     states = tl.arange(0, STATES)
     b = tl.load(bc + t * bc_stride + states)
     c = tl.load(bc + t * bc_stride + STATES + states)
-    group_now = load_group(streams, out, rows, t, step, tl.maximum(count - 1, 0), lanes, GROUP, True, GATE, REDUCE)
-    # Whole groups with a whole group after them: that one is loaded while this one is computed, B
+    segment_now = load_segment(
+        streams, out, rows, t, step, tl.maximum(count - 1, 0), lanes, SEGMENT, True, GATE, REDUCE
+    )
+    # Whole segments with a whole segment after them: that one is loaded while this one is computed, B
     # and C one step ahead.
-    ahead = tl.maximum((count - GROUP) // GROUP, 0) * GROUP
+    ahead = tl.maximum((count - SEGMENT) // SEGMENT, 0) * SEGMENT
     span = count if checkpoints is None else INTERVAL
     for begin in range(0, count, span):
         end = tl.minimum(begin + span, count)
@@ -144,17 +146,19 @@ def scan_direction(
                 h,
                 mask=mask[None, :],
             )
-        for _whole in range(begin, tl.minimum(ahead, end), GROUP):
-            group_next = load_group(streams, out, rows, t + GROUP * step, step, 0, lanes, GROUP, False, GATE, REDUCE)
-            for r in tl.static_range(GROUP):
-                u_t, delta_t, z_t, row, total = group_now[r]
+        for _whole in range(begin, tl.minimum(ahead, end), SEGMENT):
+            segment_next = load_segment(
+                streams, out, rows, t + SEGMENT * step, step, 0, lanes, SEGMENT, False, GATE, REDUCE
+            )
+            for r in tl.static_range(SEGMENT):
+                u_t, delta_t, z_t, row, total = segment_now[r]
                 b_now, c_now, t_now = b, c, t
                 t += step
                 b = tl.load(bc + t * bc_stride + states)
                 c = tl.load(bc + t * bc_stride + STATES + states)
                 h, u_t, _ = advance(h, A, u_t, delta_t, b_now, delta_bias, SOFTPLUS)
                 emit(out, h, c_now, D, (u_t, z_t, row, total), t_now, channels, lanes, mask, GATE, REDUCE)
-            group_now = group_next
+            segment_now = segment_next
         for _single in range(tl.maximum(ahead, begin), end):
             u_t, delta_t, z_t, row, total = load_token(streams, out, rows, t, lanes, GATE, REDUCE)
             b = tl.load(bc + t * bc_stride + states)
@@ -181,27 +185,27 @@ def scan_kernel(
     REDUCE: tl.constexpr,  # `reduce_mode`
     INTERVAL: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    GROUP: tl.constexpr,
+    SEGMENT: tl.constexpr,
 ):
     """Program order: channel block, group, sequence, direction (the first fastest)."""
     pid = tl.program_id(0)
     share = tl.num_programs(0) // len(directions)
     if len(directions) == 1 or pid < share:
         scan_direction(directions[0], shared, pid, length, out_length, channels, groups,
-                       STATES, REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, GROUP)  # fmt: skip
+                       STATES, REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, SEGMENT)  # fmt: skip
     else:
         scan_direction(directions[-1], shared, pid - share, length, out_length, channels, groups,
-                       STATES, not REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, GROUP)  # fmt: skip
+                       STATES, not REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, SEGMENT)  # fmt: skip
 
 
 def reduce_mode(grid: TokenGrid | None, reduction: TokenReduction | None) -> str:
-    """How a token meets the sum of its row: "none"; "apart" where all tokens are kept and those of
-    two groups in a row have different rows, so that sums can be read ahead; else "any"."""
+    """How a token meets the sum of its cell: "none"; "apart" where all tokens are kept and those of
+    two segments in a row have different cells, so that sums can be read ahead; else "any"."""
     if reduction is None:
         return "none"
     alone = (
         reduction.spatial_pool == reduction.temporal_stride == 1
-        and grid.tokens_per_frame >= 2 * SCAN_FORWARD.constants["GROUP"]
+        and grid.tokens_per_frame >= 2 * SCAN_FORWARD.constants["SEGMENT"]
     )
     return "apart" if alone else "any"
 
@@ -209,26 +213,28 @@ def reduce_mode(grid: TokenGrid | None, reduction: TokenReduction | None) -> str
 def scan(call: ScanCall, save_checkpoints: bool) -> ScanResult:
     """`contract.Backend.scan`."""
     directions, z, delta_softplus, initial_state, cu_seqlens, grid, reduction = call
-    first, both = directions[0], len(directions) == 2
+    first, two = directions[0], len(directions) == 2
     shape, dtype, device = Shape.of(first, cu_seqlens), first.u.dtype, first.u.device
     out_length = reduction.reduced(grid).tokens if reduction else shape.length
-    rows, places = token_places(grid, reduction, device) if reduction else (None, None)
+    cells, kept = token_places(grid, reduction, device) if reduction else (None, None)
     # Both directions, whole: z is read once, where their sum is formed. Reduced, each direction
     # gates what it adds up.
-    gate = None if both and not reduction else z
+    gate = None if two and not reduction else z
     new = torch.zeros if reduction else torch.empty
     outs = [
-        new(shape.batch, out_length, shape.channels, dtype=torch.float32 if both or reduction else dtype, device=device)
+        new(shape.batch, out_length, shape.channels, dtype=torch.float32 if two or reduction else dtype, device=device)
         for _ in directions
     ]
-    kept = checkpoint_shapes(
+    shapes = checkpoint_shapes(
         *shape[:4], directions=len(directions), sequences=0 if cu_seqlens is None else shape.sequences
     )
     checkpoints = (
-        tuple(torch.empty(one, dtype=torch.float32, device=device) for one in kept) if save_checkpoints else (None,) * 2
+        tuple(torch.empty(saved, dtype=torch.float32, device=device) for saved in shapes)
+        if save_checkpoints
+        else (None,) * 2
     )
     final = (
-        None if both else torch.empty(shape.sequences, shape.padded, shape.channels, dtype=torch.float32, device=device)
+        None if two else torch.empty(shape.sequences, shape.padded, shape.channels, dtype=torch.float32, device=device)
     )
     initial = None if initial_state is None else states_first(initial_state)
     launch(
@@ -240,7 +246,7 @@ def scan(call: ScanCall, save_checkpoints: bool) -> ScanResult:
             (direction_operands(one), out, saved)
             for one, out, saved in zip(directions, outs, checkpoints, strict=False)
         ),
-        (gate_operands(gate, places), None if rows is None else rows * shape.channels, initial, final, cu_seqlens),
+        (gate_operands(gate, kept), None if cells is None else cells * shape.channels, initial, final, cu_seqlens),
         shape.length,
         out_length,
         shape.channels,
@@ -252,7 +258,7 @@ def scan(call: ScanCall, save_checkpoints: bool) -> ScanResult:
         REDUCE=reduce_mode(grid, reduction),
         INTERVAL=INTERVAL,
     )
-    if both or reduction:
+    if two or reduction:
         out = combine(
             outs,
             dtype,

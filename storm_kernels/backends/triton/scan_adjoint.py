@@ -10,8 +10,8 @@ from .scan_steps import load_drive, rate_of, states_place
 
 
 @triton.jit
-def load_states(tile, STATES: tl.constexpr, BLOCK_E: tl.constexpr):
-    """A place of (STATES, BLOCK_E) in the scratch memory of one program."""
+def scratch_place(tile, STATES: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Where (STATES, BLOCK_E) states lie in the scratch memory of one program."""
     return tile + tl.arange(0, STATES)[:, None] * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
 
 
@@ -46,7 +46,7 @@ def add_sums(totals, sums, sequence, channels, channel, mask, STATES: tl.constex
 
 
 @triton.jit
-def load_gate(streams, places, t, lanes, GATE: tl.constexpr):
+def load_gate_by_table(streams, places, t, lanes, GATE: tl.constexpr):
     """z of token t; of a dropped token, where z holds the kept ones only, that of the first one."""
     row = tl.load(places + 2 * t).to(tl.int64) if GATE == "kept" else t
     return tl.load(streams[2] + row * streams[5] + lanes)
@@ -54,7 +54,7 @@ def load_gate(streams, places, t, lanes, GATE: tl.constexpr):
 
 @triton.jit
 def load_gradient(source, t, lanes, mask, REDUCE: tl.constexpr):
-    """The gradient of one token's output, or of its share of its row."""
+    """The gradient of one token's output, or of its share of its cell."""
     grad, stride, channel_stride, places = source
     row = tl.load(places + 2 * t + 1).to(tl.int64) if REDUCE else t
     return tl.load(grad + row * stride + lanes * channel_stride, mask=mask, other=0.0).to(tl.float32)
@@ -89,7 +89,7 @@ def replay_token(
 
     dy = load_gradient(source, t, lanes, mask, REDUCE)
     if GATE != "none":
-        z_t = load_gate(streams, source[3], t, lanes, GATE).to(tl.float32)
+        z_t = load_gate_by_table(streams, source[3], t, lanes, GATE).to(tl.float32)
         gate = sigmoid(z_t)
         if dz is not None:
             y = tl.sum(h * tl.load(bc + t * bc_stride + STATES + states)[:, None], 0) + D * u_t
@@ -132,20 +132,20 @@ def adjoint_token(g, sums, before, token, t, inputs, outputs, spot, STATES: tl.c
 
 
 @triton.jit
-def adjoint_group(
+def adjoint_segment(
     g, sums, tile, t, inputs, outputs, lanes, spot, STATES: tl.constexpr, STEP: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr,
-    REDUCE: tl.constexpr, GROUP: tl.constexpr,
+    REDUCE: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint of GROUP steps from token t on, whose first state lies at ``tile``: forward to
+    """The adjoint of SEGMENT steps from token t on, whose first state lies at ``tile``: forward to
     keep what each needs, then back.
     """
     h = tl.load(tile)
     before = ()
     tokens = ()
-    for r in tl.static_range(GROUP):
+    for r in tl.static_range(SEGMENT):
         before = before + (h,)
         h, token = replay_token(h, t + r * STEP, inputs, outputs, lanes, spot, STATES, SOFTPLUS, GATE, REDUCE)
         tokens = tokens + (token,)
-    for r in tl.static_range(GROUP - 1, -1, -1):
+    for r in tl.static_range(SEGMENT - 1, -1, -1):
         g, sums = adjoint_token(g, sums, before[r], tokens[r], t + r * STEP, inputs, outputs, spot, STATES, SOFTPLUS)
     return g, sums

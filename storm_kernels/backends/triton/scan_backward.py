@@ -6,7 +6,7 @@ With h' the gradient that reaches a state from the step after it, one step is
     du = delta q + D dy        w = exp(delta A) g h_before        ddelta = u q + w . A
     dB = sum_e g delta u       dC = sum_e dy h            dA += delta w       h' = exp(delta A) g
 A program owns its channels through the whole sequence: it sums dA, dD, d(delta_bias) in registers
-over FLUSH groups and adds that to memory that no other program touches. Only dB and dC need other
+over FLUSH segments and adds that to memory that no other program touches. Only dB and dC need other
 channels: each program writes its own partial, summed later in a fixed order.
 """
 
@@ -24,29 +24,29 @@ from ..contract import Checkpoints, ScanBackwardResult, ScanCall, ScanGrads, Sca
 from .configs import SCAN_BACKWARD
 from .launch import launch
 from .reduce import combine, inverse_counts, token_places
-from .scan_adjoint import add_sums, adjoint_group, load_states
+from .scan_adjoint import add_sums, adjoint_segment, scratch_place
 from .scan_layout import INTERVAL, Shape, direction_operands, gate_mode, states_first, states_last
 from .scan_steps import advance, first_checkpoint, load_drive, load_parameters, locate, open_streams, states_place
 
 
 @triton.jit
 def keep_states(
-    h, t, scratch, groups_before, inputs, lanes, STATES: tl.constexpr, STEP: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK_E: tl.constexpr,
-    GROUP: tl.constexpr,
+    h, t, scratch, segments_before, inputs, lanes, STATES: tl.constexpr, STEP: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK_E: tl.constexpr,
+    SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """From state h before token t on: writes it and the states after each of ``groups_before``
-    groups to ``scratch``.
+    """From state h before token t on: writes it and the states after each of ``segments_before``
+    segments to ``scratch``.
     """
     streams, bc, bc_stride, _, parameters = inputs
     A, _, delta_bias = parameters
-    tl.store(load_states(scratch, STATES, BLOCK_E), h)
-    for k in range(groups_before):
-        for r in tl.static_range(GROUP):
-            at = t + (k * GROUP + r) * STEP
+    tl.store(scratch_place(scratch, STATES, BLOCK_E), h)
+    for k in range(segments_before):
+        for r in tl.static_range(SEGMENT):
+            at = t + (k * SEGMENT + r) * STEP
             b = tl.load(bc + at * bc_stride + tl.arange(0, STATES))
             u_t, delta_t = load_drive(streams, at, lanes)
             h, _, _ = advance(h, A, u_t, delta_t, b, delta_bias, SOFTPLUS)
-        tl.store(load_states(scratch + (k + 1) * (STATES * BLOCK_E), STATES, BLOCK_E), h)
+        tl.store(scratch_place(scratch + (k + 1) * (STATES * BLOCK_E), STATES, BLOCK_E), h)
 
 
 @triton.jit
@@ -64,10 +64,10 @@ def backward_direction(
     REDUCE: tl.constexpr,
     INTERVAL: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    GROUP: tl.constexpr,
+    SEGMENT: tl.constexpr,
     FLUSH: tl.constexpr,
 ):
-    tl.static_assert(GROUP == 2, "the last step of an odd count is a group of its own")
+    tl.static_assert(SEGMENT == 2, "the last step of an odd count is a segment of its own")
     operands, checkpoints, outputs = direction
     du, ddelta, dz, dbc, totals = outputs
     gate, grad, grad_strides, grad_rows, grad_final, grad_initial, cu_seqlens, scratch = shared
@@ -89,7 +89,7 @@ def backward_direction(
     if grad_final is not None:
         g = tl.load(states_place(grad_final, sequence, channels, lanes, STATES), mask=mask[None, :], other=0.0)
     checkpoint = first_checkpoint(cu_seqlens, sequence, start, length, INTERVAL)
-    scratch += tl.program_id(0).to(tl.int64) * (INTERVAL // GROUP * STATES * BLOCK_E)
+    scratch += tl.program_id(0).to(tl.int64) * (INTERVAL // SEGMENT * STATES * BLOCK_E)
 
     step: tl.constexpr = -1 if REVERSE else 1
     sequence32 = sequence.to(tl.int32)
@@ -101,33 +101,33 @@ def backward_direction(
     )
     # Registers are short: intervals, and steps within one, are counted in 32 bits, and checkpoints
     # are read at the places that `add_sums` writes at.
-    chunks = tl.cdiv(count, INTERVAL).to(tl.int32)
-    steps = (count - tl.full([], INTERVAL, tl.int64) * (chunks - 1)).to(tl.int32)
-    for chunk in range(chunks - 1, -1, -1):
-        done = tl.full([], INTERVAL, tl.int64) * chunk
-        whole = steps // GROUP
+    intervals = tl.cdiv(count, INTERVAL).to(tl.int32)
+    steps = (count - tl.full([], INTERVAL, tl.int64) * (intervals - 1)).to(tl.int32)
+    for interval in range(intervals - 1, -1, -1):
+        done = tl.full([], INTERVAL, tl.int64) * interval
+        whole = steps // SEGMENT
         origin = first + done * step
         h = tl.load(
-            states_place(checkpoints, checkpoint + chunk, channels, channel, STATES), mask=mask[None, :], other=0.0
+            states_place(checkpoints, checkpoint + interval, channels, channel, STATES), mask=mask[None, :], other=0.0
         )
         keep_states(
-            h, origin, scratch, tl.cdiv(steps, GROUP) - 1, inputs, lanes, STATES, step, SOFTPLUS, BLOCK_E, GROUP
+            h, origin, scratch, tl.cdiv(steps, SEGMENT) - 1, inputs, lanes, STATES, step, SOFTPLUS, BLOCK_E, SEGMENT
         )
         tl.debug_barrier()  # a lane may read below what another one wrote
 
         sums = nothing
-        if whole * GROUP < steps:
-            tile = load_states(scratch + whole * (STATES * BLOCK_E), STATES, BLOCK_E)
-            t = origin + whole * (GROUP * step)
-            g, sums = adjoint_group(
+        if whole * SEGMENT < steps:
+            tile = scratch_place(scratch + whole * (STATES * BLOCK_E), STATES, BLOCK_E)
+            t = origin + whole * (SEGMENT * step)
+            g, sums = adjoint_segment(
                 g, sums, tile, t, inputs, per_token, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, 1
             )
         for part in range(tl.maximum(tl.cdiv(whole, FLUSH), 1) - 1, -1, -1):
             for k in range(tl.minimum((part + 1) * FLUSH, whole) - 1, part * FLUSH - 1, -1):
-                tile = load_states(scratch + k * (STATES * BLOCK_E), STATES, BLOCK_E)
-                t = origin + k * (GROUP * step)
-                g, sums = adjoint_group(
-                    g, sums, tile, t, inputs, per_token, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, GROUP
+                tile = scratch_place(scratch + k * (STATES * BLOCK_E), STATES, BLOCK_E)
+                t = origin + k * (SEGMENT * step)
+                g, sums = adjoint_segment(
+                    g, sums, tile, t, inputs, per_token, lanes, spot, STATES, step, SOFTPLUS, GATE, REDUCE, SEGMENT
                 )
             add_sums(totals, sums, sequence32, channels, channel, mask, STATES)
             sums = nothing
@@ -151,18 +151,18 @@ def backward_kernel(
     REDUCE: tl.constexpr,
     INTERVAL: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    GROUP: tl.constexpr,
-    FLUSH: tl.constexpr,  # groups between two additions of dA, dD and d(delta_bias) to memory
+    SEGMENT: tl.constexpr,
+    FLUSH: tl.constexpr,  # segments between two additions of dA, dD and d(delta_bias) to memory
 ):
     """Program order as in `scan.scan_kernel`."""
     pid = tl.program_id(0)
     share = tl.num_programs(0) // len(directions)
     if len(directions) == 1 or pid < share:
         backward_direction(directions[0], shared, pid, length, channels, groups,
-                           STATES, REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, GROUP, FLUSH)  # fmt: skip
+                           STATES, REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, SEGMENT, FLUSH)  # fmt: skip
     else:
         backward_direction(directions[-1], shared, pid - share, length, channels, groups,
-                           STATES, not REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, GROUP, FLUSH)  # fmt: skip
+                           STATES, not REVERSE, SOFTPLUS, GATE, REDUCE, INTERVAL, BLOCK_E, SEGMENT, FLUSH)  # fmt: skip
 
 
 def scan_backward(
@@ -178,7 +178,7 @@ def scan_backward(
     grad_initial = None
     if initial_state is not None and "initial_state" in needs:
         grad_initial = torch.empty(shape.sequences, shape.padded, shape.channels, **floats)
-    scratch = torch.empty(programs, INTERVAL // constants["GROUP"], shape.padded, constants["BLOCK_E"], **floats)
+    scratch = torch.empty(programs, INTERVAL // constants["SEGMENT"], shape.padded, constants["BLOCK_E"], **floats)
     grad_final = None if grad_final_state is None else states_first(grad_final_state)
     launch(
         backward_kernel,
@@ -203,24 +203,23 @@ def scan_backward(
     grads = tuple(_finish(one, out, needs) for one, out in zip(directions, outputs, strict=True))
     dz = combine([out.dz for out in outputs], z.dtype) if outputs[0].dz is not None else None
     if dz is not None and z.shape[1] != shape.length:
-        kept = [t for t in range(grid.frames) if t // reduction.temporal_pool % reduction.temporal_stride == 0]
-        dz = dz.unflatten(1, (grid.frames, -1))[:, kept].flatten(1, 2)
+        dz = dz.unflatten(1, (grid.frames, -1))[:, reduction.kept_frames(grid)].flatten(1, 2)
     return grads, dz, None if grad_initial is None else states_last(grad_initial, shape.states)
 
 
 def _sources(grad_out: Tensor, z: Tensor | None, grid: TokenGrid | None, reduction: TokenReduction | None) -> tuple:
     """(z, its strides, None), the gradient, its strides, and a table. With a reduction, the
-    gradient is that of one token's share of each row, and a row of zeros for the dropped ones; the
+    gradient is that of one token's share of each cell, and a row of zeros for the dropped ones; the
     table is (L, 2) int32: the row of each token's z and of its gradient (offsets would cost
     registers)."""
     strides = (0, 0) if z is None else z.stride()[:2]
     if reduction is None:
         return (z, strides, None), grad_out, grad_out.stride(), None
-    rows, places = token_places(grid, reduction, grad_out.device)
+    cells, kept = token_places(grid, reduction, grad_out.device)
     batch, count, channels = grad_out.shape
     share = torch.zeros(batch, count + 1, channels, dtype=torch.float32, device=grad_out.device)
     torch.mul(grad_out, inverse_counts(grid, reduction, grad_out.device)[:, None], out=share[:, :count])
-    table = torch.stack((places.clamp(min=0), rows.masked_fill(rows < 0, count)), 1).to(torch.int32)
+    table = torch.stack((kept.clamp(min=0), cells.masked_fill(cells < 0, count)), 1).to(torch.int32)
     return (z, strides, None), share, share.stride(), table
 
 

@@ -94,11 +94,11 @@ def direction_operands(one: ScanInputs) -> tuple:
     return one.u, one.delta, bc, A, one.D, one.delta_bias, one.u.stride()[:2], one.delta.stride()[:2]
 
 
-def gate_operands(z: Tensor | None, places: Tensor | None) -> tuple:
+def gate_operands(z: Tensor | None, kept: Tensor | None) -> tuple:
     """z, its strides in batch and time, and where each token's stands if z holds the kept tokens
-    only; ``places`` as of `reduce.token_places`.
+    only; ``kept`` as of `reduce.token_places`.
     """
-    offsets = None if z is None or places is None else places.clamp(min=0) * z.stride(1)
+    offsets = None if z is None or kept is None else kept.clamp(min=0) * z.stride(1)
     return z, (0, 0) if z is None else z.stride()[:2], offsets
 
 
