@@ -55,7 +55,8 @@ def load_token(streams, out, rows, t, lanes, GATE: tl.constexpr, REDUCE: tl.cons
 
 @triton.jit
 def load_group(
-    streams, out, rows, t, step, last, lanes, GROUP: tl.constexpr, CLAMP: tl.constexpr, GATE: tl.constexpr, REDUCE: tl.constexpr
+    streams, out, rows, t, step, last, lanes, GROUP: tl.constexpr, CLAMP: tl.constexpr, GATE: tl.constexpr,
+    REDUCE: tl.constexpr
 ):  # fmt: skip
     """`load_token` of GROUP steps from t on, none further than ``last`` if CLAMP."""
     group = ()
@@ -169,7 +170,9 @@ def scan_direction(
 @triton.jit(do_not_specialize=["length", "out_length"])
 def scan_kernel(
     directions,  # one or two of (`direction_operands`, output, checkpoints)
-    shared,  # `gate_operands`; each token's offset in the output, or negative; initial and final states (n, Sp, E); cu_seqlens
+    # `gate_operands`; each token's offset in the output, or negative; initial and final states (n, Sp, E);
+    # cu_seqlens
+    shared,
     length,
     out_length,
     channels,

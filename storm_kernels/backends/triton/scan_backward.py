@@ -31,7 +31,8 @@ from .scan_steps import advance, first_checkpoint, load_drive, load_parameters, 
 
 @triton.jit
 def keep_states(
-    h, t, scratch, groups_before, inputs, lanes, STATES: tl.constexpr, STEP: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK_E: tl.constexpr,
+    h, t, scratch, groups_before, inputs, lanes, STATES: tl.constexpr, STEP: tl.constexpr, SOFTPLUS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """From state h before token t on: writes it and the states after each of ``groups_before``
@@ -233,11 +234,13 @@ class Outputs(NamedTuple):
 
     du: Tensor | None  # (batch, L, E)
     ddelta: Tensor | None  # (batch, L, E)
-    dz: (
-        Tensor | None
-    )  # (batch, L, E), also where z holds the kept tokens only: offsets would cost registers; float32 if there is another direction
+    # (batch, L, E), also where z holds the kept tokens only: offsets would cost registers; float32 if
+    # there is another direction.
+    dz: Tensor | None
     dbc: Tensor | None  # (batch, channel blocks of a group, L, G, 2, Sp) float32
-    totals: Tensor  # (n, 2, Sp + 2, E) float32 from zero: the sums of dA, dD and d(delta_bias), and what rounding took from them
+    # (n, 2, Sp + 2, E) float32 from zero: the sums of dA, dD and d(delta_bias), and what rounding took
+    # from them.
+    totals: Tensor
 
 
 def _outputs(one: ScanInputs, z: Tensor | None, shape: Shape, alone: bool, needs: frozenset[str]) -> Outputs:
