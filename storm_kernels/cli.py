@@ -123,7 +123,8 @@ def _verify() -> int:
         for failure in failures:
             print(f"    {failure}")
     print(
-        f"{len(groups)} pairs of operation and backend against the float64 reference in {time.perf_counter() - start:.1f} s, {failed} failures",
+        f"{len(groups)} pairs of operation and backend against the float64 reference in "
+        f"{time.perf_counter() - start:.1f} s, {failed} failures",
     )
     return 1 if failed else 0
 

@@ -107,7 +107,8 @@ def _call_convolution(conv: nn.Module, x: Tensor, reverse: bool, state: Tensor |
     out = conv(inputs if state is None else torch.cat([state.to(x.dtype), inputs], -1))
     if out.shape[-1] < before + x.shape[1]:
         raise ValueError(
-            f"the convolution {type(conv).__name__} must give at least the {before + x.shape[1]} tokens it takes, with the padding before them, "
+            f"the convolution {type(conv).__name__} must give at least the {before + x.shape[1]} tokens it takes, "
+            "with the padding before them, "
             f"got shape {tuple(out.shape)}"
         )
     out = out[..., before : before + x.shape[1]].transpose(1, 2)

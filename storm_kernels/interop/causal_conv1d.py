@@ -43,7 +43,8 @@ def causal_conv1d_fn(
     if seq_idx is not None:
         if initial_states is not None or return_final_states:
             raise ValueError(
-                "seq_idx cannot be combined with initial_states or return_final_states: a packed row has more than one state"
+                "seq_idx cannot be combined with initial_states or return_final_states: "
+                "a packed row has more than one state"
             )
         out = after(_packed(x, weight, bias, seq_idx, fused))
         return channel_major(out.masked_fill((seq_idx < 0).unsqueeze(-1), 0), x)
@@ -76,7 +77,8 @@ def _activation(name: str | None) -> tuple[str | None, Callable[[Tensor], Tensor
     if transformers is not None and name in transformers.ACT2FN:
         return None, transformers.ACT2FN[name]
     raise NotImplementedError(
-        f"activation must be None, 'silu' or 'swish', got {name!r} (where transformers is imported, any name of its ACT2FN)"
+        f"activation must be None, 'silu' or 'swish', got {name!r} (where transformers is imported, "
+        "any name of its ACT2FN)"
     )
 
 
@@ -87,7 +89,8 @@ def _identity(x: Tensor) -> Tensor:
 def _check_input(x: Tensor, weight: Tensor) -> None:
     if weight.dim() != 2:
         raise ValueError(
-            f"weight must be (channels, taps), got shape {tuple(weight.shape)}; squeeze the middle axis of a Conv1d's weight"
+            f"weight must be (channels, taps), got shape {tuple(weight.shape)}; "
+            "squeeze the middle axis of a Conv1d's weight"
         )
     if x.dim() != 3 or x.shape[1] != weight.shape[0]:
         hint = (
@@ -96,7 +99,8 @@ def _check_input(x: Tensor, weight: Tensor) -> None:
             else ""
         )
         raise ValueError(
-            f"x must be (batch, channels, length) with the {weight.shape[0]} channels of weight, got shape {tuple(x.shape)}{hint}"
+            f"x must be (batch, channels, length) with the {weight.shape[0]} channels of weight, "
+            f"got shape {tuple(x.shape)}{hint}"
         )
 
 
@@ -192,7 +196,9 @@ def _ring(rows: Tensor, x: Tensor, cache_seqlens: Tensor, taps: int) -> tuple[Te
 def causal_conv1d_ref(
     x, weight, bias=None, initial_states=None, return_final_states=False, final_states_out=None, activation=None
 ):
-    """:func:`causal_conv1d_fn` in plain PyTorch, whatever backend is chosen; no ``seq_idx``. Older callers pass the activation fourth."""
+    """:func:`causal_conv1d_fn` in plain PyTorch, whatever backend is chosen; no ``seq_idx``. Older
+    callers pass the activation fourth.
+    """
     if isinstance(initial_states, str):
         initial_states, activation = None, initial_states
     with dispatch.use_backend("torch"):

@@ -114,7 +114,8 @@ def _scan_with_states(u, delta, A, B, C, D, delta_bias, delta_softplus) -> tuple
     for start in range(0, length, _CHUNK):
         now = slice(start, start + _CHUNK)
         out, state = ops.selective_scan(
-            u[:, now], delta[:, now], A, B[:, now], C[:, now], D, delta_bias=delta_bias, delta_softplus=delta_softplus, initial_state=state,
+            u[:, now], delta[:, now], A, B[:, now], C[:, now], D, delta_bias=delta_bias,
+            delta_softplus=delta_softplus, initial_state=state,
             return_final_state=True,
         )  # fmt: skip
         step = (
@@ -141,7 +142,8 @@ def _scan_gradients(
         B, C = scan_operands(B, C, *u.shape)
         # In dout's dtype, for VMamba's result may be float32 where u is not.
         y = ops.selective_scan(
-            token_major(u.to(dout.dtype)), token_major(delta), A, B, C, D, z=token_major(z), delta_bias=delta_bias, delta_softplus=delta_softplus
+            token_major(u.to(dout.dtype)), token_major(delta), A, B, C, D, z=token_major(z), delta_bias=delta_bias,
+            delta_softplus=delta_softplus
         )  # fmt: skip
     given = [t for t in leaves if t is not None]
     grads = iter(torch.autograd.grad(y, given, token_major(dout)))
@@ -153,7 +155,8 @@ def causal_conv1d_fwd_function(x, weight, bias, seq_idx, initial_states, final_s
     ``final_states_out`` (b, d, w - 1) is written to.
     """
     found = causal_conv1d_fn(
-        x, weight, bias, seq_idx, initial_states, final_states_out is not None, final_states_out, "silu" if silu_activation else None
+        x, weight, bias, seq_idx, initial_states, final_states_out is not None, final_states_out,
+        "silu" if silu_activation else None
     )  # fmt: skip
     return found if final_states_out is None else found[0]
 
@@ -251,6 +254,7 @@ def _missing(name: str, args: tuple, absent: dict[int, int], newest: str) -> tup
     """So many None as this number of arguments leaves out."""
     if len(args) not in absent:
         raise TypeError(
-            f"{name} takes {', '.join(map(str, absent))}{newest} arguments, as one version of causal_conv1d has them, got {len(args)}"
+            f"{name} takes {', '.join(map(str, absent))}{newest} arguments, "
+            f"as one version of causal_conv1d has them, got {len(args)}"
         )
     return (None,) * absent[len(args)]

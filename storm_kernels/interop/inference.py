@@ -71,7 +71,8 @@ def decode(
     """
     if top_k != 1 or repetition_penalty != 1.0:
         raise NotImplementedError(
-            f"decoding is greedy here: top_k must be 1 and repetition_penalty 1.0, got {top_k!r} and {repetition_penalty!r}; "
+            "decoding is greedy here: top_k must be 1 and repetition_penalty 1.0, "
+            f"got {top_k!r} and {repetition_penalty!r}; "
             "transformers' generate samples"
         )
     last_only = "num_last_tokens" in inspect.signature(model.forward).parameters

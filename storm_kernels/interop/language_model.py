@@ -89,7 +89,8 @@ class Block(nn.Module):
             self.norm2, self.mlp = norm_cls(dim), mlp_cls(dim)
         if fused_add_norm and not isinstance(self.norm, nn.LayerNorm | RMSNorm):
             raise TypeError(
-                f"fused_add_norm wants norm_cls to make a LayerNorm or mamba_ssm's RMSNorm, got {type(self.norm).__name__}"
+                "fused_add_norm wants norm_cls to make a LayerNorm or mamba_ssm's RMSNorm, "
+                f"got {type(self.norm).__name__}"
             )
 
     def forward(
@@ -124,7 +125,8 @@ class MixerBlock(Block):
 
 def _fused(x: Tensor, residual: Tensor | None, norm: nn.Module, prenorm: bool, residual_in_fp32: bool):
     return layer_norm_fn(
-        x, norm.weight, norm.bias, residual, eps=norm.eps, prenorm=prenorm, residual_in_fp32=residual_in_fp32, is_rms_norm=isinstance(norm, RMSNorm)
+        x, norm.weight, norm.bias, residual, eps=norm.eps, prenorm=prenorm, residual_in_fp32=residual_in_fp32,
+        is_rms_norm=isinstance(norm, RMSNorm)
     )  # fmt: skip
 
 
@@ -212,7 +214,8 @@ class MixerModel(nn.Module):
         self.residual_in_fp32, self.fused_add_norm = residual_in_fp32, fused_add_norm
         self.embedding = nn.Embedding(vocab_size, d_model, **factory)
         block: Callable[..., Block] = partial(
-            create_block, d_model, d_intermediate, ssm_cfg, attn_layer_idx, attn_cfg, norm_epsilon, rms_norm, residual_in_fp32, fused_add_norm
+            create_block, d_model, d_intermediate, ssm_cfg, attn_layer_idx, attn_cfg, norm_epsilon, rms_norm,
+            residual_in_fp32, fused_add_norm
         )  # fmt: skip
         self.layers = nn.ModuleList(block(layer_idx=i, **factory) for i in range(n_layer))
         self.norm_f = (RMSNorm if rms_norm else nn.LayerNorm)(d_model, eps=norm_epsilon, **factory)
@@ -255,7 +258,8 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         multiple = config.pad_vocab_size_multiple
         vocab_size = math.ceil(config.vocab_size / multiple) * multiple
         self.backbone = MixerModel(
-            config.d_model, config.n_layer, config.d_intermediate, vocab_size, config.ssm_cfg, config.attn_layer_idx, config.attn_cfg,
+            config.d_model, config.n_layer, config.d_intermediate, vocab_size, config.ssm_cfg, config.attn_layer_idx,
+            config.attn_cfg,
             rms_norm=config.rms_norm, initializer_cfg=initializer_cfg, fused_add_norm=config.fused_add_norm,
             residual_in_fp32=config.residual_in_fp32, device=device, dtype=dtype,
         )  # fmt: skip
@@ -287,7 +291,8 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         unknown = [name for name in entries if name not in MambaConfig.__dataclass_fields__]
         if unknown:
             raise ValueError(
-                f"{pretrained_model_name}: config.json is not mamba_ssm's, which has no {', '.join(map(repr, unknown[:3]))}; if it is transformers', "
+                f"{pretrained_model_name}: config.json is not mamba_ssm's, "
+                f"which has no {', '.join(map(repr, unknown[:3]))}; if it is transformers', "
                 "load it with transformers.AutoModelForCausalLM"
             )
         model = cls(MambaConfig(**entries), device=device, dtype=dtype, **kwargs)

@@ -86,7 +86,10 @@ def check_scan_layout(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     if u.shape[1] != A.shape[0]:
         hint = ""
         if u.shape[2] == A.shape[0]:
-            hint = "; its last axis has A's channels, so it looks token-major: transpose it, or call storm_kernels.selective_scan"
+            hint = (
+                "; its last axis has A's channels, so it looks token-major: transpose it, "
+                "or call storm_kernels.selective_scan"
+            )
         raise ValueError(
             f"u must be (batch, channels, length) with the {A.shape[0]} channels of A, got shape {tuple(u.shape)}{hint}"
         )

@@ -110,11 +110,12 @@ def mamba_inner_fn(
     l) -> (b, l, d_model).
 
     conv1d_weight (d, 1, w); x_proj_weight (r + 2n, d); delta_proj_weight (d, r); A (d, n). B or C,
-    where given (as in
-    :func:`selective_scan_fn`), replace the projected ones, and x_proj_weight need not have their n rows; otherwise ``B_proj_bias`` (n,) and
-    ``C_proj_bias`` (n,) are added to those. ``b_rms_weight`` (n,), ``c_rms_weight`` (n,) and ``dt_rms_weight`` switch on RMS norms: of B, of C,
-    and of delta after its projection, if that weight is (d,) as mamba_ssm has it, or before it, if it is (r,); where r = d it is after.
-    ``checkpoint_lvl`` (0 or 1) is accepted and changes nothing: what is recomputed in the backward pass is the kernels' affair.
+    where given (as in :func:`selective_scan_fn`), replace the projected ones, and x_proj_weight
+    need not have their n rows; otherwise ``B_proj_bias`` (n,) and ``C_proj_bias`` (n,) are added to
+    those. ``b_rms_weight`` (n,), ``c_rms_weight`` (n,) and ``dt_rms_weight`` switch on RMS norms: of
+    B, of C, and of delta after its projection, if that weight is (d,) as mamba_ssm has it, or
+    before it, if it is (r,); where r = d it is after. ``checkpoint_lvl`` (0 or 1) is accepted and
+    changes nothing: what is recomputed in the backward pass is the kernels' affair.
     """
     if checkpoint_lvl not in (0, 1):
         raise ValueError(f"checkpoint_lvl must be 0 or 1, got {checkpoint_lvl!r}")
@@ -175,8 +176,8 @@ def _projected(
     needed, rows = rank + states * ((B is None) + (C is None)), x_proj_weight.shape[0]
     if rows not in (needed, rank + 2 * states):
         raise ValueError(
-            f"x_proj_weight must have {needed} rows, rank {rank} of delta_proj_weight and the {states} states of A for each of B and C that is "
-            f"not given, got shape {tuple(x_proj_weight.shape)}"
+            f"x_proj_weight must have {needed} rows, rank {rank} of delta_proj_weight and the {states} states of A "
+            f"for each of B and C that is not given, got shape {tuple(x_proj_weight.shape)}"
         )
     projected = linear(u, x_proj_weight)
     return (
@@ -201,7 +202,8 @@ def _norms_before(dt_rms_weight: Tensor | None, channels: int, rank: int) -> boo
         return False
     if dt_rms_weight.shape != (rank,):
         raise ValueError(
-            f"dt_rms_weight must be ({channels},) for a norm after delta_proj or ({rank},) for one before it, got shape {tuple(dt_rms_weight.shape)}"
+            f"dt_rms_weight must be ({channels},) for a norm after delta_proj or ({rank},) for one before it, "
+            f"got shape {tuple(dt_rms_weight.shape)}"
         )
     return True
 
@@ -233,8 +235,8 @@ def mamba_inner_ref(
     """:func:`mamba_inner_fn` in plain PyTorch, whatever backend is chosen."""
     with dispatch.use_backend("torch"):
         return mamba_inner_fn(
-            xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B, C, D, delta_bias, B_proj_bias,
-            C_proj_bias, delta_softplus,
+            xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B, C,
+            D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
         )  # fmt: skip
 
 
@@ -253,7 +255,8 @@ def selective_state_update(
         raise TypeError(f"A is {A.dtype}: complex state spaces are not supported; only real A is")
     if state.dim() not in (3, 4) or state.dim() != x.dim() + 1:
         raise ValueError(
-            f"state must be (batch, [heads,] channels, states) and x one axis less, got {tuple(state.shape)} and {tuple(x.shape)}"
+            "state must be (batch, [heads,] channels, states) and x one axis less, "
+            f"got {tuple(state.shape)} and {tuple(x.shape)}"
         )
     acc = accumulate(state, x, A)
     # A copy, for autograd needs the state as it was before the update in place.

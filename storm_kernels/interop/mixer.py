@@ -103,7 +103,8 @@ class MambaForward(nn.Module):
         """
         if hidden_states.shape[1] != 1:
             raise ValueError(
-                f"step takes one token at a time: hidden_states must be (batch, 1, d_model), got shape {tuple(hidden_states.shape)}"
+                "step takes one token at a time: hidden_states must be (batch, 1, d_model), "
+                f"got shape {tuple(hidden_states.shape)}"
             )
         x, z = project(hidden_states, self.in_proj).chunk(2, dim=-1)
         history = conv_state[..., 1:].to(x.dtype, copy=True)
@@ -151,9 +152,11 @@ class Mamba(MambaForward, ReferenceMixer):
     """mamba_ssm's ``Mamba``, with the bidirectional options of Vim, VideoMamba and BIMBA in every spelling.
 
     Args:
-        d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max, dt_init, dt_scale, dt_init_floor, conv_bias, bias, layer_idx, device, dtype:
+        d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max, dt_init, dt_scale, dt_init_floor,
+        conv_bias, bias, layer_idx, device, dtype:
             as in mamba_ssm. ``dt_rank`` "auto" is ceil(d_model / 16); ``dt_init`` "random" or "constant".
-        use_fast_path: accepted and changes nothing; a bidirectional mixer is bidirectional with either value (Vim's own is not).
+        use_fast_path: accepted and changes nothing; a bidirectional mixer is bidirectional with
+            either value (Vim's own is not).
         bimamba_type: "none", "v1" or "v2" (Vim); ``bimamba=True`` (VideoMamba, BIMBA) is "v2".
         if_divide_out, if_devide_out: halve the sum of the two directions of "v2".
         init_layer_scale: start of a learned factor ``gamma`` (d_model,) on the output, none if None.
@@ -197,8 +200,9 @@ class Mamba(MambaForward, ReferenceMixer):
         kind = "v2" if bimamba else kind
         divide = bool(if_divide_out or if_devide_out)
         super().__init__(
-            d_model, d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank, bidirectional=kind == "v2", bias=bias, conv_bias=conv_bias,
-            if_divide_out=divide, dt_min=dt_min, dt_max=dt_max, dt_init_floor=dt_init_floor, device=device, dtype=dtype,
+            d_model, d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank, bidirectional=kind == "v2",
+            bias=bias, conv_bias=conv_bias, if_divide_out=divide, dt_min=dt_min, dt_max=dt_max,
+            dt_init_floor=dt_init_floor, device=device, dtype=dtype,
         )  # fmt: skip
         self.expand, self.layer_idx, self.use_fast_path, self.bimamba_type = expand, layer_idx, use_fast_path, kind
         self.activation, self.act = "silu", nn.SiLU()

@@ -85,7 +85,8 @@ def rms_norm_fn(
         prenorm, x1, residual_in_fp32, weight1 = x1, None, residual_in_fp32 if weight1 is None else weight1, None
         eps, bias1 = eps if bias1 is None else bias1, None
     return layer_norm_fn(
-        x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, residual_in_fp32, True, return_dropout_mask
+        x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, residual_in_fp32, True,
+        return_dropout_mask
     )  # fmt: skip
 
 
@@ -149,7 +150,9 @@ def layer_norm_ref(
     upcast=False,
     is_rms_norm=False,
 ):
-    """:func:`layer_norm_fn` with the masks of its dropout given (True keeps); the sum comes in x's dtype, or float32 with ``upcast``."""
+    """:func:`layer_norm_fn` with the masks of its dropout given (True keeps); the sum comes in x's
+    dtype, or float32 with ``upcast``.
+    """
     if _is_number(x1):  # version 1.x: eps, prenorm, upcast
         eps, x1, prenorm, weight1 = x1, None, prenorm if weight1 is None else weight1, None
         upcast, bias1 = upcast if bias1 is None else bias1, None
@@ -194,5 +197,6 @@ class RMSNorm(nn.Module):
         drop = getattr(self, "drop", None)  # a module pickled before mamba_ssm 2.0 has none
         dropout_p = drop.p if drop is not None and self.training else 0.0
         return rms_norm_fn(
-            x, self.weight, self.bias, residual, eps=self.eps, dropout_p=dropout_p, prenorm=prenorm, residual_in_fp32=residual_in_fp32
+            x, self.weight, self.bias, residual, eps=self.eps, dropout_p=dropout_p, prenorm=prenorm,
+            residual_in_fp32=residual_in_fp32
         )  # fmt: skip

@@ -102,7 +102,9 @@ PACKAGES: dict[str, dict[str, dict[str, object]]] = {
         "mamba_ssm.ops.triton.selective_state_update": _UPDATE,
         "mamba_ssm.ops.triton.ssd_combined": {name: _AbsentFunction(name, _MAMBA_2) for name in _SSD},
         "mamba_ssm.modules": {},
-        "mamba_ssm.modules.mamba_simple": {"Mamba": mamba_ssm.Mamba, "Block": language_model.MixerBlock, **_SCAN, **_CONV, **_NORMS, **_UPDATE},
+        "mamba_ssm.modules.mamba_simple": {
+            "Mamba": mamba_ssm.Mamba, "Block": language_model.MixerBlock, **_SCAN, **_CONV, **_NORMS, **_UPDATE,
+        },
         "mamba_ssm.modules.block": {"Block": language_model.Block},
         "mamba_ssm.modules.mha": _MHA,
         "mamba_ssm.modules.mlp": {"GatedMLP": language_model.GatedMLP},
@@ -111,7 +113,9 @@ PACKAGES: dict[str, dict[str, dict[str, object]]] = {
         "mamba_ssm.modules.mamba3": _MAMBA_3_CLASS,
         "mamba_ssm.models": {},
         "mamba_ssm.models.config_mamba": {"MambaConfig": language_model.MambaConfig},
-        "mamba_ssm.models.mixer_seq_simple": {**_MODEL, "Mamba": mamba_ssm.Mamba, "Block": language_model.Block, **_NORMS},
+        "mamba_ssm.models.mixer_seq_simple": {
+            **_MODEL, "Mamba": mamba_ssm.Mamba, "Block": language_model.Block, **_NORMS,
+        },
         "mamba_ssm.utils": {},
         "mamba_ssm.utils.generation": _names(inference, "GenerationMixin", "InferenceParams", "decode"),
         "mamba_ssm.utils.hf": _names(inference, "load_config_hf", "load_state_dict_hf"),
@@ -127,7 +131,10 @@ PACKAGES: dict[str, dict[str, dict[str, object]]] = {
             compiled, "causal_conv1d_fwd_function", "causal_conv1d_bwd_function", "causal_conv1d_update_function"
         ),
     },
-    **{name: {name: getattr(compiled, name)._asdict()} for name in ("selective_scan_cuda", "selective_scan_cuda_core", "selective_scan_cuda_oflex")},
+    **{
+        name: {name: getattr(compiled, name)._asdict()}
+        for name in ("selective_scan_cuda", "selective_scan_cuda_core", "selective_scan_cuda_oflex")
+    },
     "causal_conv1d_cuda": {
         "causal_conv1d_cuda": {
             "causal_conv1d_fwd": compiled.causal_conv1d_fwd,

@@ -3,11 +3,13 @@ decoding and training, in two forms.
 
 Same results as the plain PyTorch path of the form that a module comes from:
 
-- old (up to 5.15, with a ``slow_forward``): padding is masked after in_proj, the bias of dt_proj belongs to dt_proj, a carried state continues;
-  dt_proj and act are called as modules, conv1d too but for the steps of decoding;
-- present (from 5.16): padding is masked before in_proj, the bias of dt_proj is added in float32, and several tokens after a cached prefix
-  start from a zero state (as transformers' own fallback does); one token continues the state. The weights of conv1d and dt_proj are used
-  without calling the modules, the activation is a function.
+- old (up to 5.15, with a ``slow_forward``): padding is masked after in_proj, the bias of dt_proj
+  belongs to dt_proj, a carried state continues; dt_proj and act are called as modules, conv1d too
+  but for the steps of decoding;
+- present (from 5.16): padding is masked before in_proj, the bias of dt_proj is added in float32,
+  and several tokens after a cached prefix start from a zero state (as transformers' own fallback
+  does); one token continues the state. The weights of conv1d and dt_proj are used without calling
+  the modules, the activation is a function.
 
 A module is called where the original calls it and it is more than its weights
 (:mod:`storm_kernels.plain`); where the original takes the weights, so does this, and lets

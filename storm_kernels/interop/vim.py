@@ -67,8 +67,8 @@ def bimamba_inner_ref(
     """:func:`bimamba_inner_fn` in plain PyTorch, whatever backend is chosen."""
     with dispatch.use_backend("torch"):
         return bimamba_inner_fn(
-            xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, A_b, B, C, D, delta_bias,
-            B_proj_bias, C_proj_bias, delta_softplus,
+            xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, A_b,
+            B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
         )  # fmt: skip
 
 
@@ -87,7 +87,8 @@ def mamba_inner_fn_no_out_proj(
     C_proj_bias=None,
     delta_softplus=True,
 ):
-    """:func:`storm_kernels.interop.mamba_ssm.mamba_inner_fn` without its last projection: xz (b, 2d, l) -> gated y (b, d, l).
+    """:func:`storm_kernels.interop.mamba_ssm.mamba_inner_fn` without its last projection: xz (b,
+    2d, l) -> gated y (b, d, l).
 
     The result is contiguous where the last axis of xz is.
     """

@@ -21,7 +21,8 @@ def selective_scan_fn(u, delta, A, B, C, D=None, delta_bias=None, delta_softplus
     """
     if B.dim() != 4 or C.shape != B.shape:
         raise ValueError(
-            f"B and C must both be (batch, directions, states, length), got shapes {tuple(B.shape)} and {tuple(C.shape)}"
+            "B and C must both be (batch, directions, states, length), "
+            f"got shapes {tuple(B.shape)} and {tuple(C.shape)}"
         )
     check_scan_layout(u, delta, A, B, C, None)
     batch, channels, length = u.shape

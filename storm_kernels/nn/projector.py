@@ -18,7 +18,9 @@ from .mixer import BiMambaMixer
 
 
 class TemporalProjector(ReferenceTemporalProjector):
-    """:class:`storm_kernels.reference.ReferenceTemporalProjector` on the kernels: same arguments, parameters and results."""
+    """:class:`storm_kernels.reference.ReferenceTemporalProjector` on the kernels: same arguments,
+    parameters and results.
+    """
 
     mixer_class = BiMambaMixer
 

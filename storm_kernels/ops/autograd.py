@@ -31,10 +31,12 @@ def register(
     """Give an operator all derivatives; return the function through which the library calls it.
 
     Args:
-        op: result of ``torch.library.custom_op``; its last argument is the backend asked for, its results are a tensor or a tuple of tensors.
+        op: result of ``torch.library.custom_op``; its last argument is the backend asked for, its
+            results are a tensor or a tuple of tensors.
         kind: the operation in the terms of :mod:`storm_kernels.backends.dispatch`: "scan", "conv", "reduce" or "norm".
         plain: the same function of the same arguments in differentiable PyTorch.
-        backward, setup_context: as in ``op.register_autograd``; without them the operator is differentiated through ``plain``.
+        backward, setup_context: as in ``op.register_autograd``; without them the operator is
+            differentiated through ``plain``.
     """
     overload = op._opoverload
     if backward is None:
@@ -88,7 +90,8 @@ def refuse_forward_mode(name: str, *tensors: object) -> None:
     """
     if forward_ad._current_level >= 0 and forward_mode(*tensors):
         raise NotImplementedError(
-            f"storm_kernels.{name}: {_FORWARD_MODE}; differentiate the model before it is traced, or trace it within use_backend('torch')"
+            f"storm_kernels.{name}: {_FORWARD_MODE}; differentiate the model before it is traced, "
+            "or trace it within use_backend('torch')"
         )
 
 

@@ -67,7 +67,8 @@ def scan_operands(prefix: str, u, delta, A, B, C, D, delta_bias, like: Tensor | 
         groups = value.shape[2] if value.dim() == 4 else 1
         if groups == 0 or channels % groups:
             raise ValueError(
-                f"{prefix}{name} must have a number of groups that divides the {channels} channels, got shape {tuple(value.shape)}"
+                f"{prefix}{name} must have a number of groups that divides the {channels} channels, "
+                f"got shape {tuple(value.shape)}"
             )
         expected = (batch, length, states) if value.dim() == 3 else (batch, length, groups, states)
         shape(f"{prefix}{name}", value, expected, "(batch, L, S)" if value.dim() == 3 else "(batch, L, G, S)")

@@ -33,7 +33,8 @@ def residual_layer_norm(
         backend: as in :func:`selective_scan`.
 
     Returns:
-        LayerNorm(x + residual) and x + residual, both (..., C) in x's dtype; the sum is rounded before it is normalised.
+        LayerNorm(x + residual) and x + residual, both (..., C) in x's dtype; the sum
+        is rounded before it is normalised.
 
     Raises:
         TypeError, ValueError, BackendError: as :func:`selective_scan`.

@@ -51,8 +51,10 @@ def selective_scan(
         initial_state: (n, E, S), the state before the first scanned token of each of the n sequences.
         return_final_state: also return the state after the last scanned token, (n, E, S), float32, differentiable.
         cu_seqlens: (n + 1,) integers from 0 to L: bounds of sequences packed one after the other in a batch of 1.
-        grid, reduction: where the tokens sit and how they are averaged and sampled; only what survives is written. Not with ``cu_seqlens``.
-        backend: "torch", "cpu", "triton" or "cuda"; None leaves the choice to :func:`storm_kernels.backends.dispatch.choose`.
+        grid, reduction: where the tokens sit and how they are averaged and sampled;
+            only what survives is written. Not with ``cu_seqlens``.
+        backend: "torch", "cpu", "triton" or "cuda"; None leaves the choice to
+            :func:`storm_kernels.backends.dispatch.choose`.
 
     Returns:
         (batch, L', E) in u's dtype, with L' = L without a reduction; and the final state where asked for.

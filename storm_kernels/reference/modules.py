@@ -38,10 +38,12 @@ class ReferenceMixer(nn.Module):
         bidirectional: with the second direction (names ending in ``_b``) or without.
         bias, conv_bias: whether in_proj and out_proj, and the convolutions, have a bias.
         if_divide_out: halve the sum of the two directions, Vim's option.
-        dt_min, dt_max, dt_init_floor: the range in which softplus(dt_proj.bias) starts, log-uniform (arXiv 2312.00752, 3.6).
+        dt_min, dt_max, dt_init_floor: the range in which softplus(dt_proj.bias) starts,
+            log-uniform (arXiv 2312.00752, 3.6).
 
     Raises:
-        TypeError, ValueError: a size that is no positive integer, an ``expand`` that leaves no channel, an empty range of dt; named.
+        TypeError, ValueError: a size that is no positive integer, an ``expand`` that leaves no
+            channel, an empty range of dt; named.
     """
 
     def __init__(
@@ -193,7 +195,8 @@ def _expanded(d_model: int, expand: object) -> int:
         raise TypeError(f"expand must be a number, got {described(expand)}")
     if not 1 <= expand * d_model < math.inf:
         raise ValueError(
-            f"expand must give one channel or more, expand * d_model >= 1, got {described(expand)} with d_model={d_model}"
+            "expand must give one channel or more, expand * d_model >= 1, "
+            f"got {described(expand)} with d_model={d_model}"
         )
     return int(expand * d_model)
 
@@ -268,7 +271,8 @@ class ReferenceTemporalProjector(nn.Module):
         mixer_options: further arguments of the mixer (d_state, d_conv, expand, dt_rank, ...).
 
     Raises:
-        TypeError, ValueError: a width that is no positive integer, negative ``layers``, an option that there is not, or as the mixer; named.
+        TypeError, ValueError: a width that is no positive integer, negative ``layers``, an
+            option that there is not, or as the mixer; named.
     """
 
     mixer_class: type[ReferenceMixer] = ReferenceMixer
@@ -380,7 +384,8 @@ def run_padded(
     for i, frames in enumerate(lengths):
         if not 1 <= frames <= grid.frames:
             raise ValueError(
-                f"lengths must be between 1 and {grid.frames}, the frames of the batch, got {described(frames)} for lengths[{i}]"
+                f"lengths must be between 1 and {grid.frames}, the frames of the batch, "
+                f"got {described(frames)} for lengths[{i}]"
             )
     grids = [TokenGrid(n, grid.height, grid.width) for n in lengths]
     packed = torch.cat([video[: own.tokens] for video, own in zip(x, grids, strict=True)])

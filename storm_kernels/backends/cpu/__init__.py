@@ -46,7 +46,10 @@ def why_not(op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: in
         return "a LayerNorm on a CPU is bound by memory and vectorised in PyTorch: the cpu backend leaves it to torch"
     refused = sorted(str(dtype) for dtype in dtypes - set(DTYPES))
     if refused:
-        return f"the cpu backend takes float32, bfloat16 and float16 activations, not {', '.join(refused)}; the torch backend does"
+        return (
+            f"the cpu backend takes float32, bfloat16 and float16 activations, not {', '.join(refused)}; "
+            "the torch backend does"
+        )
     return why_missing()
 
 

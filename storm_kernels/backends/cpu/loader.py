@@ -67,7 +67,8 @@ class Library:
     def _check(self, isa: str, path: Path) -> None:
         if isa not in self.supported():
             raise LibraryMissing(
-                f"instruction set {isa!r} is not available from {path} on this processor; available: {', '.join(self.supported())}"
+                f"instruction set {isa!r} is not available from {path} on this processor; available: "
+                f"{', '.join(self.supported())}"
             )
 
 

@@ -124,7 +124,8 @@ def floats(t: Tensor | None) -> CFloats:
         return CFloats()
     if t.dtype != torch.float32 or not t.is_contiguous():
         raise TypeError(
-            f"the C++ library wants a contiguous float32 tensor, got {t.dtype} of shape {tuple(t.shape)} and strides {t.stride()}"
+            "the C++ library wants a contiguous float32 tensor, "
+            f"got {t.dtype} of shape {tuple(t.shape)} and strides {t.stride()}"
         )
     return CFloats(t.data_ptr(), held(t))
 
@@ -178,7 +179,8 @@ def check(status: int, op: str, x: Tensor, args: ctypes.Structure) -> None:
         raise MemoryError(f"{op} of {tuple(x.shape)} {x.dtype}: no memory for its workspace")
     if status == _REFUSED:
         raise RuntimeError(
-            f"{op} of {tuple(x.shape)} {x.dtype}: {args.refused.decode()} is absent, or does not hold what these shapes ask for"
+            f"{op} of {tuple(x.shape)} {x.dtype}: {args.refused.decode()} is absent, "
+            "or does not hold what these shapes ask for"
         )
     if status != _OK:
         raise RuntimeError(f"{op} of {tuple(x.shape)} {x.dtype}: the C++ library returned status {status}")

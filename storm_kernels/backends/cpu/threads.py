@@ -25,7 +25,8 @@ def thread_count() -> int:
         return 1
     if _lost_in_fork:
         message = (
-            "this process was forked off after the CPU kernels had run on several threads, which a fork does not copy: they run on one here. "
+            "this process was forked off after the CPU kernels had run on several threads, "
+            "which a fork does not copy: they run on one here. "
             "Start workers with the spawn method, or call torch.set_num_threads(1) in them."
         )
         warnings.warn(message, RuntimeWarning, stacklevel=2)

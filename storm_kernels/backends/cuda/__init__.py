@@ -52,7 +52,10 @@ def why_not(op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: in
         return f"the cuda backend takes d_conv up to {LARGEST_TAPS}, got {d_conv}"
     reason = launcher.why_not()
     if reason is None and op == "scan" and (needed := shared_bytes(geometry(d_state))) > launcher.shared_limit():
-        return f"the cuda backend's scan needs {needed} bytes of shared memory a block, this GPU has {launcher.shared_limit()}: use triton's"
+        return (
+            f"the cuda backend's scan needs {needed} bytes of shared memory a block, "
+            f"this GPU has {launcher.shared_limit()}: use triton's"
+        )
     return reason
 
 

@@ -12,11 +12,15 @@ directions, 16 states, bfloat16, all tokens kept:
 
 One direction alone bears the gate alone: 23.3 + 1.0.
 
-    bytes per token and channel that the gate and its gradient move (of grad_out a reduction leaves next to nothing to read)
-    gated, forward              z 2, y 4 = 6                                               z 2 x 2 = 4
-    gated, backward             grad_out 2, z 2, y 4, dz 2, dL/dy 4 + 2 x 4 = 22           grad_out, z 2 x 2 each, dz 2 x (4 + 4) + 2 = 26
-    reduced as well, forward    z 2 x 2, y 2 x 4 = 12                                      z 2 x 2 = 4
-    reduced as well, backward   z 2, y 2 x 4, dz 2, dL/dy 4 + 2 x 4 = 24                   z 2 x 2, dz 2 x (4 + 4) + 2 = 22
+Bytes per token and channel that the gate and its gradient move (of grad_out a reduction leaves next
+to nothing to read):
+
+                             now, scan + gate.cu                                before
+    gated, forward           z 2, y 4 = 6                                       z 2 x 2 = 4
+    gated, backward          grad_out 2, z 2, y 4, dz 2, dL/dy 4 + 2 x 4 = 22   grad_out, z 2 x 2 each,
+                                                                                dz 2 x (4 + 4) + 2 = 26
+    reduced too, forward     z 2 x 2, y 2 x 4 = 12                              z 2 x 2 = 4
+    reduced too, backward    z 2, y 2 x 4, dz 2, dL/dy 4 + 2 x 4 = 24           z 2 x 2, dz 2 x (4 + 4) + 2 = 22
 
 What is saved between forward and backward grows by 4 bytes per token and channel with a gate, by 8
 per kept token and channel if both directions are reduced as well. During the backward pass dL/dy

@@ -62,7 +62,10 @@ def why_not(op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: in
             else "TRITON_INTERPRET=1 is set: kernels run in the interpreter, on CPU tensors; unset it to use the GPU"
         )
     if device != "cuda":
-        return f"it needs CUDA or ROCm tensors, got {device}; set TRITON_INTERPRET=1 before the first use to run its interpreter on CPU tensors"
+        return (
+            f"it needs CUDA or ROCm tensors, got {device}; set TRITON_INTERPRET=1 before the first use to run its "
+            "interpreter on CPU tensors"
+        )
     return _no_gpu()
 
 
@@ -71,5 +74,8 @@ def _no_gpu() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return f"the GPU has compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}, Triton's kernels need 8.0"
+        return (
+            f"the GPU has compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}, "
+            "Triton's kernels need 8.0"
+        )
     return None

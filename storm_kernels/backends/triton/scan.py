@@ -173,7 +173,9 @@ def scan_direction(
 @triton.jit(do_not_specialize=["length", "out_length"])
 def scan_kernel(
     directions,  # one or two of (`direction_operands`, output, checkpoints)
-    shared,  # `gate_operands`; each token's offset in the output, or negative; initial and final states (n, Sp, E); cu_seqlens
+    # `gate_operands`; each token's offset in the output, or negative; initial and final states (n, Sp, E);
+    # cu_seqlens
+    shared,
     length,
     out_length,
     channels,

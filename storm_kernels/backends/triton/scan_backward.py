@@ -228,11 +228,13 @@ class Outputs(NamedTuple):
 
     du: Tensor | None  # (batch, L, E)
     ddelta: Tensor | None  # (batch, L, E)
-    dz: (
-        Tensor | None
-    )  # (batch, L, E), also where z holds the kept tokens only: offsets would cost registers; float32 if there is another direction
+    # (batch, L, E), also where z holds the kept tokens only: offsets would cost registers; float32 if
+    # there is another direction.
+    dz: Tensor | None
     dbc: Tensor | None  # (batch, channel blocks of a group, L, G, 2, Sp) float32
-    totals: Tensor  # (n, 2, Sp + 2, E) float32 from zero: the sums of dA, dD and d(delta_bias), and what rounding took from them
+    # (n, 2, Sp + 2, E) float32 from zero: the sums of dA, dD and d(delta_bias), and what rounding took
+    # from them.
+    totals: Tensor
 
 
 def _outputs(one: ScanInputs, z: Tensor | None, shape: Shape, alone: bool, needs: frozenset[str]) -> Outputs:

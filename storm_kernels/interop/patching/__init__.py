@@ -155,5 +155,8 @@ def _nothing(model: nn.Module, report: PatchReport) -> str:
     if not report.skipped:
         return f"patch: this {type(model).__name__} has no Mamba-1 mixer, nothing to patch"
     if all(e.why == ALREADY for e in report.skipped):
-        return f"patch: this {type(model).__name__} is patched already ({len(report.skipped)} modules); unpatch(model) restores it"
+        return (
+            f"patch: this {type(model).__name__} is patched already ({len(report.skipped)} modules); "
+            "unpatch(model) restores it"
+        )
     return f"patch: nothing replaced in this {type(model).__name__}\n{report}"

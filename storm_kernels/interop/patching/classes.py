@@ -176,7 +176,8 @@ def _by_roles(original: type[nn.Module], recipe: Recipe, compute: Callable) -> C
         values = read(args, kwargs)
         if values is None:
             slow_path(
-                f"a call of {original.__name__} has an argument that is not known here: its own forward runs, not our kernels"
+                f"a call of {original.__name__} has an argument that is not known here: its own forward runs, "
+                "not our kernels"
             )
             return original.forward(self, *args, **kwargs)
         return compute(self, values, kwargs, old)
@@ -190,7 +191,8 @@ def _transformers_forward(mixer: nn.Module, values: dict, kwargs: dict, old: boo
     packing = [name for name in _PACKING if kwargs.get(name) is not None]
     if packing:
         raise ValueError(
-            f"{type(mixer).__name__} keeps packed sequences apart neither here nor in plain PyTorch, got {', '.join(packing)}"
+            f"{type(mixer).__name__} keeps packed sequences apart neither here nor in plain PyTorch, "
+            f"got {', '.join(packing)}"
         )
     return mixer_forward(mixer, values[INPUT], values.get(CACHE), values.get(MASK), values.get(POSITION), old=old)
 

@@ -87,7 +87,10 @@ def _reference(module: nn.Module, reference: type[nn.Module]) -> Recognition:
     ours = {name for cls in (reference, fast) for name in vars(cls) if not name.startswith("__")}
     changed = sorted({name for cls in above for name in vars(cls)} & ours)
     if changed:
-        why = f"{type(module).__name__} is a subclass of the reference whose changes a patch would lose: {', '.join(changed)}"
+        why = (
+            f"{type(module).__name__} is a subclass of the reference whose changes a patch would lose: "
+            f"{', '.join(changed)}"
+        )
         return Recognition(why=why)
     return Recognition((Recipe(kind),))
 
