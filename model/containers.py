@@ -22,7 +22,7 @@ class Container(NamedTuple):
     fragments: dict[
         int, int
     ] = {}  # samples of each track that lie in fragments of an MP4, which its header does not count
-    blocks: int | None = None  # of the first video track of a Matroska file, whose header counts nothing
+    blocks: list[int] | None = None  # of each video track of a Matroska file, whose header counts nothing
 
 
 class Chunk(NamedTuple):
@@ -132,8 +132,8 @@ def _track_fragment(path: Path, file: BinaryIO, fragment: Chunk) -> tuple[int, i
     return track, samples
 
 
-def _check_matroska(path: Path, file: BinaryIO, size: int) -> int:
-    """Frames of the first video track, by its blocks."""
+def _check_matroska(path: Path, file: BinaryIO, size: int) -> list[int]:
+    """Frames of each video track, by its blocks."""
     segment = next((part for part in _tiles(path, file, 0, size, _ebml_header) if part.kind == _SEGMENT), None)
     if segment is None:
         raise StormVideoError(f"{path}: no Segment in {size} bytes; the file is truncated")
@@ -150,10 +150,9 @@ def _check_matroska(path: Path, file: BinaryIO, size: int) -> int:
                         f"{path}: corrupt, the block at byte {block.start} is of track {track}; there are {sorted(types)}"
                     )
                 frames[track] += count
-    video = next((track for track, kind in types.items() if kind == 1), None)
-    if video is None:
+    if 1 not in types.values():
         raise StormVideoError(f"{path}: no video stream; it holds {len(types)} other tracks")
-    return frames[video]
+    return [frames[track] for track, kind in types.items() if kind == 1]
 
 
 def _tracks(path: Path, file: BinaryIO, tracks: Chunk) -> Iterator[tuple[int, int]]:

@@ -37,7 +37,7 @@ class Key(NamedTuple):
 
 class Mark(NamedTuple):
     """What an index keeps of a packet: when it is shown and decoded, in the stream's unit; whether
-    it is a key frame; whether it becomes a frame.
+    it is a key frame; whether its frame is shown (an edit list leaves some out).
     """
 
     pts: int | None
@@ -57,12 +57,16 @@ class Times(NamedTuple):
     def of(cls, marks: list[Mark], unit: Fraction) -> Times | None:
         """Of a file's packets in its order; None where times are missing or doubled, or where
         frames come before the first key frame: which of those are shown only decoding tells."""
-        marks = [mark for mark in marks if mark.shown]
+        first, marks = marks[0], [mark for mark in marks if mark.shown]
+        # From the file's very first packet the decoder may start, though an edit list does not show its frame.
+        begin = [first] if first.key and not first.shown else []
         keys = [
-            Key(pts, pts if dts is None else min(pts, dts)) for pts, dts, key, _ in marks if key and pts is not None
+            Key(pts, pts if dts is None else min(pts, dts))
+            for pts, dts, key, _ in [*begin, *marks]
+            if key and pts is not None
         ]
         pts = {mark.pts for mark in marks}
-        if not keys or not marks[0].key or None in pts or len(pts) < len(marks) or min(pts) < keys[0].pts:
+        if not keys or not first.key or None in pts or len(pts) < len(marks) or min(pts) < keys[0].pts:
             return None
         return cls(sorted(pts), sorted(keys), unit)
 
@@ -89,8 +93,11 @@ def by_groups(
     decoded, done = 0, 0
     while done < len(wanted):
         key = times.keys[times.group(wanted[done])]
-        container.seek(key.seek, stream=stream)
-        frames = _from_key(container, stream, key)
+        if key is times.keys[0]:  # nothing was read yet: as a whole decode begins
+            frames = container.decode(stream)
+        else:
+            container.seek(key.seek, stream=stream)
+            frames = _from_key(container, stream, key)
         while done < len(wanted):
             try:
                 frame = next(frames, None)

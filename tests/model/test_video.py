@@ -14,7 +14,8 @@ pytest.importorskip("av", reason="the extra `model` is not installed")
 
 import av
 from storm_model.containers import checked_container
-from storm_model.video import StormVideoError, _shown, bikes_clip, probe, sample_frames
+from storm_model.film import hidden
+from storm_model.video import StormVideoError, bikes_clip, probe, sample_frames
 
 FRAMES = 36
 MOVFLAGS = {
@@ -182,8 +183,7 @@ def test_the_decoded_clip_is_never_held_whole(tmp_path):
 
 def test_hidden_vp8_packets():
     """Bit 4 of a VP8 packet's first byte is show_frame (RFC 6386, 9.1)."""
-    shown, hidden = av.Packet(b"\x10\x02\x00"), av.Packet(b"\x00\x02\x00")
-    assert _shown(shown) and not _shown(hidden)
+    assert hidden(av.Packet(b"\x00\x02\x00")) and not hidden(av.Packet(b"\x10\x02\x00"))
 
 
 def test_fragments_are_counted_by_track(clips):
@@ -192,7 +192,7 @@ def test_fragments_are_counted_by_track(clips):
     assert with_sound.keys() == {1, 2} and with_sound[1] == FRAMES
     first = checked_container(clips["first fragment in moov"]).fragments
     assert 0 < first[1] < FRAMES
-    assert checked_container(clips["mkv with sound"]).blocks == FRAMES
+    assert checked_container(clips["mkv with sound"]).blocks == [FRAMES]
 
 
 @pytest.fixture(name="bikes")

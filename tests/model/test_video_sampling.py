@@ -62,7 +62,7 @@ def write_film(path, codec, pixels, options, distance, times=range(60)):
 
 def whole(path):
     """(pts, RGB) of every frame, by a decoder that plays the file from its start."""
-    with av.open(str(path), options={"ignore_editlist": "1"}) as container:
+    with av.open(str(path)) as container:
         container.streams.video[0].thread_count = 1
         return [(frame.pts, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
 

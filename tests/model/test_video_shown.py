@@ -1,0 +1,78 @@
+"""model/display.py and film.py: frames as a player shows them."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("av", reason="the extra `model` is not installed")
+
+import av
+from storm_model.display import Turn
+from storm_model.video import Video, sample_frames
+
+ONE = 65536
+MATRICES = {
+    "upright": ((ONE, 0, 0, ONE), lambda p: p),
+    "90 clockwise": ((0, ONE, -ONE, 0), lambda p: np.rot90(p, -1)),
+    "180": ((-ONE, 0, 0, -ONE), lambda p: np.rot90(p, 2)),
+    "270 clockwise": ((0, -ONE, ONE, 0), lambda p: np.rot90(p, 1)),
+    "mirrored": ((-ONE, 0, 0, ONE), lambda p: p[:, ::-1]),
+    "upside down": ((ONE, 0, 0, -ONE), lambda p: p[::-1]),
+    "transposed": ((0, ONE, ONE, 0), lambda p: p.swapaxes(0, 1)),
+    "transposed across": ((0, -ONE, -ONE, 0), lambda p: p.swapaxes(0, 1)[::-1, ::-1]),
+}
+
+
+def corners(path, tracks=((0, False),)):
+    """12 frames of a picture with four different corners; each track is (grey that is added, whether the default)."""
+    picture = np.zeros((48, 64, 3), np.uint8)
+    picture[:24, :32], picture[:24, 32:], picture[24:, :32] = 60, 120, 180
+    with av.open(str(path), "w") as out:
+        streams = [out.add_stream("libx264", rate=25, width=64, height=48, pix_fmt="yuv420p") for _ in tracks]
+        for stream, (_, default) in zip(streams, tracks, strict=True):
+            if default:
+                stream.disposition = av.stream.Disposition.default
+        for i in range(12):
+            for stream, (grey, _) in zip(streams, tracks, strict=True):
+                frame = av.VideoFrame.from_ndarray(picture + np.uint8(grey), format="rgb24")
+                frame.pts = i
+                out.mux(stream.encode(frame))
+        for stream in streams:
+            out.mux(stream.encode())
+    return path
+
+
+def turned(path, matrix):
+    """The matrix of the track's header (tkhd, 8.3.2) overwritten: a, b, u, c, d, v, x, y, w."""
+    content = bytearray(path.read_bytes())
+    place = content.index(b"tkhd") + 4 + 40
+    a, b, c, d = matrix
+    content[place : place + 36] = b"".join(v.to_bytes(4, "big", signed=True) for v in (a, b, 0, c, d, 0, 0, 0, 1 << 30))
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_turned_and_mirrored(tmp_path, name):
+    matrix, right = MATRICES[name]
+    path = corners(tmp_path / "corners.mp4")
+    stored = sample_frames(path, 2).frames.numpy()
+    video = Video(turned(path, matrix))
+    got = video.sample(2)
+    assert all(np.array_equal(frame, right(plain)) for frame, plain in zip(got.frames.numpy(), stored, strict=True))
+    assert (video.info.height, video.info.width) == right(stored[0]).shape[:2]
+    assert video.sample(2, size=(10, 30)).frames.shape == (2, 10, 30, 3)
+
+
+def test_other_angles_are_told():
+    with pytest.warns(UserWarning, match="is no quarter turn: frames are given as stored"):
+        assert Turn.by([ONE // 2, 56755, 0, -56755, ONE // 2, 0, 0, 0, 1 << 30]) == Turn()
+
+
+def test_the_default_track(tmp_path):
+    path = corners(tmp_path / "two.mkv", [(0, False), (60, True)])
+    assert sample_frames(path, 1).frames.max() > 230
+    assert sample_frames(path, 1, track=0).frames.max() < 200
+    with pytest.raises(ValueError, match=r"track must be less than 2, the number of video tracks of .*, got 2"):
+        sample_frames(path, 1, track=2)
+    with pytest.raises(TypeError, match="track must be a number from 0, got '1'"):
+        sample_frames(path, 1, track="1")
