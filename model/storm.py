@@ -31,10 +31,13 @@ class VideoModel(nn.Module):
     Args:
         config: sizes, such as ``preset("storm-mini")``.
         variant: projector and token reduction, such as ``variant("storm-tp-ts")``.
-        projector: "reference" (plain PyTorch) or "fused" (the same parameters, our kernels); the VILA baseline has one form only.
-        seed: of the random weights; each part has its own stream, so variants of one seed share the weights of what they have in common.
-        device, dtype: where and in what the weights are made; better than a later ``.to(dtype)``, which would also round the language model's rotary
-            frequencies. A_log, D and the bias of dt_proj stay float32 either way.
+        projector: "reference" (plain PyTorch) or "fused" (the same parameters, our kernels); the
+            VILA baseline has one form only.
+        seed: of the random weights; each part has its own stream, so variants of one seed share
+            the weights of what they have in common.
+        device, dtype: where and in what the weights are made; better than a later
+            ``.to(dtype)``, which would also round the language model's rotary frequencies. A_log, D
+            and the bias of dt_proj stay float32 either way.
         blank: leave the weights of the vision tower and the language model unset, for a loader to fill.
     """
 
@@ -149,7 +152,8 @@ class VideoModel(nn.Module):
         vocabulary = self.config.language.vocabulary
         if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.dtype != torch.int64:
             raise ValueError(
-                f"prompt_ids must be int64 of shape (P,) or (1, P) with P >= 1, got {prompt_ids.dtype} of shape {tuple(prompt_ids.shape)}"
+                "prompt_ids must be int64 of shape (P,) or (1, P) with P >= 1, "
+                f"got {prompt_ids.dtype} of shape {tuple(prompt_ids.shape)}"
             )
         if ids.min() < 0 or ids.max() >= vocabulary:
             raise ValueError(f"prompt_ids must lie in 0..{vocabulary - 1}, got {ids.min().item()}..{ids.max().item()}")

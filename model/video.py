@@ -167,7 +167,8 @@ class _Store:
             return
         if not self.resize and (frame.height, frame.width) != (self.height, self.width):
             raise StormVideoError(
-                f"{self.info.path}: frame {number} has {frame.width}x{frame.height} pixels, the file declares {self.width}x{self.height}; "
+                f"{self.info.path}: frame {number} has {frame.width}x{frame.height} pixels, "
+                f"the file declares {self.width}x{self.height}; "
                 "pass a size to have all frames resized"
             )
         rgb = frame.reformat(self.width, self.height, "rgb24", interpolation=Interpolation.BICUBIC).to_ndarray()
@@ -202,9 +203,11 @@ def sample_frames(
         max_frames: with ``fps``: where that gives more, so many at even distances in time.
         start, end: seconds from the first frame; only what is shown between them is taken. By default the whole video.
         at: seconds from the first frame; each gives the frame that is shown then.
-        size: (height, width) in pixels, or one number for both: each kept frame is resized (bicubic) as soon as it is decoded. None keeps the file's.
-        verify: decode the whole file, and raise if anything in it is damaged. Without it damage is an error only in the frames that are
-            asked for, or that those are predicted from.
+        size: (height, width) in pixels, or one number for both: each kept frame is resized (bicubic)
+            as soon as it is decoded. None keeps the file's.
+        verify: decode the whole file, and raise if anything in it is damaged. Without it
+            damage is an error only in the frames that are asked for, or that those are predicted
+            from.
 
     Raises:
         StormVideoError: see :class:`Video`; or a frame that was asked for is damaged.
@@ -297,5 +300,6 @@ def _check_memory(n: int, height: int, width: int) -> None:
     needed, limit = n * height * width * 3, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     if needed > limit:
         raise ValueError(
-            f"n = {n} frames of {height}x{width} need {needed} bytes, more than half of this machine's memory ({limit}); ask for fewer or smaller"
+            f"n = {n} frames of {height}x{width} need {needed} bytes, more than half of this machine's memory "
+            f"({limit}); ask for fewer or smaller"
         )

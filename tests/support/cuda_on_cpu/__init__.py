@@ -25,10 +25,12 @@ _KERNEL = re.compile(
 )
 _ENTRY = """
 extern "C" int run_{kernel}(const void* args, unsigned blocks, size_t shared, unsigned at_once) {{
-    return cuda_on_cpu::run(blocks, THREADS, shared, at_once, [](const void* a) {{ {kernel}(*(const {struct}*)a); }}, args);
+    auto kernel = [](const void* a) {{ {kernel}(*(const {struct}*)a); }};
+    return cuda_on_cpu::run(blocks, THREADS, shared, at_once, kernel, args);
 }}
 """
-_OUTCOMES = {1: "threads of a block wait for something that never comes", 2: "a copy meets another on its way to the same place",
+_OUTCOMES = {1: "threads of a block wait for something that never comes",
+             2: "a copy meets another on its way to the same place",
              3: "a thread reaches past shared or global memory"}  # fmt: skip
 
 
