@@ -21,7 +21,7 @@ from .guarded import Guarded
 _HERE = Path(__file__).parent
 _BUILD = _HERE.parents[2] / "build" / "cuda_on_cpu"
 _KERNEL = re.compile(
-    r'extern "C" __global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(const __grid_constant__ (\w+) \w+\)'
+    r'extern "C" __global__ void (?:__launch_bounds__\(.*?\)\s)?(\w+)\(const __grid_constant__ (\w+) \w+\)'
 )
 _ENTRY = """
 extern "C" int run_{kernel}(const void* args, unsigned blocks, size_t shared, unsigned at_once) {{
