@@ -22,7 +22,10 @@ def device_name(device: str) -> str:
     """One line naming the hardware that ``device`` ("cpu", "cuda", "cuda:1") runs on, with what limits its speed."""
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
-        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda or torch.version.hip}"
+        return (
+            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
+            f"CUDA {torch.version.cuda or torch.version.hip}"
+        )
     return f"{_cpu_model()}, {torch.get_num_threads()} thread(s), {torch.backends.cpu.get_cpu_capability()}"
 
 

@@ -4,10 +4,12 @@ Format of a results file (``benchmarks/results/*.json``, ``results.json`` of
 `storm_benchmarks.e2e`): a JSON list with one object a line, one object a measurement. Each row is
 complete in itself, so files can be joined, cut and filtered. Columns of every row:
 
-    op, backend, mode   what ran: "scan", "cpu" (or a peer's name, or "torch": the plain reference), "forward" | "backward" | "both"
+    op, backend, mode   what ran: "scan", "cpu" (or a peer's name, or "torch": the plain reference),
+                        "forward" | "backward" | "both"
     shape, dtype        "batch=1 tokens=2048 channels=1536 states=16"; "float32"
     p20_ms p50_ms p80_ms, samples   percentiles of the time of one call in milliseconds, and of how many calls
-    peak_bytes          most memory held at once above what was held before the call (the output counts, the inputs do not); null where unknown
+    peak_bytes          most memory held at once above what was held before the call (the output
+                        counts, the inputs do not); null where unknown
     held_bytes          what was held before: on a GPU torch's allocations, on a CPU the resident memory of the process
     device, versions, commit, time, load   see environment.py; `load` above the core count means noisy timings
 
@@ -262,7 +264,8 @@ def verify(what: str, result: Tensor, plain: Tensor, truth: Tensor, *, gradient:
 
     if result.shape != truth.shape or plain.shape != truth.shape:
         raise CheckFailed(
-            f"{what}: shape {tuple(result.shape)} against {tuple(plain.shape)} (plain) and {tuple(truth.shape)} (float64)"
+            f"{what}: shape {tuple(result.shape)} against {tuple(plain.shape)} (plain) and {tuple(truth.shape)} "
+            "(float64)"
         )
     truth = truth.double()
     if failure := exceeds(result, truth, plain, 1.5 if gradient else 1.25):

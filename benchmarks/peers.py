@@ -96,7 +96,8 @@ def _selective_scan_fn(given: Operands, absent: list[str]) -> Callable | None:
             from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
         except ImportError as error:
             absent.append(
-                f"peer mamba-ssm is installed but cannot be imported ({error}): left out; `make gpu-peers` builds it for this GPU"
+                f"peer mamba-ssm is installed but cannot be imported ({error}): left out; "
+                "`make gpu-peers` builds it for this GPU"
             )
         else:
             return selective_scan_fn
@@ -138,7 +139,8 @@ def _transformers_scan(absent: list[str]) -> Callable | None:
         from transformers.models.mamba.modeling_mamba import mamba_selective_scan
     except ImportError:  # in older ones it is a part of the mixer's forward
         absent.append(
-            f"peer transformers {importlib.metadata.version('transformers')} has no scan apart from its mixers: left out"
+            f"peer transformers {importlib.metadata.version('transformers')} has no scan apart from its mixers: "
+            "left out"
         )
         return None
     return getattr(mamba_selective_scan, "__wrapped__", mamba_selective_scan)

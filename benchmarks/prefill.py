@@ -1,6 +1,7 @@
 """Prefill of a Mamba of transformers, patched and as it comes, against its mixers' matrix products.
 
-    python -m storm_benchmarks.prefill --family mamba --tokens 2048 --width 768 --layers 4 --dtypes float32 --out benchmarks/results/prefill.json
+    python -m storm_benchmarks.prefill --family mamba --tokens 2048 --width 768 --layers 4 --dtypes float32 \
+        --out benchmarks/results/prefill.json
 
 A small random model, the last token's logits, as `generate` asks for them. The check is on the
 first tokens of the prompt.

@@ -1,6 +1,7 @@
 """The temporal projector, reference and fused, against its own matrix products.
 
-    python -m storm_benchmarks.projector --frames 32 --side 8 --width 768 --dtypes float32,bfloat16 --out benchmarks/results/projector.json
+    python -m storm_benchmarks.projector --frames 32 --side 8 --width 768 --dtypes float32,bfloat16 \
+        --out benchmarks/results/projector.json
 
 The limit is the matrix products of the whole, unreduced projector and nothing else, done as the
 fused projector does them: by torch, or through float32 where torch has no kernel for the dtype. A

@@ -1,6 +1,7 @@
 """The selective scan against its limit and its peers.
 
-    python -m storm_benchmarks.scan --lengths 512,2048,8192 --dtypes float32,bfloat16 --modes forward,both --out benchmarks/results/scan.json
+    python -m storm_benchmarks.scan --lengths 512,2048,8192 --dtypes float32,bfloat16 --modes forward,both \
+        --out benchmarks/results/scan.json
 
 Two ops: "scan", one direction with gate, D, bias and softplus; "bidirectional_scan", both
 directions in one call, whole and reduced. Each with peers. The limit on a CPU is a loop of nothing

@@ -195,7 +195,8 @@ def default_device() -> str:
 
 def say_environment(device: str) -> None:
     print(
-        f"{environment.device_name(device)}; {environment.versions()}; commit {environment.commit()}; load {environment.load()}"
+        f"{environment.device_name(device)}; {environment.versions()}; commit {environment.commit()}; "
+        f"load {environment.load()}"
     )
 
 

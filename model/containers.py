@@ -83,7 +83,8 @@ def checked_container(path: Path) -> Container:
     except OSError as error:
         raise StormVideoError(f"{path}: cannot be read: {error.strerror}") from error
     raise StormVideoError(
-        f"{path}: not an MP4, MOV, Matroska, WebM or AVI file (it begins with {head.hex(' ')}); other video formats do not say where they end, "
+        f"{path}: not an MP4, MOV, Matroska, WebM or AVI file (it begins with {head.hex(' ')}); "
+        "other video formats do not say where they end, "
         f"so a truncated file could not be told from a whole one: {_REMUX}"
     )
 
@@ -94,13 +95,15 @@ def _check_mp4(path: Path, file: BinaryIO, size: int) -> dict[int, int]:
     movie = next((box for box in boxes if box.kind == b"moov"), None)
     if movie is None:
         raise StormVideoError(
-            f"{path}: no moov box in {size} bytes, so nothing says what the file holds; it is truncated or was never finished"
+            f"{path}: no moov box in {size} bytes, so nothing says what the file holds; "
+            "it is truncated or was never finished"
         )
     if all(box.kind != b"mvex" for box in _tiles(path, file, movie.start, movie.end, _box_header)):
         return {}
     if boxes[-1].kind != b"mfra":
         raise StormVideoError(
-            f"{path}: a fragmented MP4 that ends at byte {size} with a {_text(boxes[-1].kind)} box instead of the mfra index; "
+            f"{path}: a fragmented MP4 that ends at byte {size} with a {_text(boxes[-1].kind)} box instead of the "
+            "mfra index; "
             f"it cannot be told from a truncated file: {_REMUX}"
         )
     samples: Counter[int] = Counter()
@@ -147,7 +150,8 @@ def _check_matroska(path: Path, file: BinaryIO, size: int) -> list[int]:
                 track, count = _block_frames(file, block)
                 if track not in types:
                     raise StormVideoError(
-                        f"{path}: corrupt, the block at byte {block.start} is of track {track}; there are {sorted(types)}"
+                        f"{path}: corrupt, the block at byte {block.start} is of track {track}; "
+                        f"there are {sorted(types)}"
                     )
                 frames[track] += count
     if 1 not in types.values():
@@ -201,12 +205,14 @@ def _tiles(path: Path, file: BinaryIO, start: int, end: int, read_header) -> Ite
         kind, header_bytes, content_bytes = header
         if content_bytes is None:
             raise StormVideoError(
-                f"{path}: {kind.hex()} at byte {start} does not say how long it is; it cannot be told from a truncated file: {_REMUX}"
+                f"{path}: {kind.hex()} at byte {start} does not say how long it is; "
+                f"it cannot be told from a truncated file: {_REMUX}"
             )
         chunk = Chunk(kind, start + header_bytes, start + header_bytes + content_bytes)
         if chunk.end > end:
             raise StormVideoError(
-                f"{path}: truncated, {_text(kind)} at byte {start} should reach byte {chunk.end}, but there are only {end}"
+                f"{path}: truncated, {_text(kind)} at byte {start} should reach byte {chunk.end}, "
+                f"but there are only {end}"
             )
         yield chunk
         start = chunk.end

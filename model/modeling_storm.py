@@ -196,7 +196,8 @@ class StormModel(StormPreTrainedModel):
         places, tokens = int(mask.sum()), sum(len(own) for own in features)
         if places != tokens:
             raise ValueError(
-                f"input_ids have {places} placeholders of {modality}s, but the {len(features)} {modality}s given have {tokens} "
+                f"input_ids have {places} placeholders of {modality}s, but the {len(features)} {modality}s given "
+                f"have {tokens} "
                 "tokens; the processor has to count with the same reduction, and a placeholder needs its video"
             )
         return mask

@@ -107,9 +107,11 @@ def sample_frames(
         max_frames: with ``fps``: where that gives more, so many at even distances in time.
         start, end: seconds from the first frame; only what is shown between them is taken. By default the whole video.
         at: seconds from the first frame; each gives the frame that is shown then.
-        size: (height, width) in pixels, or one number for both: each kept frame is resized (bicubic) as soon as it is decoded. None keeps the file's.
-        verify: decode the whole file, and raise if anything in it is damaged. Without it damage is an error only in the frames that are
-            asked for, or that those are predicted from.
+        size: (height, width) in pixels, or one number for both: each kept frame is resized (bicubic)
+            as soon as it is decoded. None keeps the file's.
+        verify: decode the whole file, and raise if anything in it is damaged. Without it
+            damage is an error only in the frames that are asked for, or that those are predicted
+            from.
 
     Raises:
         StormVideoError: see :class:`Video`; or a frame that was asked for is damaged.

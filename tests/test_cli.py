@@ -80,7 +80,10 @@ def test_verify_reports_a_backend_that_breaks(monkeypatch):
 def test_verify_tells_of_a_backend_that_cannot_run_as_asked():
     """In a process of its own: the library is looked for once."""
     environment = os.environ | {"STORM_KERNELS_CPU_ISA": "avx9000"}
-    code = "from storm_kernels import cli, verify; verify._DTYPES = verify._DTYPES[:1]; raise SystemExit(cli.main(['verify']))"
+    code = (
+        "from storm_kernels import cli, verify; verify._DTYPES = verify._DTYPES[:1]; "
+        "raise SystemExit(cli.main(['verify']))"
+    )
     child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert child.returncode == 1, child.stderr
     assert re.search(

@@ -49,7 +49,8 @@ def test_failures_of_a_report():
     report = """<testsuites><testsuite><testcase classname="tests.a" name="good"/>
     <testcase classname="tests.a" name="bad"><failure message="AssertionError: 1 is 2&#10;more">x</failure></testcase>
     <testcase classname="" name="tests.b"><skipped message="the extra `model` is not installed"/></testcase>
-    <testcase classname="tests.a" name="elsewhere"><skipped message="needs a GPU"/></testcase></testsuite></testsuites>"""
+    <testcase classname="tests.a" name="elsewhere"><skipped message="needs a GPU"/></testcase>
+    </testsuite></testsuites>"""
     assert newest.failures(report) == [
         "tests.a::bad: AssertionError: 1 is 2",
         "::tests.b: the extra `model` is not installed",

@@ -37,17 +37,25 @@ def projectors():
         five = r"features must have 5 axes \(batch, frames, height, width, 8\), got shape "
         for what, call, error, said in [
             ("4 axes", lambda tp=tp: tp(X[0]), ValueError, five + r"\(2, 4, 4, 8\)$"),
-            ("channels first", lambda tp=tp: tp(X.movedim(-1, 2)), ValueError, five + r"\(1, 2, 8, 4, 4\); the 8 channels belong on the last axis"),
-            ("channels first of torchvision", lambda tp=tp: tp(X.movedim(-1, 1)), ValueError, five + r".*; the 8 channels belong on the last axis"),
+            ("channels first", lambda tp=tp: tp(X.movedim(-1, 2)), ValueError,
+                five + r"\(1, 2, 8, 4, 4\); the 8 channels belong on the last axis"),
+            ("channels first of torchvision", lambda tp=tp: tp(X.movedim(-1, 1)), ValueError,
+                five + r".*; the 8 channels belong on the last axis"),
             ("wrong width", lambda tp=tp: tp(X[..., :7]), ValueError, five + r"\(1, 2, 4, 4, 7\)$"),
             ("list", lambda tp=tp: tp(LONG), TypeError, "features must be a tensor, got list$"),
-            ("integers", lambda tp=tp: tp(X.int()), TypeError, "features must be of a floating-point dtype, got torch.int32"),
+            ("integers", lambda tp=tp: tp(X.int()), TypeError,
+                "features must be of a floating-point dtype, got torch.int32"),
             ("reduction=4", lambda tp=tp: tp(X, 4), TypeError, "reduction must be a TokenReduction, got 4 of type int"),
-            ("reduction=tensor", lambda tp=tp: tp(X, X), TypeError, "reduction must be a TokenReduction, got Tensor of shape"),
-            ("lengths=2", lambda tp=tp: tp(X, lengths=2), TypeError, "lengths must be a sequence of integers, one a video, got 2 of type int"),
-            ("lengths=0-d", lambda tp=tp: tp(X, lengths=torch.tensor(2)), TypeError, r"lengths must be .*, got Tensor of shape \(\)"),
-            ("lengths too long", lambda tp=tp: tp(X, lengths=torch.tensor([3])), ValueError, r"lengths must be between 1 and 2, .* got 3 .*\[0\]"),
-            ("lengths too many", lambda tp=tp: tp(X, lengths=[1] * 999), ValueError, "lengths must name one number .* got 999"),
+            ("reduction=tensor", lambda tp=tp: tp(X, X), TypeError,
+                "reduction must be a TokenReduction, got Tensor of shape"),
+            ("lengths=2", lambda tp=tp: tp(X, lengths=2), TypeError,
+                "lengths must be a sequence of integers, one a video, got 2 of type int"),
+            ("lengths=0-d", lambda tp=tp: tp(X, lengths=torch.tensor(2)), TypeError,
+                r"lengths must be .*, got Tensor of shape \(\)"),
+            ("lengths too long", lambda tp=tp: tp(X, lengths=torch.tensor([3])), ValueError,
+                r"lengths must be between 1 and 2, .* got 3 .*\[0\]"),
+            ("lengths too many", lambda tp=tp: tp(X, lengths=[1] * 999), ValueError,
+                "lengths must name one number .* got 999"),
         ]:  # fmt: skip
             yield pytest.param(call, error, said, id=f"{name} projector, {what}")
     for name, mx in (("fused", MIXER), ("plain", PLAIN_MIXER)):
@@ -55,12 +63,18 @@ def projectors():
         for what, call, error, said in [
             ("2 axes", lambda mx=mx: mx(TOKENS[0]), ValueError, three + r"\(8, 16\)$"),
             ("wrong width", lambda mx=mx: mx(TOKENS[..., :5]), ValueError, three + r"\(1, 8, 5\)$"),
-            ("channel-major", lambda mx=mx: mx(TOKENS.mT), ValueError, three + r"\(1, 16, 8\); the 16 channels belong on the last axis"),
-            ("array", lambda mx=mx: mx(TOKENS.numpy()), TypeError, r"x must be a tensor, got ndarray of shape \(1, 8, 16\) and float32$"),
-            ("integers", lambda mx=mx: mx(TOKENS.long()), TypeError, "x must be of a floating-point dtype, got torch.int64"),
-            ("no grid", lambda mx=mx: mx(TOKENS, reduction=REDUCTION), ValueError, "grid must be given with a reduction, got None"),
-            ("grid=tuple", lambda mx=mx: mx(TOKENS, (2, 2, 2), REDUCTION), TypeError, "grid must be a TokenGrid, got tuple$"),
-            ("another grid", lambda mx=mx: mx(TOKENS, sk.TokenGrid(3, 2, 2), REDUCTION), ValueError, "grid must hold the sequence's 8 tokens"),
+            ("channel-major", lambda mx=mx: mx(TOKENS.mT), ValueError,
+                three + r"\(1, 16, 8\); the 16 channels belong on the last axis"),
+            ("array", lambda mx=mx: mx(TOKENS.numpy()), TypeError,
+                r"x must be a tensor, got ndarray of shape \(1, 8, 16\) and float32$"),
+            ("integers", lambda mx=mx: mx(TOKENS.long()), TypeError,
+                "x must be of a floating-point dtype, got torch.int64"),
+            ("no grid", lambda mx=mx: mx(TOKENS, reduction=REDUCTION), ValueError,
+                "grid must be given with a reduction, got None"),
+            ("grid=tuple", lambda mx=mx: mx(TOKENS, (2, 2, 2), REDUCTION), TypeError,
+                "grid must be a TokenGrid, got tuple$"),
+            ("another grid", lambda mx=mx: mx(TOKENS, sk.TokenGrid(3, 2, 2), REDUCTION), ValueError,
+                "grid must hold the sequence's 8 tokens"),
             ("reduction=4", lambda mx=mx: mx(TOKENS, GRID, 4), TypeError, "reduction must be a TokenReduction, got 4"),
         ]:  # fmt: skip
             yield pytest.param(call, error, said, id=f"{name} mixer, {what}")
@@ -69,80 +83,111 @@ def projectors():
 CONSTRUCTORS = {
     "layers=-1": (lambda: Projector(8, 16, layers=-1), ValueError, "layers must be at least 0, got -1"),
     "layers=1.5": (lambda: Projector(8, 16, layers=1.5), TypeError, "layers must be an integer, got 1.5 of type float"),
-    "n_layers": (lambda: Projector(8, 16, n_layers=2), TypeError, "TemporalProjector has no option 'n_layers'; its options are .*layers.*d_state"),
-    "n_layers of none": (lambda: Projector(8, 16, layers=0, n_layers=2), TypeError, "TemporalProjector has no option 'n_layers'"),
+    "n_layers": (lambda: Projector(8, 16, n_layers=2), TypeError,
+        "TemporalProjector has no option 'n_layers'; its options are .*layers.*d_state"),
+    "n_layers of none": (lambda: Projector(8, 16, layers=0, n_layers=2), TypeError,
+        "TemporalProjector has no option 'n_layers'"),
     "n_layers, plain": (
-        lambda: reference.ReferenceTemporalProjector(8, 16, n_layers=2), TypeError, "ReferenceTemporalProjector has no option 'n_layers'"
+        lambda: reference.ReferenceTemporalProjector(8, 16, n_layers=2), TypeError,
+        "ReferenceTemporalProjector has no option 'n_layers'"
     ),
     "vision_width": (lambda: Projector(0, 16), ValueError, "vision_width must be between 1 and .*, got 0"),
-    "projector's d_model": (lambda: Projector(8, X), TypeError, r"d_model must be an integer, got Tensor of shape \(1, 2, 4, 4, 8\)"),
+    "projector's d_model": (lambda: Projector(8, X), TypeError,
+        r"d_model must be an integer, got Tensor of shape \(1, 2, 4, 4, 8\)"),
     "projector's d_state": (lambda: Projector(8, 16, d_state=0), ValueError, "d_state must be between 1 and .*, got 0"),
     "d_model=0": (lambda: Mixer(0), ValueError, "d_model must be between 1 and .*, got 0"),
     "d_model=16.0": (lambda: Mixer(16.0), TypeError, "d_model must be an integer, got 16.0 of type float"),
-    "expand": (lambda: Mixer(16, expand=0.01), ValueError, "expand must give one channel or more.* got 0.01 .*d_model=16"),
+    "expand": (lambda: Mixer(16, expand=0.01), ValueError,
+        "expand must give one channel or more.* got 0.01 .*d_model=16"),
     "expand=nan": (lambda: Mixer(16, expand=float("nan")), ValueError, "expand must give .* got nan"),
     "expand=text": (lambda: Mixer(16, expand="2"), TypeError, "expand must be a number, got '2'"),
     "d_state": (lambda: Mixer(16, d_state=-1), ValueError, "d_state must be between 1 and .*, got -1"),
     "d_conv": (lambda: Mixer(16, d_conv=0), ValueError, "d_conv must be between 1 and .*, got 0"),
-    "dt_rank=full": (lambda: Mixer(16, dt_rank="full"), ValueError, "dt_rank must be 'auto' or a positive integer, got 'full'"),
+    "dt_rank=full": (lambda: Mixer(16, dt_rank="full"), ValueError,
+        "dt_rank must be 'auto' or a positive integer, got 'full'"),
     "dt_rank=0": (lambda: Mixer(16, dt_rank=0), ValueError, "dt_rank must be between 1 and .*, got 0"),
     "dt_min=0": (lambda: Mixer(16, dt_min=0), ValueError, "dt_min and dt_max must be positive .* got 0"),
-    "TokenReduction(0)": (lambda: sk.TokenReduction(0), ValueError, r"TokenReduction\.temporal_pool must be between 1 and .*, got 0"),
-    "TokenReduction(2.0)": (lambda: sk.TokenReduction(2.0), TypeError, r"TokenReduction\.temporal_pool must be an integer, got 2.0 of type float"),
+    "TokenReduction(0)": (lambda: sk.TokenReduction(0), ValueError,
+        r"TokenReduction\.temporal_pool must be between 1 and .*, got 0"),
+    "TokenReduction(2.0)": (lambda: sk.TokenReduction(2.0), TypeError,
+        r"TokenReduction\.temporal_pool must be an integer, got 2.0 of type float"),
     "TokenGrid(2, 2)": (lambda: sk.TokenGrid(2, 2), TypeError, "missing 1 required positional argument: 'width'"),
-    "TokenGrid(list)": (lambda: sk.TokenGrid([2] * 999, 2, 2), TypeError, r"TokenGrid\.frames must be an integer, got list$"),
-    "TokenGrid(huge)": (lambda: sk.TokenGrid(10**5000, 2, 2), ValueError, r"TokenGrid\.frames must be between 1 and .*, got int$"),
+    "TokenGrid(list)": (lambda: sk.TokenGrid([2] * 999, 2, 2), TypeError,
+        r"TokenGrid\.frames must be an integer, got list$"),
+    "TokenGrid(huge)": (lambda: sk.TokenGrid(10**5000, 2, 2), ValueError,
+        r"TokenGrid\.frames must be between 1 and .*, got int$"),
 }  # fmt: skip
 
 FUNCTIONS = {
     "u=list": (lambda: scan(u=LONG), TypeError, "^u must be a tensor, got list$"),
-    "u=array": (lambda: scan(u=U.numpy()), TypeError, r"^u must be a tensor, got ndarray of shape \(1, 8, 4\) and float32$"),
+    "u=array": (lambda: scan(u=U.numpy()), TypeError,
+        r"^u must be a tensor, got ndarray of shape \(1, 8, 4\) and float32$"),
     "u=long text": (lambda: scan(u="u" * 999), TypeError, "^u must be a tensor, got str$"),
     "channel-major": (
-        lambda: scan(MAJOR, MAJOR), ValueError, r"A must have .* \(8, 16\), got \(4, 16\); u looks channel-major, see .*interop.mamba_ssm"
+        lambda: scan(MAJOR, MAJOR), ValueError,
+        r"A must have .* \(8, 16\), got \(4, 16\); u looks channel-major, see .*interop.mamba_ssm"
     ),
     "channel-major, both": (
-        lambda: sk.bidirectional_selective_scan(*[ONE._replace(u=MAJOR, delta=MAJOR)] * 2), ValueError, "; forward.u looks channel-major, see"
+        lambda: sk.bidirectional_selective_scan(*[ONE._replace(u=MAJOR, delta=MAJOR)] * 2), ValueError,
+        "; forward.u looks channel-major, see"
     ),
     "channel-major convolution": (
-        lambda: sk.causal_conv1d(MAJOR, torch.ones(4, 3)), ValueError, "weight must have shape .*; x looks channel-major, see .*interop.causal_conv1d"
+        lambda: sk.causal_conv1d(MAJOR, torch.ones(4, 3)), ValueError,
+        "weight must have shape .*; x looks channel-major, see .*interop.causal_conv1d"
     ),
-    "another A": (lambda: scan(A=-torch.ones(5, 16)), ValueError, r"A must have shape \(E, S\) = \(4, 16\), got \(5, 16\)$"),
-    "complex A": (lambda: scan(A=A + 0j), TypeError, "A must be float32, bfloat16, float16 or float64, got torch.complex64"),
+    "another A": (lambda: scan(A=-torch.ones(5, 16)), ValueError,
+        r"A must have shape \(E, S\) = \(4, 16\), got \(5, 16\)$"),
+    "complex A": (lambda: scan(A=A + 0j), TypeError,
+        "A must be float32, bfloat16, float16 or float64, got torch.complex64"),
     "tensors for directions": (
-        lambda: sk.bidirectional_selective_scan(U, U), TypeError, r"forward must be a Direction, got Tensor of shape \(1, 8, 4\)"
+        lambda: sk.bidirectional_selective_scan(U, U), TypeError,
+        r"forward must be a Direction, got Tensor of shape \(1, 8, 4\)"
     ),
     "dicts for directions": (
-        lambda: sk.bidirectional_selective_scan(*[ONE._asdict()] * 2), TypeError, "forward must be a Direction, got dict$"
+        lambda: sk.bidirectional_selective_scan(*[ONE._asdict()] * 2), TypeError,
+        "forward must be a Direction, got dict$"
     ),
-    "no backward": (lambda: sk.bidirectional_selective_scan(ONE), TypeError, "missing 1 required positional argument: 'backward'"),
-    "backward=None": (lambda: sk.bidirectional_selective_scan(ONE, None), TypeError, "backward must be a Direction, got None$"),
-    "forward=None": (lambda: sk.bidirectional_selective_scan(None, ONE), TypeError, "forward must be a Direction, got None$"),
-    "forward too short": (lambda: sk.bidirectional_selective_scan(ONE[:3], ONE), TypeError, "forward must be a Direction, got tuple$"),
-    "grid=tuple": (lambda: scan(grid=(2, 2, 2), reduction=REDUCTION), TypeError, "grid must be a TokenGrid, got tuple$"),
-    "reduction=4": (lambda: scan(grid=GRID, reduction=4), TypeError, "reduction must be a TokenReduction, got 4 of type int"),
+    "no backward": (lambda: sk.bidirectional_selective_scan(ONE), TypeError,
+        "missing 1 required positional argument: 'backward'"),
+    "backward=None": (lambda: sk.bidirectional_selective_scan(ONE, None), TypeError,
+        "backward must be a Direction, got None$"),
+    "forward=None": (lambda: sk.bidirectional_selective_scan(None, ONE), TypeError,
+        "forward must be a Direction, got None$"),
+    "forward too short": (lambda: sk.bidirectional_selective_scan(ONE[:3], ONE), TypeError,
+        "forward must be a Direction, got tuple$"),
+    "grid=tuple": (lambda: scan(grid=(2, 2, 2), reduction=REDUCTION), TypeError,
+        "grid must be a TokenGrid, got tuple$"),
+    "reduction=4": (lambda: scan(grid=GRID, reduction=4), TypeError,
+        "reduction must be a TokenReduction, got 4 of type int"),
     "no grid": (lambda: scan(reduction=REDUCTION), ValueError, "grid must be given with a reduction, got None"),
     "backend=gpu": (lambda: scan(backend="gpu"), ValueError, "backend must be one of .*, got 'gpu'"),
     "backend=list": (lambda: scan(backend=["cpu"]), ValueError, "backend must be one of .*, got list$"),
     "activation": (
-        lambda: sk.causal_conv1d(U, torch.ones(4, 3), activation="relu"), ValueError, "activation must be None, 'silu' or 'swish', got 'relu'"
+        lambda: sk.causal_conv1d(U, torch.ones(4, 3), activation="relu"), ValueError,
+        "activation must be None, 'silu' or 'swish', got 'relu'"
     ),
-    "weight of a Conv1d": (lambda: sk.causal_conv1d(U, torch.ones(4, 1, 3)), ValueError, r"weight must have 2 axes, got shape \(4, 1, 3\)"),
-    "cu_seqlens=list": (lambda: scan(cu_seqlens=[0, 8]), TypeError, "cu_seqlens must be a one-dimensional int32 or int64 tensor, got list$"),
+    "weight of a Conv1d": (lambda: sk.causal_conv1d(U, torch.ones(4, 1, 3)), ValueError,
+        r"weight must have 2 axes, got shape \(4, 1, 3\)"),
+    "cu_seqlens=list": (lambda: scan(cu_seqlens=[0, 8]), TypeError,
+        "cu_seqlens must be a one-dimensional int32 or int64 tensor, got list$"),
     "many cu_seqlens": (
-        lambda: scan(cu_seqlens=torch.ones(9999, dtype=torch.int32)), ValueError, "cu_seqlens must ascend from 0 to L = 8, got 1 to 1$"
+        lambda: scan(cu_seqlens=torch.ones(9999, dtype=torch.int32)), ValueError,
+        "cu_seqlens must ascend from 0 to L = 8, got 1 to 1$"
     ),
     "patch(text)": (lambda: sk.patch("x"), TypeError, "model must be a torch.nn.Module, got 'x'"),
     "patch(class)": (lambda: sk.patch(nn.Linear), TypeError, "model must be a torch.nn.Module, got the class Linear"),
     "patch(list)": (lambda: sk.patch(LONG), TypeError, "model must be a torch.nn.Module, got list$"),
     "use_backend": (lambda: sk.use_backend("cudaa"), ValueError, "backend must be one of .*, got 'cudaa'"),
-    "why_not's op": (lambda: sk.why_not("attention", "cpu"), ValueError, "op must be one of 'scan', .*'selective_scan', .*, got 'attention'"),
+    "why_not's op": (lambda: sk.why_not("attention", "cpu"), ValueError,
+        "op must be one of 'scan', .*'selective_scan', .*, got 'attention'"),
     "why_not's op=list": (lambda: sk.why_not(["scan"], "cpu"), ValueError, "op must be one of .*, got list$"),
     "why_not's backend": (lambda: sk.why_not("scan", "gpu"), ValueError, "backend must be one of .*, got 'gpu'"),
     "why_not's device": (
-        lambda: sk.why_not("scan", "cuda", device="gpu"), ValueError, "^device must be a torch.device or name one, such as .*, got 'gpu'$"
+        lambda: sk.why_not("scan", "cuda", device="gpu"), ValueError,
+        "^device must be a torch.device or name one, such as .*, got 'gpu'$"
     ),
-    "why_not's device=list": (lambda: sk.why_not("scan", "cuda", device=[0]), TypeError, "^device must be a torch.device or .*, got list$"),
+    "why_not's device=list": (lambda: sk.why_not("scan", "cuda", device=[0]), TypeError,
+        "^device must be a torch.device or .*, got list$"),
 }  # fmt: skip
 
 CALLS = [*projectors(), *(pytest.param(*row, id=name) for name, row in (CONSTRUCTORS | FUNCTIONS).items())]
@@ -157,7 +202,7 @@ def test_one_line_names_the_argument(call, error, said):
 
 
 # --- good calls
-# -----------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tp", [PROJECTOR, PLAIN], ids=["fused", "plain"])

@@ -39,7 +39,8 @@ SLACK = 1.3
 PLACES = {
     "scan": (
         "the clock under load (nvidia-smi -q -d CLOCK): expected time goes with it",
-        "bank conflicts of shared memory (ncu --metrics l1tex__data_bank_conflicts_pipe_lsu): pairs of lanes should share addresses",
+        "bank conflicts of shared memory (ncu --metrics l1tex__data_bank_conflicts_pipe_lsu): "
+        "pairs of lanes should share addresses",
         "the rate of exp2 alone (the benchmark's limit loop)",
         "blocks a multiprocessor (ncu: achieved occupancy): 3 of a forward scan of 16 states, else 2",
         "tickets against one block a chain (storm_kernels/backends/cuda/tickets.py): its constants are estimates",
@@ -88,7 +89,8 @@ def compare(results: Path) -> list[str]:
         shape = re.sub(r"batch=1 ", "", str(row["shape"]))
         what = f"{row['backend']:7} {row['op']} {row['mode']}, {shape}, {row['dtype']}"
         lines.append(
-            f"{what:88} {row['p50_ms']:9.3f} ms, expected {found[0]:9.3f} by {found[1]}: {ratio:5.2f}x  [{row['device']}, {row['commit']}]"
+            f"{what:88} {row['p50_ms']:9.3f} ms, expected {found[0]:9.3f} by {found[1]}: "
+            f"{ratio:5.2f}x  [{row['device']}, {row['commit']}]"
         )
         if ratio > SLACK:
             slow.add("memory" if found[1] == "memory" else "scan")

@@ -95,15 +95,20 @@ def in_the_interpreter(out: str) -> dict[str, Step]:
         "scan-long": Step([["storm_benchmarks.scan", *scan, "--lengths", "32", "--peer-length", "16"]]),
         "kernels": Step([
             ["storm_benchmarks.conv", *small, "--lengths", "9", "--channels", "9", "--out", f"{out}/conv.json"],
-            ["storm_benchmarks.reduce", *small, "--frames", "4", "--side", "2", "--channels", "9", "--out", f"{out}/reduce.json"],
+            ["storm_benchmarks.reduce", *small, "--frames", "4", "--side", "2", "--channels", "9", "--out",
+                f"{out}/reduce.json"],
         ]),
         "projector": Step([
-            ["storm_benchmarks.projector", *small, "--frames", "2", "--side", "2", "--width", "16", "--vision-width", "8",
+            ["storm_benchmarks.projector", *small, "--frames", "2", "--side", "2", "--width", "16",
+             "--vision-width", "8",
              "--out", f"{out}/projector.json"]
         ]),
         "e2e-128": Step([
-            [*e2e, "--frames", "2", "--projector", "fused", "--variants", "vila,storm,storm-tp-ts", "--out", f"{out}/e2e-128"],
-            [*e2e, "--frames", "2", "--projector", "both", "--variants", "vila,storm-tp-ts", "--out", f"{out}/e2e-128-both"],
+            [*e2e, "--frames", "2", "--projector", "fused", "--variants", "vila,storm,storm-tp-ts", "--out",
+                f"{out}/e2e-128"],
+            [*e2e, "--frames", "2", "--projector", "both", "--variants", "vila,storm-tp-ts", "--out",
+                f"{out}/e2e-128-both"],
         ]),
-        "e2e-256": Step([[*e2e, "--frames", "4", "--projector", "fused", "--variants", "vila,storm", "--out", f"{out}/e2e-256"]]),
+        "e2e-256": Step([[*e2e, "--frames", "4", "--projector", "fused", "--variants", "vila,storm", "--out",
+            f"{out}/e2e-256"]]),
     }  # fmt: skip

@@ -65,7 +65,10 @@ class Report:
     def __str__(self) -> str:
         slots = "" if self.budget is None else f", {self.slots_per_item:.2f} slots/item (budget {self.budget})"
         faults = "".join(f"; FAULT: {fault}" for fault in self.faults)
-        return f"{self.target:7} {self.name}: {self.registers} registers, {self.spilled} B spilled, {self.instructions} instructions{slots}{faults}"
+        return (
+            f"{self.target:7} {self.name}: {self.registers} registers, {self.spilled} B spilled, "
+            f"{self.instructions} instructions{slots}{faults}"
+        )
 
 
 def variants(dtype: torch.dtype = torch.bfloat16) -> list[Launch]:

@@ -23,7 +23,9 @@ TORCH = "2.13.0"
 EXTRAS = ("model", "bench", "test", "triton", "cuda")
 HEADS = {
     "constraints.txt": f"The newest releases that go with torch {TORCH} as PyPI has it.",
-    "constraints-oldest.txt": "The oldest releases of what pyproject.toml gives a lower bound, the newest of the rest that go with them.",
+    "constraints-oldest.txt": (
+        "The oldest releases of what pyproject.toml gives a lower bound, the newest of the rest that go with them."
+    ),
 }
 
 

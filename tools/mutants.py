@@ -207,7 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fine = verdict.what == ("survived" if name.startswith("no fault: ") else "killed")
         bad += not fine
         print(
-            f"{'' if fine else 'WRONG: '}{verdict.what:<9}{backend:<8}{name:<58} {verdict.why if not fine else verdict.why[:110]}"
+            f"{'' if fine else 'WRONG: '}{verdict.what:<9}{backend:<8}{name:<58} "
+            f"{verdict.why if not fine else verdict.why[:110]}"
         )
     print(f"{len(mutants)} mutants, {sum(verdict.what == 'killed' for _, _, verdict in verdicts)} killed, {bad} wrong")
     return 1 if bad else 0

@@ -21,7 +21,10 @@ from . import lock
 ENVIRONMENT, REPORT = lock.ROOT / ".venv-newest", lock.ROOT / "out" / "newest.xml"
 ROOM = 12  # GB: torch for CUDA, once packed and once unpacked
 LIMIT_S = 2400  # everything else takes CI under 30 minutes, and its limit is 90
-_VERSIONS = "import importlib.metadata as m, json; print(json.dumps({d.metadata['Name']: d.version for d in m.distributions()}))"
+_VERSIONS = (
+    "import importlib.metadata as m, json; "
+    "print(json.dumps({d.metadata['Name']: d.version for d in m.distributions()}))"
+)
 
 
 def run(command: list[str], seconds: int, **environment: str) -> tuple[int | None, str]:

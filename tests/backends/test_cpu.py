@@ -57,7 +57,7 @@ def forward_and_backward(directions, z, **changes) -> list[torch.Tensor]:
 
 
 # --- elementary functions
-# -------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 # Units in the last place above PyTorch's own largest error; without fused multiply-add every step
 # of the polynomials rounds twice.
@@ -127,7 +127,7 @@ def test_number_formats_round_as_torch_does(dtype):
 
 
 # --- variants
-# -------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 SCANS = [
     {"states": 16, "direction": "both", "reduction": (2, 2, 2), "z": "kept"},
@@ -140,8 +140,10 @@ SCANS = [
 
 def scan_case(**changes) -> ScanCase:
     case = {
-        "seed": 3, "batch": 2, "length": 67, "grid": (5, 3, 3), "channels_per_group": 21, "groups": 1, "states": 16, "direction": "forward",
-        "dtype": "float32", "dtype_delta": "float32", "dtype_state": "float32", "layout": "dense", "layout_state": "dense", "softplus": True,
+        "seed": 3, "batch": 2, "length": 67, "grid": (5, 3, 3), "channels_per_group": 21, "groups": 1, "states": 16,
+        "direction": "forward",
+        "dtype": "float32", "dtype_delta": "float32", "dtype_state": "float32", "layout": "dense",
+        "layout_state": "dense", "softplus": True,
         "D": True, "z": "all", "bias": True, "initial": False, "packed": False, "reduction": (1, 1, 1),
     }  # fmt: skip
     return ScanCase(**(case | changes))
@@ -186,7 +188,7 @@ def run_python(code: str, **environment: str) -> str:
 
 
 # --- determinism
-# ----------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -228,7 +230,7 @@ def test_bitwise_the_same_alone_and_in_a_batch():
 
 
 # --- long sequences
-# -------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @built

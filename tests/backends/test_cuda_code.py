@@ -110,7 +110,8 @@ def check_code(asked: dict, arch: str) -> None:
             if kernel in TICKET:
                 stale = [i.text for i in instructions if ".CONSTANT" in i.opcode]
                 assert not stale, (
-                    f"{kernel} for {arch} may read what another block wrote from a cache that is never refreshed: {stale}"
+                    f"{kernel} for {arch} may read what another block wrote from a cache that is never refreshed: "
+                    f"{stale}"
                 )
 
 
@@ -237,7 +238,8 @@ def test_forward_scan_keeps_its_budget_of_slots(variant, arch):
         elementwise_slots("merge_directions", made, launcher.compile_cubin(name, made, arch)) for name, made in merging
     )
     print(
-        f"forward scan, {variant}, {arch}: {[f'{n:.2f}' for n in slots]} slots per item, {after:.2f} after it, {used.registers} registers"
+        f"forward scan, {variant}, {arch}: {[f'{n:.2f}' for n in slots]} slots per item, {after:.2f} after it, "
+        f"{used.registers} registers"
     )
     assert len(tiles) == 1 + defines["REDUCED"], "a reduction has another loop, for the frames that sampling drops"
     assert not any(loop.inner for loop in tiles)

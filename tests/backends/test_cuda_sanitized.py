@@ -56,7 +56,8 @@ with launcher.using(OnCpu(flags=flags)):
     check(simplest(ScanCase, states=17, channels_per_group=35, z="all", batch=1), "cuda")
 tickets.ticketed_blocks, tickets.step_tokens = lambda *_: 5, lambda tokens, chunk, group: chunk
 with launcher.using(OnCpu(at_once=3, flags=flags)):
-    check(simplest(ScanCase, grid=(7, 4, 5), reduction=(3, 1, 1), direction="both", states=16, z="all", batch=1), "cuda")
+    reduced = dict(grid=(7, 4, 5), reduction=(3, 1, 1))
+    check(simplest(ScanCase, **reduced, direction="both", states=16, z="all", batch=1), "cuda")
     check(simplest(ScanCase, seed=3, length=139, packed=True, direction="reverse", **common), "cuda")
 print("clean")
 """

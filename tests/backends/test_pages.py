@@ -37,7 +37,8 @@ u, bc = torch.ones(1, 2048, 8192), torch.ones(1, 2048, 4)
 scan = lambda n: selective_scan(u[..., :n], u[..., :n], -torch.ones(n, 4), bc, bc)
 x, weight = torch.ones(2048, 64), torch.ones(8192, 64)
 scan(64), linear(x, weight[:64])
-print(faults(lambda: empty((2**24,), torch.float32, torch.device("cpu")).fill_(1.0)), faults(lambda: scan(8192)), faults(lambda: linear(x, weight)))
+filled = faults(lambda: empty((2**24,), torch.float32, torch.device("cpu")).fill_(1.0))
+print(filled, faults(lambda: scan(8192)), faults(lambda: linear(x, weight)))
 """
 
 

@@ -179,39 +179,66 @@ SLICED = torch.zeros(16, 6, dtype=torch.int32)[:, :4]
 POISONED = torch.full((64,), torch.nan)
 STORE = "st.shared.u32 [%r6], %r1;"
 NEIGHBOUR = "xor.b32 %r7, %r4, {}; add.s32 %r7, %r7, %r5; ld.shared.u32 %r8, [%r7];"
-COPY = "setp.lt.u32 %p1, %r1, 16; @!%p1 bra OVER; shl.b32 %r7, %r1, 4; add.s32 %r8, %r7, %r5; cvt.u64.u32 %rd7, %r7; add.s64 %rd7, %rd1, %rd7; "
-COPY += "cp.async.{}.shared.global [%r8], [%rd7], 16; cp.async.commit_group; {} ld.shared.v4.u32 {{%r10, %r11, %r12, %r13}}, [%r8]; OVER:"
-HANDED = "setp.eq.u32 %p1, %r2, 0; @!%p1 bra SECOND; st.global.u32 [%rd2], 5; bar.sync 0; st.{0}global.u32 [%rd2+128], 1; ret; SECOND: "
-HANDED += "ld.{1}global.u32 %r7, [%rd2+128]; setp.eq.u32 %p2, %r7, 0; nanosleep.u32 20; @%p2 bra SECOND; ld.global{2}.u32 %r8, [%rd2];"
+COPY = (
+    "setp.lt.u32 %p1, %r1, 16; @!%p1 bra OVER; shl.b32 %r7, %r1, 4; add.s32 %r8, %r7, %r5; cvt.u64.u32 %rd7, %r7; "
+    "add.s64 %rd7, %rd1, %rd7; "
+)
+COPY += (
+    "cp.async.{}.shared.global [%r8], [%rd7], 16; cp.async.commit_group; {} ld.shared.v4.u32 "
+    "{{%r10, %r11, %r12, %r13}}, [%r8]; OVER:"
+)
+HANDED = (
+    "setp.eq.u32 %p1, %r2, 0; @!%p1 bra SECOND; st.global.u32 [%rd2], 5; bar.sync 0; "
+    "st.{0}global.u32 [%rd2+128], 1; ret; SECOND: "
+)
+HANDED += (
+    "ld.{1}global.u32 %r7, [%rd2+128]; setp.eq.u32 %p2, %r7, 0; nanosleep.u32 20; @%p2 bra SECOND; "
+    "ld.global{2}.u32 %r8, [%rd2];"
+)
 REFUSED = {
     "past the tensor": ("ld.global.u32 %r7, [%rd4+4];", "not all of a tensor: byte 256 of in", {}),
     "nowhere": ("ld.global.u32 %r7, [%rd3];", "which is no tensor's", {}),
-    "between the rows of a slice": ("ld.global.u32 %r7, [%rd4];", "not all of a tensor: byte 16 of in .16, 4., strides .6, 1.", {"given": SLICED}),
+    "between the rows of a slice": ("ld.global.u32 %r7, [%rd4];",
+        "not all of a tensor: byte 16 of in .16, 4., strides .6, 1.", {"given": SLICED}),
     "a constant written": ("st.global.u32 [%rd4], %r1;", "writes to a constant: byte 0 of in", {}),
-    "a pair across its boundary": ("ld.global.v2.u32 {%r7, %r8}, [%rd1+4];", "is not aligned to its 8 bytes: byte 4 of in", {}),
+    "a pair across its boundary": ("ld.global.v2.u32 {%r7, %r8}, [%rd1+4];",
+        "is not aligned to its 8 bytes: byte 4 of in", {}),
     "what nobody wrote": ("ld.global.f32 %f1, [%rd6];", "reads what nobody wrote: byte 0 of out", {"out": POISONED}),
-    "past shared memory": ("st.shared.u32 [%r6+4], %r1;", "thread 63.*reaches byte 256 of 256 bytes of shared memory", {}),
+    "past shared memory": ("st.shared.u32 [%r6+4], %r1;", "thread 63.*reaches byte 256 of 256 bytes of shared memory",
+        {}),
     "before shared memory": ("st.shared.u32 [%r4], %r1;", "reaches byte -1024 of 256", {}),
     "shared memory that nobody wrote": ("ld.shared.u32 %r7, [%r6];", "reads what nobody wrote: byte 0", {}),
     "another warp's write": (STORE + NEIGHBOUR.format(128), "reads what thread 32 wrote, with no barrier", {}),
     "another lane's write": (STORE + NEIGHBOUR.format(4), "reads what thread 1 wrote, with no warp barrier", {}),
-    "another warp's write behind a warp's barrier": (STORE + "bar.warp.sync -1;" + NEIGHBOUR.format(128), "with no barrier", {}),
-    "over what another warp reads": (STORE + "bar.sync 0;" + NEIGHBOUR.format(128) + STORE.replace("%r1;", "%r5;"), "over.*read, with no b", {}),
-    "over what another lane reads": (STORE + "bar.sync 0;" + NEIGHBOUR.format(4) + STORE.replace("%r1;", "%r5;"), "read, with no warp b", {}),
+    "another warp's write behind a warp's barrier": (STORE + "bar.warp.sync -1;" + NEIGHBOUR.format(128),
+        "with no barrier", {}),
+    "over what another warp reads": (STORE + "bar.sync 0;" + NEIGHBOUR.format(128) + STORE.replace("%r1;", "%r5;"),
+        "over.*read, with no b", {}),
+    "over what another lane reads": (STORE + "bar.sync 0;" + NEIGHBOUR.format(4) + STORE.replace("%r1;", "%r5;"),
+        "read, with no warp b", {}),
     "different values in shared memory": ("st.shared.u32 [memory], %r1;", "different values to one address", {}),
     "different values": ("st.global.u32 [%rd2], %r1;", "different values to one address", {}),
     "a copy that has not come": (COPY.format("cg", ""), "what thread 0's asynchronous copy is on its way to", {}),
     "a copy of another group": (COPY.format("cg", "cp.async.wait_group 1;"), "on its way to", {}),
-    "another lane's copy": (COPY.format("cg", "cp.async.wait_group 0; xor.b32 %r8, %r8, 16;"), "thread 1 wrote, with no warp", {}),
-    "a lane that never comes": ("setp.eq.u32 %p1, %r1, 9; @%p1 bra OUT; shfl.sync.bfly.b32 %r7, %r1, 1, 31, -1; OUT: bar.sync 0;", "shfl.*never", {}),
-    "a barrier within a branch": ("setp.eq.u32 %p1, %r1, 9; @%p1 bra OUT; bar.sync 0; bra.uni OUT; OUT: bar.sync 0;", "waited at by 6", {}),
-    "a lane that does not take part": ("setp.eq.u32 %p1, %r1, 9; @!%p1 shfl.sync.bfly.b32 %r7, %r1, 1, 31, 0xFFFFFDFF;", "does not take", {}),
+    "another lane's copy": (COPY.format("cg", "cp.async.wait_group 0; xor.b32 %r8, %r8, 16;"),
+        "thread 1 wrote, with no warp", {}),
+    "a lane that never comes": (
+        "setp.eq.u32 %p1, %r1, 9; @%p1 bra OUT; shfl.sync.bfly.b32 %r7, %r1, 1, 31, -1; OUT: bar.sync 0;",
+        "shfl.*never", {}),
+    "a barrier within a branch": ("setp.eq.u32 %p1, %r1, 9; @%p1 bra OUT; bar.sync 0; bra.uni OUT; OUT: bar.sync 0;",
+        "waited at by 6", {}),
+    "a lane that does not take part": ("setp.eq.u32 %p1, %r1, 9; @!%p1 shfl.sync.bfly.b32 %r7, %r1, 1, 31, 0xFFFFFDFF;",
+        "does not take", {}),
     "an endless loop": ("AGAIN: add.u32 %r1, %r1, 1; bra.uni AGAIN;", "has not ended after 2,000 steps", {}),
     "parameters past the last": ("ld.param.u64 %rd7, [in+16];", "byte 16 of 16 bytes of parameters", {}),
-    "another block's write": (HANDED.format("relaxed.gpu.", "acquire.gpu.", ""), "another block's write unordered", {"blocks": 2}),
-    "one not acquired": (HANDED.format("release.gpu.", "relaxed.gpu.", ""), "another block's write unordered", {"blocks": 2}),
-    "one through a cache": (HANDED.format("release.gpu.", "acquire.gpu.", ".nc"), "through a cache that may hold", {"blocks": 2}),
-    "a write over another block's": ("st.global.u32 [%rd2+32], %r2;", "another block's write|different values", {"blocks": 2, "at_once": 1}),
+    "another block's write": (HANDED.format("relaxed.gpu.", "acquire.gpu.", ""), "another block's write unordered",
+        {"blocks": 2}),
+    "one not acquired": (HANDED.format("release.gpu.", "relaxed.gpu.", ""), "another block's write unordered",
+        {"blocks": 2}),
+    "one through a cache": (HANDED.format("release.gpu.", "acquire.gpu.", ".nc"), "through a cache that may hold",
+        {"blocks": 2}),
+    "a write over another block's": ("st.global.u32 [%rd2+32], %r2;", "another block's write|different values",
+        {"blocks": 2, "at_once": 1}),
 }  # fmt: skip
 ALLOWED = {
     "another warp's write": STORE + "bar.sync 0;" + NEIGHBOUR.format(128),

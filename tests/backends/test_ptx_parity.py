@@ -221,7 +221,8 @@ def test_cuda_with_the_errors_that_approximate_functions_may_have(name):
 
 # Triton's scan has no variants by alignment of channels to blocks: fewer cases, on each
 # architecture.
-TRITON = [name for name in CUDA if name not in ("512 states, whole blocks", "512 states, no whole block", "512 states, whole 16 bytes")
+TRITON = [name for name in CUDA
+          if name not in ("512 states, whole blocks", "512 states, no whole block", "512 states, whole 16 bytes")
           and not ("states" in name and "whole" in name and name.split(",")[1] != " no whole block")]  # fmt: skip
 
 

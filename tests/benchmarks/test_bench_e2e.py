@@ -226,7 +226,10 @@ def test_a_second_run_into_one_folder_is_refused_until_the_first_has_ended(job, 
     def run():
         return job("--frames", 1, "--variants", "vila", "--repeat", 1, "--out", tmp_path)
 
-    holder = "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); time.sleep(60)"
+    holder = (
+        "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+        "print('held', flush=True); time.sleep(60)"
+    )
     first = subprocess.Popen([sys.executable, "-c", holder, tmp_path / ".lock"], stdout=subprocess.PIPE)
     try:
         assert first.stdout.readline() == b"held\n"
@@ -286,8 +289,8 @@ def test_a_full_file_system(job, tmp_path, monkeypatch, capsys):
         assert job("--frames", 2, "--variants", "vila", "--repeat", 3, "--out", tmp_path) == 1
         told = capsys.readouterr().err
         assert (
-            told
-            == f"error: cannot write {tmp_path}/results.json: No space left on device; what was written before is kept\n"
+            told == f"error: cannot write {tmp_path}/results.json: No space left on device; "
+            "what was written before is kept\n"
         )
         (done,) = summary.outcomes(load_rows(tmp_path / "results.json"))
         assert len(done.rounds()) == 1

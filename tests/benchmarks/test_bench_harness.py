@@ -36,7 +36,10 @@ def one_row(**more):
 
 def test_a_row_has_every_column_and_is_json():
     row = one_row(peak_bytes=5, unit="items")
-    columns = "op backend mode shape dtype p20_ms p50_ms p80_ms samples peak_bytes held_bytes device versions commit time load unit"
+    columns = (
+        "op backend mode shape dtype p20_ms p50_ms p80_ms samples peak_bytes held_bytes device versions commit time "
+        "load unit"
+    )
     assert set(row) == set(columns.split())
     assert (row["dtype"], row["p50_ms"], row["samples"], row["peak_bytes"]) == ("bfloat16", 2.0, 3, 5)
     assert f"torch {torch.__version__.partition('+')[0]}" in row["versions"]
@@ -90,7 +93,8 @@ def test_a_kill_at_any_moment_leaves_whole_rows(tmp_path):
     path = tmp_path / "rows.json"
     code = (
         "import sys, types; from pathlib import Path\n"
-        "sys.modules['torch'] = types.SimpleNamespace(Tensor=object, dtype=object)\n"  # a quick start; writing needs no torch
+        # A quick start; writing needs no torch.
+        "sys.modules['torch'] = types.SimpleNamespace(Tensor=object, dtype=object)\n"
         "from storm_benchmarks.harness import Rows\n"
         f"rows = Rows(Path({str(path)!r})); print('ready', flush=True)\n"
         "while True: rows.append({'p50_ms': len(rows.rows), 'filler': 'x' * 20000})\n"

@@ -131,7 +131,9 @@ def test_vmambas_compiled_modules():
 
 
 def test_every_generation_of_the_convolution():
-    """ "causal_conv1d_fwd(): incompatible function arguments": Vim 34 and 41, mamba 257 and 660, VideoMamba 95, U-Mamba 21, DepMamba 3."""
+    """ "causal_conv1d_fwd(): incompatible function arguments": Vim 34 and 41, mamba 257 and 660,
+    VideoMamba 95, U-Mamba 21, DepMamba 3.
+    """
     x, weight, bias, dout = draw(b, d, length), draw(d, w), draw(d), draw(b, d, length, seed=1)
     leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
     expected = conv_loop(*leaves, "silu")

@@ -15,32 +15,60 @@ from ..support.original_mixers import conv_loop, scan_loop
 
 # docs/compat.md, Call signatures: names, order and defaults.
 SIGNATURES = {
-    mamba_ssm.selective_scan_fn: "u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False",
-    mamba_ssm.selective_scan_ref: "u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False",
-    mamba_ssm.mamba_inner_fn: "xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B=None, "
-    "C=None, D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True, checkpoint_lvl=1, b_rms_weight=None, "
-    "c_rms_weight=None, dt_rms_weight=None, b_c_dt_rms_eps=1e-06",
-    mamba_ssm.selective_state_update: "state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, state_batch_indices=None",
-    conv.causal_conv1d_fn: "x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None, "
-    "activation=None",
-    conv.causal_conv1d_update: "x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None",
-    vim.bimamba_inner_fn: "xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, A_b, B=None, "
-    "C=None, D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True",
-    vim.mamba_inner_fn_no_out_proj: "xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B=None, C=None, D=None, "
-    "delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True",
-    mamba_ssm.mamba_inner_ref: "xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B=None, "
-    "C=None, D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True",
+    mamba_ssm.selective_scan_fn: (
+        "u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False"
+    ),
+    mamba_ssm.selective_scan_ref: (
+        "u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False"
+    ),
+    mamba_ssm.mamba_inner_fn: (
+        "xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B=None, "
+        "C=None, D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True, checkpoint_lvl=1, "
+        "b_rms_weight=None, c_rms_weight=None, dt_rms_weight=None, b_c_dt_rms_eps=1e-06"
+    ),
+    mamba_ssm.selective_state_update: (
+        "state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, state_batch_indices=None"
+    ),
+    conv.causal_conv1d_fn: (
+        "x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None, "
+        "activation=None"
+    ),
+    conv.causal_conv1d_update: (
+        "x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None"
+    ),
+    vim.bimamba_inner_fn: (
+        "xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, A_b, "
+        "B=None, C=None, D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True"
+    ),
+    vim.mamba_inner_fn_no_out_proj: (
+        "xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B=None, C=None, D=None, "
+        "delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True"
+    ),
+    mamba_ssm.mamba_inner_ref: (
+        "xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B=None, "
+        "C=None, D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True"
+    ),
     mamba_ssm.selective_state_update_ref: "state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False",
-    mamba_ssm.layer_norm_fn: "x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-06, dropout_p=0.0, rowscale=None, "
-    "prenorm=False, residual_in_fp32=False, is_rms_norm=False, return_dropout_mask=False",
-    mamba_ssm.rms_norm_fn: "x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-06, dropout_p=0.0, rowscale=None, "
-    "prenorm=False, residual_in_fp32=False, return_dropout_mask=False",
+    mamba_ssm.layer_norm_fn: (
+        "x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-06, dropout_p=0.0, rowscale=None, "
+        "prenorm=False, residual_in_fp32=False, is_rms_norm=False, return_dropout_mask=False"
+    ),
+    mamba_ssm.rms_norm_fn: (
+        "x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-06, dropout_p=0.0, rowscale=None, "
+        "prenorm=False, residual_in_fp32=False, return_dropout_mask=False"
+    ),
     mamba_ssm.RMSNorm: "hidden_size, eps=1e-05, dropout_p=0.0, device=None, dtype=None",
-    conv.causal_conv1d_ref: "x, weight, bias=None, initial_states=None, return_final_states=False, final_states_out=None, activation=None",
+    conv.causal_conv1d_ref: (
+        "x, weight, bias=None, initial_states=None, return_final_states=False, final_states_out=None, activation=None"
+    ),
     conv.causal_conv1d_update_ref: "x, conv_state, weight, bias=None, activation=None, cache_seqlens=None",
-    vim.bimamba_inner_ref: "xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, A_b, B=None, "
-    "C=None, D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True",
-    vmamba.selective_scan_fn: "u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True, oflex=True, backend=None",
+    vim.bimamba_inner_ref: (
+        "xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, A_b, "
+        "B=None, C=None, D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True"
+    ),
+    vmamba.selective_scan_fn: (
+        "u, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True, oflex=True, backend=None"
+    ),
 }
 
 
@@ -121,8 +149,10 @@ def test_dtypes_of_results():
 
 
 def inner_loop(
-    xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, D, delta_bias, B=None, C=None, B_proj_bias=None, C_proj_bias=None,
-    out_proj_weight=None, out_proj_bias=None, b_rms_weight=None, c_rms_weight=None, dt_rms_weight=None, A_b=None, delta_softplus=True,
+    xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, D, delta_bias, B=None, C=None,
+    B_proj_bias=None, C_proj_bias=None,
+    out_proj_weight=None, out_proj_bias=None, b_rms_weight=None, c_rms_weight=None, dt_rms_weight=None, A_b=None,
+    delta_softplus=True,
 ):  # fmt: skip
     def rms(t, weight):  # over the axis before the last
         return t if weight is None else t * torch.rsqrt(t.square().mean(-2, keepdim=True) + 1e-6) * weight[:, None]
@@ -148,7 +178,8 @@ def inner_loop(
 
 def inner_operands(*, out=True, **more):
     found = {
-        "xz": draw(b, 2 * d, length), "conv1d_weight": draw(d, 1, w), "conv1d_bias": draw(d, seed=1), "x_proj_weight": draw(rank + 2 * n, d),
+        "xz": draw(b, 2 * d, length), "conv1d_weight": draw(d, 1, w), "conv1d_bias": draw(d, seed=1),
+        "x_proj_weight": draw(rank + 2 * n, d),
         "delta_proj_weight": draw(d, rank), "A": decay(), "D": draw(d, seed=2), "delta_bias": draw(d, seed=3),
     }  # fmt: skip
     if out:
@@ -224,7 +255,8 @@ def update_loop(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
 
 def update_operands():
     return {
-        "state": draw(b, d, n), "x": draw(b, d), "dt": draw(b, d, seed=1), "A": decay(), "B": draw(b, n), "C": draw(b, n, seed=1), "D": draw(d),
+        "state": draw(b, d, n), "x": draw(b, d), "dt": draw(b, d, seed=1), "A": decay(), "B": draw(b, n),
+        "C": draw(b, n, seed=1), "D": draw(d),
         "z": draw(b, d, seed=2), "dt_bias": draw(d, seed=3),
     }  # fmt: skip
 
@@ -253,7 +285,8 @@ def test_selective_state_update_with_heads_groups_and_rows():
         for h in range(heads):
             g = h // (heads // groups)
             y, after = scan_loop(
-                x[i : i + 1, h, :, None], dt[i : i + 1, h, :, None], A[h], B[i : i + 1, g, :, None], C[i : i + 1, g, :, None],
+                x[i : i + 1, h, :, None], dt[i : i + 1, h, :, None], A[h], B[i : i + 1, g, :, None],
+                C[i : i + 1, g, :, None],
                 delta_softplus=True, state=before[row : row + 1, h],
             )  # fmt: skip
             torch.testing.assert_close(out[i, h], y[0, :, 0])
@@ -376,7 +409,8 @@ def test_norms():
     torch.testing.assert_close(
         norm(x, residual), (x + residual) * torch.rsqrt((x + residual).square().mean(-1, keepdim=True) + 1e-5)
     )
-    agree(mamba_ssm.rms_norm_fn, lambda x, weight, bias: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight + bias,
+    agree(mamba_ssm.rms_norm_fn,
+          lambda x, weight, bias: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight + bias,
           {"x": x, "weight": weight, "bias": bias})  # fmt: skip
 
 

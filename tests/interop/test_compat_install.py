@@ -20,7 +20,8 @@ def test_what_peers_import_is_there():
         from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
         from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref, causal_conv1d_update_ref
         from causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states, causal_conv1d_varlen_states_ref
-        from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1d_fwd_function, causal_conv1d_update_function
+        from causal_conv1d.cpp_functions import (
+            causal_conv1d_bwd_function, causal_conv1d_fwd_function, causal_conv1d_update_function)
         from mamba_ssm import Mamba, Mamba2, MambaLMHeadModel
         from mamba_ssm.models.config_mamba import MambaConfig
         from mamba_ssm.models.mixer_seq_simple import Block, MambaLMHeadModel, MixerModel, create_block
@@ -32,8 +33,8 @@ def test_what_peers_import_is_there():
         from mamba_ssm.modules.mha import MHA
         from mamba_ssm.modules.mlp import GatedMLP
         from mamba_ssm.ops.selective_scan_interface import (
-            bimamba_inner_fn, bimamba_inner_ref, mamba_inner_fn, mamba_inner_fn_no_out_proj, mamba_inner_ref, rearrange, repeat,
-            selective_scan_fn, selective_scan_ref)
+            bimamba_inner_fn, bimamba_inner_ref, mamba_inner_fn, mamba_inner_fn_no_out_proj, mamba_inner_ref,
+            rearrange, repeat, selective_scan_fn, selective_scan_ref)
         from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, layer_norm_ref, rms_norm_fn, rms_norm_ref
         from mamba_ssm.ops.triton.layernorm_gated import RMSNorm as RMSNormGated
         from mamba_ssm.ops.triton.selective_state_update import selective_state_update, selective_state_update_ref
@@ -43,7 +44,8 @@ def test_what_peers_import_is_there():
         from storm_kernels.interop import mamba_ssm as ours
         assert mamba_inner_fn is ours.mamba_inner_fn is mamba_ssm.mamba_inner_fn
         assert Block is not FirstBlock
-        for absent in (Mamba2, Mamba2Simple, Mamba3, MHA, RMSNormGated, mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined):
+        absences = (Mamba2, Mamba2Simple, Mamba3, MHA, RMSNormGated, mamba_chunk_scan_combined)
+        for absent in (*absences, mamba_split_conv1d_scan_combined):
             try:
                 absent(64)
             except NotImplementedError as error:
@@ -102,7 +104,8 @@ def test_transformers_trains_what_it_infers_and_infers_what_it_did():
         attention = dict(num_attention_heads=2, num_key_value_heads=1, attn_layer_period=2, attn_layer_offset=1)
         options = {
             "FalconMamba": [{}], "Mamba": [{}, {"hidden_act": "gelu"}],
-            "Jamba": [dict(hidden_act="gelu", intermediate_size=32, num_experts=1, num_experts_per_tok=1, mamba_d_state=4, **attention)],
+            "Jamba": [dict(hidden_act="gelu", intermediate_size=32, num_experts=1, num_experts_per_tok=1,
+                           mamba_d_state=4, **attention)],
         }
         before, shimmed = classes(), install() and classes()
         for name in options:
@@ -116,18 +119,21 @@ def test_transformers_trains_what_it_infers_and_infers_what_it_did():
                 model.load_state_dict(plain.state_dict())
                 pairs = [(plain.eval(), model.eval())]
                 if name == "FalconMamba":
-                    lora = LoraConfig(r=2, lora_dropout=0.0, init_lora_weights=False, target_modules=["x_proj", "in_proj"])
+                    places = ["x_proj", "in_proj"]
+                    lora = LoraConfig(r=2, lora_dropout=0.0, init_lora_weights=False, target_modules=places)
                     pairs.append([get_peft_model(copy.deepcopy(m), lora) for m in (plain, model)])
                     pairs[1][1].load_state_dict(pairs[1][0].state_dict())
                 for one, other in pairs:
                     for attention_mask in (None, mask):
                         expected = one.eval()(ids, attention_mask=attention_mask, use_cache=False).logits[:, 4:]
                         stats(reset=True)
-                        found = [m(ids, attention_mask=attention_mask, use_cache=False).logits[:, 4:] for m in (other.eval(), other.train())]
+                        found = [m(ids, attention_mask=attention_mask, use_cache=False).logits[:, 4:]
+                                 for m in (other.eval(), other.train())]
                         near = [bool((logits - expected).abs().max() < 1e-5 * expected.abs().max()) for logits in found]
                         print(name, near, sorted(stats()))
                     found[1].sum().backward()
-                tokens = [m.eval().generate(ids[:1], max_new_tokens=6, do_sample=False, pad_token_id=0) for m in pairs[0]]
+                tokens = [m.eval().generate(ids[:1], max_new_tokens=6, do_sample=False, pad_token_id=0)
+                          for m in pairs[0]]
                 print("tokens", bool((tokens[0] == tokens[1]).all()))
     """)
     lines = [line for line in out.splitlines() if line.startswith(("FalconMamba [", "Mamba [", "Jamba [", "tokens "))]

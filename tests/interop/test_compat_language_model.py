@@ -114,7 +114,8 @@ def test_a_checkpoint_of_transformers_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"_name_or_path": "state-spaces/mamba-130m-hf", "hidden_size": 16}')
     with pytest.raises(
         ValueError,
-        match="has no '_name_or_path', 'hidden_size'; if it is transformers', load it with transformers.AutoModelForCausalLM",
+        match="has no '_name_or_path', 'hidden_size'; if it is transformers', "
+        "load it with transformers.AutoModelForCausalLM",
     ):
         MambaLMHeadModel.from_pretrained(str(tmp_path))
 

@@ -44,8 +44,10 @@ SPELLINGS = {
 def test_signature_of_the_original_comes_first():
     parameters = inspect.signature(Mamba.__init__).parameters
     original = (
-        "d_model, d_state=16, d_conv=4, expand=2, dt_rank='auto', dt_min=0.001, dt_max=0.1, dt_init='random', dt_scale=1.0, dt_init_floor=0.0001, "
-        "conv_bias=True, bias=False, use_fast_path=True, layer_idx=None, device=None, dtype=None, bimamba_type='none', if_divide_out=False, "
+        "d_model, d_state=16, d_conv=4, expand=2, dt_rank='auto', dt_min=0.001, dt_max=0.1, dt_init='random', "
+        "dt_scale=1.0, dt_init_floor=0.0001, "
+        "conv_bias=True, bias=False, use_fast_path=True, layer_idx=None, device=None, dtype=None, "
+        "bimamba_type='none', if_divide_out=False, "
         "init_layer_scale=None"
     )
     assert ", ".join(map(str, parameters.values())).startswith(f"self, {original}")
@@ -173,7 +175,8 @@ def in_a_new_process(code: str, path: str = "") -> str:
 
 
 PACKAGES = (
-    "mamba_ssm", "causal_conv1d", "selective_scan_cuda", "selective_scan_cuda_core", "selective_scan_cuda_oflex", "causal_conv1d_cuda",
+    "mamba_ssm", "causal_conv1d", "selective_scan_cuda", "selective_scan_cuda_core", "selective_scan_cuda_oflex",
+    "causal_conv1d_cuda",
 )  # fmt: skip
 
 

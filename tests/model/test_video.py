@@ -174,7 +174,8 @@ def test_the_decoded_clip_is_never_held_whole(tmp_path):
     """100 frames of 1280x720 are 276 MB as RGB and 138 MB as YUV; sampled at 32x32, memory grows by far less."""
     path = write(tmp_path / "large.mp4", frames=100, codec="mpeg4", sizes=((1280, 720),))
     code = (
-        "import resource, sys; from storm_model.video import sample_frames; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "import resource, sys; from storm_model.video import sample_frames; "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); sample_frames(sys.argv[1], 100, size=32); print((peak() - before) // 1024)"
     )
     grown = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)

@@ -142,7 +142,10 @@ def test_operators_give_the_same_bits(backend):
 
 def test_operators_give_the_same_bits_in_tritons_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
-    code = "from tests.support.interpreted import patch_once; patch_once(); from tests.ops.test_global_state import check_triton; check_triton()"
+    code = (
+        "from tests.support.interpreted import patch_once; patch_once(); "
+        "from tests.ops.test_global_state import check_triton; check_triton()"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -260,7 +263,7 @@ def test_modules_and_compatible_functions_give_the_same_bits(make, state):
 
 
 # --- allocations
-# ----------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 ALLOCATE = {
     "empty",

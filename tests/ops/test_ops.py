@@ -168,7 +168,8 @@ def test_streaming_is_the_whole(cut, reverse, backend):
 
     def scan(part, state):
         return sk.selective_scan(
-            t["u"][:, part], t["delta"][:, part], t["A"], t["B"][:, part], t["C"][:, part], t["D"], t["z"][:, part], t["delta_bias"],
+            t["u"][:, part], t["delta"][:, part], t["A"], t["B"][:, part], t["C"][:, part], t["D"], t["z"][:, part],
+            t["delta_bias"],
             initial_state=state, **options,
         )  # fmt: skip
 

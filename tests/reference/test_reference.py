@@ -96,7 +96,8 @@ def normal(*shape):
 def direction(batch=2, length=13, channels=4, states=3):
     A = -torch.exp(normal(channels, states))
     return Direction(
-        normal(batch, length, channels), normal(batch, length, channels), A, normal(batch, length, states), normal(batch, length, states),
+        normal(batch, length, channels), normal(batch, length, channels), A, normal(batch, length, states),
+        normal(batch, length, states),
         normal(channels), normal(channels),
     )  # fmt: skip
 

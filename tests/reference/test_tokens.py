@@ -67,7 +67,8 @@ def test_lengths_in_every_form(lengths):
         (torch.tensor([True, True]), TypeError, r"lengths\[0\] must be an integer, got True of type bool"),
         (torch.tensor(3), TypeError, r"lengths must be a sequence of integers, one a video, got Tensor of shape \(\)"),
         (3, TypeError, r"lengths must be a sequence of integers, one a video, got 3"),
-        (torch.tensor([3, 5]), ValueError, r"lengths must be between 1 and 4, the frames of the batch, got 5 of type int for lengths\[1\]"),
+        (torch.tensor([3, 5]), ValueError,
+            r"lengths must be between 1 and 4, the frames of the batch, got 5 of type int for lengths\[1\]"),
         (np.array([3]), ValueError, r"lengths must name one number of frames for each of the 2 videos, got 1$"),
     ],
 )  # fmt: skip

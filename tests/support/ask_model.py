@@ -19,7 +19,8 @@ from storm_kernels import TokenReduction
 IMAGE_SIZE = 56  # 4 x 4 patches, 2 x 2 tokens a frame
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% if message.role == 'assistant' %}"
-    "{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message.content + '<|im_end|>' }}"
+    "{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ message.content + '<|im_end|>' }}"
     "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SIZES = {

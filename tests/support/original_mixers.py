@@ -92,7 +92,8 @@ class Mamba(nn.Module):
         elif self.bimamba_type == "v1":
             u, delta, B, C = self._operands(x, "")
             y = y + scan_loop(
-                *(t.flip(-1) for t in (u, delta)), -self.A_b_log.exp(), B.flip(-1), C.flip(-1), self.D, z.flip(-1), self.dt_proj.bias, True
+                *(t.flip(-1) for t in (u, delta)), -self.A_b_log.exp(), B.flip(-1), C.flip(-1), self.D, z.flip(-1),
+                self.dt_proj.bias, True
             )[0].flip(-1)  # fmt: skip
         out = self.out_proj(y.transpose(1, 2))
         return out if self.init_layer_scale is None else out * self.gamma

@@ -29,7 +29,9 @@ DRAWS = 4  # yardsticks of a reference with approximate functions: an error draw
 # far enough for its taps' partial sums to round in another binade, since which order of taps rounds
 # less is a matter of luck that inputs a few per cent away share.
 SPREAD = {ConvCase: 0.2}
-FEW = 128  # numbers in a group under which only its largest error is judged: an rms of few, or of correlated, numbers varies by more than the bound
+# Numbers in a group under which only its largest error is judged: an rms of few, or of correlated,
+# numbers varies by more than the bound.
+FEW = 128
 
 
 class Operations:
@@ -47,7 +49,8 @@ def check(case, backend: str, *, device: str = "cpu", gradients: bool = True, ap
     """Raise AssertionError, naming the case and the result, unless ``backend`` keeps the bound.
 
     Args:
-        approximate: the backend's functions err as far as a GPU's may; the yardsticks are then those of a reference whose functions do too.
+        approximate: the backend's functions err as far as a GPU's may; the yardsticks are then those
+            of a reference whose functions do too.
     """
     operands = case.operands()
     laid_out = {name: lay_out(value.to(device), case.layout_of(name)) for name, value in operands.items()}

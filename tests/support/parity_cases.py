@@ -261,9 +261,12 @@ def lay_out(value: Tensor, layout: str) -> Tensor:
 def simplest(case_type: type, **changes):
     """A small case with everything off, for tests that vary one thing."""
     base = {
-        "seed": 0, "batch": 2, "length": 5, "grid": (5, 2, 3), "channels_per_group": 3, "groups": 1, "states": 4, "direction": "forward",
-        "dtype": "float32", "dtype_delta": "float32", "dtype_state": "float32", "layout": "dense", "layout_state": "dense", "softplus": True,
-        "D": False, "z": "none", "bias": False, "initial": False, "packed": False, "reduction": (1, 1, 1), "channels": 3, "width": 4,
+        "seed": 0, "batch": 2, "length": 5, "grid": (5, 2, 3), "channels_per_group": 3, "groups": 1, "states": 4,
+        "direction": "forward",
+        "dtype": "float32", "dtype_delta": "float32", "dtype_state": "float32", "layout": "dense",
+        "layout_state": "dense", "softplus": True,
+        "D": False, "z": "none", "bias": False, "initial": False, "packed": False, "reduction": (1, 1, 1),
+        "channels": 3, "width": 4,
         "silu": True, "residual": False,
     }  # fmt: skip
     names = {field.name for field in fields(case_type)}

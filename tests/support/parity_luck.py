@@ -68,7 +68,8 @@ def main(op: str, cases: int, backend: str = "cpu", first: int = 0) -> None:
 
     run()
     print(
-        f"\n{failures['results']} results of {done} cases of {op}; over the bound, by the least size of the groups judged by their rms:"
+        f"\n{failures['results']} results of {done} cases of {op}; over the bound, "
+        "by the least size of the groups judged by their rms:"
     )
     print("least size", *(f"{size:>7}" for size in SIZES))
     for who in (backend, "reference"):

@@ -33,7 +33,9 @@ import ctypes, sys
 import torch
 from pathlib import Path
 from storm_kernels.backends.cpu.loader import Library
-probe = Library(Path(sys.argv[1])).function("probe_function", ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+probe = Library(Path(sys.argv[1])).function(
+    "probe_function", ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64
+)
 values = torch.zeros(64)
 probe(0, values.data_ptr(), values.data_ptr(), 65)
 """
@@ -57,7 +59,8 @@ def main(cases: int) -> int:
                 failed += 1
             done = run_in_child(RUN, library, isa, str(cases))
             print(
-                f"{isa}, {lanes or 'native'} lanes, {cases} cases of each op: {'clean' if done.returncode == 0 else 'FAILED'}"
+                f"{isa}, {lanes or 'native'} lanes, {cases} cases of each op: "
+                f"{'clean' if done.returncode == 0 else 'FAILED'}"
             )
             if done.returncode:
                 print(done.stdout[-4000:], done.stderr[-8000:], sep="\n")

@@ -23,7 +23,8 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 def mixer_class(kind):
     name = "JambaMambaMixer" if kind == "jamba" else "ZambaMambaMixer" if kind == "zamba" else f"{NAMES[kind]}Mixer"
-    module = f"transformers.models.{ {'falcon': 'falcon_mamba'}.get(kind, kind) }.modeling_{ {'falcon': 'falcon_mamba'}.get(kind, kind) }"
+    family = "falcon_mamba" if kind == "falcon" else kind
+    module = f"transformers.models.{family}.modeling_{family}"
     return getattr(__import__(module, fromlist=[name]), name)
 
 

@@ -21,14 +21,16 @@ from .guarded import Guarded
 _HERE = Path(__file__).parent
 _BUILD = _HERE.parents[2] / "build" / "cuda_on_cpu"
 _KERNEL = re.compile(
-    r'extern "C" __global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(const __grid_constant__ (\w+) \w+\)'
+    r'extern "C" __global__ void (?:__launch_bounds__\(.*?\)\s)?(\w+)\(const __grid_constant__ (\w+) \w+\)'
 )
 _ENTRY = """
 extern "C" int run_{kernel}(const void* args, unsigned blocks, size_t shared, unsigned at_once) {{
-    return cuda_on_cpu::run(blocks, THREADS, shared, at_once, [](const void* a) {{ {kernel}(*(const {struct}*)a); }}, args);
+    auto kernel = [](const void* a) {{ {kernel}(*(const {struct}*)a); }};
+    return cuda_on_cpu::run(blocks, THREADS, shared, at_once, kernel, args);
 }}
 """
-_OUTCOMES = {1: "threads of a block wait for something that never comes", 2: "a copy meets another on its way to the same place",
+_OUTCOMES = {1: "threads of a block wait for something that never comes",
+             2: "a copy meets another on its way to the same place",
              3: "a thread reaches past shared or global memory"}  # fmt: skip
 
 

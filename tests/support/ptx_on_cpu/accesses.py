@@ -15,7 +15,8 @@ from .refusal import Unknown
 _ADDRESS = re.compile(r"^\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]$")
 _SPACES = ("global", "shared", "param", "const", "local")
 # Modifiers that change nothing here: a cache's hints, and the scope of an order between blocks.
-_HINTS = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "volatile", "relaxed", "weak", "gpu", "sys", "cta", "L1", "L2", "evict_last", "evict_first",
+_HINTS = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "volatile", "relaxed", "weak", "gpu", "sys", "cta", "L1",
+    "L2", "evict_last", "evict_first",
           "no_allocate", "128B", "64B", "256B", "L1::evict_last", "unified")  # fmt: skip
 
 

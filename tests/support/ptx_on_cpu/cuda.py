@@ -93,7 +93,8 @@ def _constants(name: str) -> dict[str, dict[str, tuple[str, bool]]]:
     whether it points to what is constant.
     """
     structs = _STRUCT.findall(source.text(name))
-    return {struct: {f: ("" if star or kind == "int64" else kind, bool(const and star)) for const, kind, star, f, _ in _FIELD.findall(body)}
+    return {struct: {f: ("" if star or kind == "int64" else kind, bool(const and star))
+                     for const, kind, star, f, _ in _FIELD.findall(body)}
             for struct, body in structs}  # fmt: skip
 
 
@@ -124,7 +125,8 @@ class OnPtx:
 
     device_type = "cpu"
 
-    def __init__(self, arch: str = "sm_90", options: Options = Options(), *, shared: int = 227 * 1024, multiprocessors: int = 132, resident: int = 2,  # noqa: B008
+    def __init__(self, arch: str = "sm_90", options: Options = Options(), *,  # noqa: B008
+                 shared: int = 227 * 1024, multiprocessors: int = 132, resident: int = 2,
                  edit: Callable[[str], str] | None = None, watch: Callable[[Machine], None] | None = None):  # fmt: skip
         self.arch, self.options, self.edit, self.watch = arch, options, edit, watch
         self._shared, self._multiprocessors, self._resident = shared, multiprocessors, resident

@@ -233,7 +233,8 @@ class Machine:
             run = build(self, one)
         except (Unknown, KeyError, ValueError, IndexError) as error:
             raise Unknown(
-                f"{self.kernel.name}: the interpreter has no such form of {one.name} ({error}) (PTX line {one.line}: {one.text})"
+                f"{self.kernel.name}: the interpreter has no such form of {one.name} ({error}) (PTX line "
+                f"{one.line}: {one.text})"
             ) from error
         if not one.guard or one.parts[0] in ("bra", "ret", "exit") or self._waits(one):
             return run
@@ -257,7 +258,8 @@ class Machine:
         lane = 0 if mask is ALWAYS else int(np.flatnonzero(mask)[0]) if np.ndim(mask) else int(mask)
         where = f", {one.source[0].rsplit('/', 1)[-1]}:{one.source[1]}" if one.source else ""
         raise Refused(
-            f"{self.kernel.name}, block {self.block_of[lane]}, thread {self.thread_of[lane]}: `{one.text}` {what} (PTX line {one.line}{where})"
+            f"{self.kernel.name}, block {self.block_of[lane]}, thread {self.thread_of[lane]}: "
+            f"`{one.text}` {what} (PTX line {one.line}{where})"
         )
 
 

@@ -86,7 +86,10 @@ class Global:
             start, size = self._storages[tensor.untyped_storage().data_ptr()]
             if start - _GAP // 2 <= offset < start + size + _GAP // 2:
                 inside = offset - self._offset(tensor)
-                return f"byte {inside} of {name} {tuple(tensor.shape)}, strides {tensor.stride()}, {str(tensor.dtype).removeprefix('torch.')}"
+                return (
+                    f"byte {inside} of {name} {tuple(tensor.shape)}, strides {tensor.stride()}, "
+                    f"{str(tensor.dtype).removeprefix('torch.')}"
+                )
         return "what belongs to no tensor of the launch"
 
     def attach(self, machine) -> None:
@@ -189,7 +192,10 @@ class Global:
             bad &= ~same[:, None]
         if bad.any():
             at, part = (int(index[0]) for index in np.nonzero(bad))
-            what = f"{self.name_of(int(offsets[at]))}, written by thread {writer[at, part] % machine.threads} of block {block[at, part]}"
+            what = (
+                f"{self.name_of(int(offsets[at]))}, written by thread {writer[at, part] % machine.threads} of block "
+                f"{block[at, part]}"
+            )
             if other[at, part]:
                 how = (
                     "through a cache that may hold what was there before"

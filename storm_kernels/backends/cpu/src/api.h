@@ -1,16 +1,19 @@
-// The plain C interface: what `structs.py` fills in through ctypes. Strides are in elements; offsets are 64-bit.
-// Each buffer comes with the number of elements that its memory holds; a call whose buffers hold too few is refused before it reads or writes.
-// Each instruction-set variant exports the same functions with its own suffix (storm_scan_avx2, ...).
+// The plain C interface: what `structs.py` fills in through ctypes. Strides are in elements;
+// offsets are 64-bit. Each buffer comes with the number of elements that its memory holds; a call
+// whose buffers hold too few is refused before it reads or writes. Each instruction-set variant
+// exports the same functions with its own suffix (storm_scan_avx2, ...).
 #pragma once
 #include <stdint.h>
 
 enum { STORM_FLOAT32 = 0, STORM_BFLOAT16 = 1, STORM_FLOAT16 = 2 };
 enum { STORM_OK = 0, STORM_NO_MEMORY = 1, STORM_REFUSED = 2 };  // refused: the structure's `refused` names the buffer
 
-// Tokens between two checkpoints of the scan; `checkpoint_shapes` in scan.py reads it through storm_checkpoint_interval().
+// Tokens between two checkpoints of the scan; `checkpoint_shapes` in scan.py reads it through
+// storm_checkpoint_interval().
 enum { STORM_CHECKPOINT = 64 };
 
-// (batch, rows, [groups,] channels), the last axis of stride 1; data is null where the tensor is absent.
+// (batch, rows, [groups,] channels), the last axis of stride 1; data is null where the tensor is
+// absent.
 typedef struct {
   void* data;
   int64_t count;  // elements from `data` to the end of its memory
@@ -24,12 +27,14 @@ typedef struct {
   int64_t count;
 } StormFloats;
 
-// docs/spec.md, Token reduction: a (frames, height, width) grid, pooled and sampled; frames is 0 without a reduction.
+// docs/spec.md, Token reduction: a (frames, height, width) grid, pooled and sampled; frames is 0
+// without a reduction.
 typedef struct {
   int64_t frames, height, width, temporal_pool, spatial_pool, temporal_stride;
 } StormReduction;
 
-// One sequence per batch entry, or `sequences` packed ones in a batch of 1 with offsets cu_seqlens[0 .. sequences].
+// One sequence per batch entry, or `sequences` packed ones in a batch of 1 with offsets
+// cu_seqlens[0 .. sequences].
 typedef struct {
   int64_t batch, length, channels, sequences;
   const int64_t* cu_seqlens;
@@ -39,7 +44,8 @@ typedef struct {
 typedef struct {
   StormTensor u, delta, B, C;
   StormFloats A, D, delta_bias;  // (E, S), (E,), (E,)
-  StormFloats checkpoints;       // (chunks of all sequences, S, E): the state before each STORM_CHECKPOINT-th scanned token
+  // (chunks of all sequences, S, E): the state before each STORM_CHECKPOINT-th scanned token
+  StormFloats checkpoints;
   int64_t reverse;
 } StormDirection;
 
@@ -55,7 +61,8 @@ typedef struct {
   const char* refused;
 } StormScan;
 
-// Null where not asked for; u, delta, B, C, z are contiguous and in the dtype of what they are gradients of.
+// Null where not asked for; u, delta, B, C, z are contiguous and in the dtype of what they are
+// gradients of.
 typedef struct {
   StormTensor u, delta, B, C;
   StormFloats A, D, delta_bias;

@@ -1,7 +1,8 @@
 // How tensors are cut: channel chunks, rows in scan order, pieces of a workspace.
 //
-// Glossary: a tile is a run of tokens in scan order; a chunk is a run of channels of one group, that one thread takes through time;
-// a block is LANES channels of a chunk, one vector. Tiles are stored [token][channel], states and A [block][state][lane].
+// Glossary: a tile is a run of tokens in scan order; a chunk is a run of channels of one group,
+// that one thread takes through time; a block is LANES channels of a chunk, one vector. Tiles are
+// stored [token][channel], states and A [block][state][lane].
 #pragma once
 #include "common.h"
 #include "vec.h"
@@ -14,7 +15,9 @@ struct Chunk {
   int blocks() const { return pitch / LANES; }
 };
 
-INLINE int64_t chunks_per_group(int64_t channels, int64_t groups, int chunk_width) { return (channels / groups + chunk_width - 1) / chunk_width; }
+INLINE int64_t chunks_per_group(int64_t channels, int64_t groups, int chunk_width) {
+  return (channels / groups + chunk_width - 1) / chunk_width;
+}
 
 INLINE Chunk chunk_at(int64_t index, int64_t channels, int64_t groups, int chunk_width) {
   int64_t per_group = chunks_per_group(channels, groups, chunk_width), size = channels / groups;
@@ -32,7 +35,8 @@ INLINE Rows scan_rows(const StormTensor& t, const StormSequence& q, bool reverse
 
 // Row `row` of batch entry `batch`, from channel `first` on.
 INLINE Rows row_at(const StormTensor& t, int64_t batch, int64_t row, const Chunk& c) {
-  return {(char*)t.data + element_size(t.dtype) * (batch * t.batch_stride + row * t.row_stride + c.first), 0, t.dtype, c.width};
+  return {(char*)t.data + element_size(t.dtype) * (batch * t.batch_stride + row * t.row_stride + c.first), 0,
+      t.dtype, c.width};
 }
 
 // Hands out 64-byte aligned pieces of a workspace; with a null workspace it only measures.
@@ -46,8 +50,10 @@ struct Arena {
   }
 };
 
-// Rows of `t` for `count` scanned tokens from `first` on. With a map, token l is row map[l], and a token mapped to -1 gives zeros.
-void load_token_rows(const StormTensor& t, const int64_t* map, const StormSequence& q, bool reverse, int64_t first, int count, const Chunk& c, float* to) {
+// Rows of `t` for `count` scanned tokens from `first` on. With a map, token l is row map[l], and a
+// token mapped to -1 gives zeros.
+void load_token_rows(const StormTensor& t, const int64_t* map, const StormSequence& q, bool reverse, int64_t first,
+    int count, const Chunk& c, float* to) {
   if (!map) return load_rows(scan_rows(t, q, reverse, c.first, c.width).skip(first), count, to, c.pitch);
   for (int i = 0; i < count; i++, to += c.pitch) {
     int64_t row = map[reverse ? q.length - 1 - (first + i) : first + i];
@@ -56,13 +62,15 @@ void load_token_rows(const StormTensor& t, const int64_t* map, const StormSequen
   }
 }
 
-// Halves a chunk's width until there are enough for the threads. Only for kernels whose channels do not depend on their chunk.
+// Halves a chunk's width until there are enough for the threads. Only for kernels whose channels do
+// not depend on their chunk.
 INLINE int narrowed(int width, int64_t sequences, int64_t channels, int64_t groups, int64_t threads) {
   while (width > LANES && sequences * groups * chunks_per_group(channels, groups, width) < 2 * threads) width /= 2;
   return width;
 }
 
-// Sums over tokens, which can be millions: plain over SUM_RUN of them, then a running sum with its rounding error carried along (Kahan).
+// Sums over tokens, which can be millions: plain over SUM_RUN of them, then a running sum with its
+// rounding error carried along (Kahan).
 constexpr int SUM_RUN = 4;
 INLINE void add_compensated(float* sum, float* error, vf value) {
   vf before = load(sum), corrected = value - load(error), after = before + corrected;

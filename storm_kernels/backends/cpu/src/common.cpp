@@ -63,7 +63,8 @@ StormSequence storm_sequence(const StormShape& shape, int64_t index) {
 
 bool storm_build_row_map(const StormReduction& r, StormRowMap* map) {
   int64_t k = r.temporal_pool, p = r.spatial_pool, stride = r.temporal_stride;
-  int64_t rows = ceil_div(r.height, p), columns = ceil_div(r.width, p), groups = ceil_div(ceil_div(r.frames, k), stride);
+  int64_t rows = ceil_div(r.height, p), columns = ceil_div(r.width, p),
+          groups = ceil_div(ceil_div(r.frames, k), stride);
   map->tokens = r.frames * r.height * r.width;
   map->reduced_tokens = groups * rows * columns;
   map->reduced = (int64_t*)malloc(map->tokens * sizeof(int64_t));
@@ -97,11 +98,13 @@ void storm_free_row_map(StormRowMap* map) {
 
 EXPORT int storm_checkpoint_interval(void) { return STORM_CHECKPOINT; }
 
-// Best first; a variant that the compiler could not build is absent from the library, which `loader.py` sees.
+// Best first; a variant that the compiler could not build is absent from the library, which
+// `loader.py` sees.
 EXPORT int storm_cpu_supports_avx512(void) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #else
   return 0;
 #endif

@@ -9,7 +9,8 @@ struct StormSequence {
   int64_t first_checkpoint;  // row of its first checkpoint
 };
 
-// For each token of the grid: the reduced row it is averaged into, and its place among the tokens that survive the sampling; -1 if dropped.
+// For each token of the grid: the reduced row it is averaged into, and its place among the tokens
+// that survive the sampling; -1 if dropped.
 struct StormRowMap {
   int64_t *reduced, *kept;
   float* count;  // per reduced row: the tokens it averages
@@ -21,13 +22,15 @@ StormSequence storm_sequence(const StormShape& shape, int64_t index);
 bool storm_build_row_map(const StormReduction& r, StormRowMap* map);
 void storm_free_row_map(StormRowMap* map);
 
-// The name of the first buffer that is absent or too small for what the call reads and writes there (fits.cpp); null if all fit.
+// The name of the first buffer that is absent or too small for what the call reads and writes there
+// (fits.cpp); null if all fit.
 const char* storm_refused_by_scan(const StormScan& a);
 const char* storm_refused_by_scan_backward(const StormScan& a, const StormScanGrads& grads);
 const char* storm_refused_by_conv(const StormConv& a);
 const char* storm_refused_by_reduce(const StormReduce& a);
 
-// Memory that nobody has written yet, to be freed with free(); a large piece on huge pages (backends/pages.py). Null if there is none.
+// Memory that nobody has written yet, to be freed with free(); a large piece on huge pages
+// (backends/pages.py). Null if there is none.
 void* storm_fresh(size_t bytes);
 
 // This thread's workspace, 64-byte aligned, kept for the next call; null if there is no memory.

@@ -1,5 +1,6 @@
-// Depthwise convolution over time, forward and backward, one filter or both directions from one read of x.
-// Positions are natural token indices of the sequence; those outside [0, length) hold the initial state on the filter's side, zeros elsewhere.
+// Depthwise convolution over time, forward and backward, one filter or both directions from one
+// read of x. Positions are natural token indices of the sequence; those outside [0, length) hold
+// the initial state on the filter's side, zeros elsewhere.
 #include <stdlib.h>
 
 #include "chunk.h"
@@ -11,9 +12,11 @@ constexpr int TILE = 8;            // tokens: a tile of x and one of y stay in t
 constexpr int CHUNK_WIDTH = 256;   // channels
 constexpr int64_t MOST_SLOTS = 16;  // runs of sequences whose weight gradients are summed apart, then in order
 
-// y[i] = then(bias + sum_k w[k] x[i + k step], i, channel) for `count` rows; x points at the row that meets w[0].
+// y[i] = then(bias + sum_k w[k] x[i + k step], i, channel) for `count` rows; x points at the row
+// that meets w[0].
 template <int TAPS, class Then>
-void filter_rows(const float* x, int step, const float* w, const float* bias, int taps_, int count, int pitch, float* y, Then then) {
+void filter_rows(const float* x, int step, const float* w, const float* bias, int taps_, int count, int pitch,
+    float* y, Then then) {
   const int taps = TAPS ? TAPS : taps_;
   for (int i = 0; i < count; i++)
     for (int j = 0; j < pitch; j += LANES) {
@@ -26,11 +29,14 @@ void filter_rows(const float* x, int step, const float* w, const float* bias, in
 }
 
 template <class Then>
-void filter_rows_any(const float* x, int step, const float* w, const float* bias, int taps, int count, int pitch, float* y, Then then) {
-  taps == 4 ? filter_rows<4>(x, step, w, bias, taps, count, pitch, y, then) : filter_rows<0>(x, step, w, bias, taps, count, pitch, y, then);
+void filter_rows_any(const float* x, int step, const float* w, const float* bias, int taps, int count, int pitch,
+    float* y, Then then) {
+  taps == 4 ? filter_rows<4>(x, step, w, bias, taps, count, pitch, y, then)
+            : filter_rows<0>(x, step, w, bias, taps, count, pitch, y, then);
 }
 
-// One thread's work: a chunk of channels of one sequence (forward) or of a slot of sequences (backward).
+// One thread's work: a chunk of channels of one sequence (forward) or of a slot of sequences
+// (backward).
 struct ConvWork {
   const StormConv& a;
   Chunk c;
@@ -73,7 +79,8 @@ struct ConvWork {
     }
   }
 
-  // Index into the initial state of a position outside the sequence, or -1 where it is not on the filter's side.
+  // Index into the initial state of a position outside the sequence, or -1 where it is not on the
+  // filter's side.
   int64_t state_tap(int64_t position) const {
     if (a.filter[0].reverse) return position >= q.length ? q.length + halo - 1 - position : -1;
     return position < 0 ? position + halo : -1;
@@ -82,22 +89,27 @@ struct ConvWork {
   // Rows of the sequence from position `from` on, outside ones too.
   void load_positions(int64_t from, int64_t count, float* to) {
     int64_t inside = from < 0 ? 0 : from, end = from + count < q.length ? from + count : q.length;
-    if (inside < end) load_rows(scan_rows(a.x, q, false, c.first, c.width).skip(inside), (int)(end - inside), to + (inside - from) * c.pitch, c.pitch);
+    if (inside < end)
+      load_rows(scan_rows(a.x, q, false, c.first, c.width).skip(inside), (int)(end - inside),
+          to + (inside - from) * c.pitch, c.pitch);
     for (int64_t i = 0; i < count; i++) {
       if (from + i >= 0 && from + i < q.length) continue;
       float* row = to + i * c.pitch;
       memset(row, 0, sizeof(float) * c.pitch);
       int64_t tap = a.initial_state.data ? state_tap(from + i) : -1;
       if (tap < 0) continue;
-      for (int e = 0; e < c.width; e++) row[e] = a.initial_state.data[((sequence * a.shape.channels) + c.first + e) * halo + tap];
+      for (int e = 0; e < c.width; e++)
+        row[e] = a.initial_state.data[((sequence * a.shape.channels) + c.first + e) * halo + tap];
     }
   }
 
-  // Filter f's output at `count` positions, before SiLU, by way of `then` into y; `tile` is the row of x that holds the first of them.
+  // Filter f's output at `count` positions, before SiLU, by way of `then` into y; `tile` is the row
+  // of x that holds the first of them.
   template <class Then>
   void apply(int f, const float* tile, int count, Then then) {
     bool reverse = a.filter[f].reverse;
-    filter_rows_any(tile + (reverse ? halo : -halo) * c.pitch, reverse ? -1 : 1, w[f], bias[f], taps, count, c.pitch, y, then);
+    filter_rows_any(
+        tile + (reverse ? halo : -halo) * c.pitch, reverse ? -1 : 1, w[f], bias[f], taps, count, c.pitch, y, then);
   }
 
   void run_forward() {
@@ -130,7 +142,8 @@ struct ConvWork {
     }
   }
 
-  // Gradients through filter f of the positions first ... first + count - 1: from the outputs they reach, the tile's and `halo` more on one side.
+  // Gradients through filter f of the positions first ... first + count - 1: from the outputs they
+  // reach, the tile's and `halo` more on one side.
   void run_backward_filter(int f, int64_t first, int count) {
     bool reverse = a.filter[f].reverse;
     int64_t from = reverse ? first - halo : first;
@@ -148,21 +161,25 @@ struct ConvWork {
     for (int i = 0; i < count; i++)
       for (int j = 0; j < c.pitch; j += LANES) {
         vf total = load(dx + i * c.pitch + j);
-        for (int k = 0; k < taps; k++) total += load(w[f] + k * c.pitch + j) * load(own + (i + (reverse ? k - halo : halo - k)) * c.pitch + j);
+        for (int k = 0; k < taps; k++)
+          total += load(w[f] + k * c.pitch + j) * load(own + (i + (reverse ? k - halo : halo - k)) * c.pitch + j);
         store(dx + i * c.pitch + j, total);
       }
   }
 
-  // The gradient of filter f's output at `count` positions from `from` on, zero outside the sequence, into dy.
+  // The gradient of filter f's output at `count` positions from `from` on, zero outside the
+  // sequence, into dy.
   void load_gradient(int f, int64_t from, int64_t count) {
     int64_t inside = from < 0 ? 0 : from, end = from + count < q.length ? from + count : q.length;
     memset(dy, 0, sizeof(float) * count * c.pitch);
     if (inside >= end) return;
-    load_rows(scan_rows(a.filter[f].out, q, false, c.first, c.width).skip(inside), (int)(end - inside), dy + (inside - from) * c.pitch, c.pitch);
+    load_rows(scan_rows(a.filter[f].out, q, false, c.first, c.width).skip(inside), (int)(end - inside),
+        dy + (inside - from) * c.pitch, c.pitch);
   }
 
-  // dw[k] += sum_i dy[i] x[i + k - halo], mirrored in reverse; dbias += sum_i dy[i]; `own` is the row of dy at the tile's first position.
-  // In float64, where the products are exact: millions of terms of either sign can leave a small sum.
+  // dw[k] += sum_i dy[i] x[i + k - halo], mirrored in reverse; dbias += sum_i dy[i]; `own` is the
+  // row of dy at the tile's first position. In float64, where the products are exact: millions of
+  // terms of either sign can leave a small sum.
   void add_to_sums(int f, const float* own, int count) {
     if (taps == 4) return add_taps<4, true>(f, own, count, 0);
     add_taps<1, true>(f, own, count, 0);
@@ -190,15 +207,18 @@ struct ConvWork {
     }
   }
 
-  // dx of the positions inside goes to the gradient of x, of those outside to that of the initial state.
+  // dx of the positions inside goes to the gradient of x, of those outside to that of the initial
+  // state.
   void write_dx(int64_t first, int count) {
     int64_t inside = first < 0 ? 0 : first, end = first + count < q.length ? first + count : q.length;
     if (a.grad_x.data && inside < end)
-      store_rows(scan_rows(a.grad_x, q, false, c.first, c.width).skip(inside), (int)(end - inside), dx + (inside - first) * c.pitch, c.pitch);
+      store_rows(scan_rows(a.grad_x, q, false, c.first, c.width).skip(inside), (int)(end - inside),
+          dx + (inside - first) * c.pitch, c.pitch);
     for (int i = 0; a.grad_initial_state.data && i < count; i++) {
       if (first + i >= 0 && first + i < q.length) continue;
       int64_t tap = state_tap(first + i);
-      for (int e = 0; tap >= 0 && e < c.width; e++) a.grad_initial_state.data[(sequence * a.shape.channels + c.first + e) * halo + tap] = dx[i * c.pitch + e];
+      for (int e = 0; tap >= 0 && e < c.width; e++)
+        a.grad_initial_state.data[(sequence * a.shape.channels + c.first + e) * halo + tap] = dx[i * c.pitch + e];
     }
   }
 
@@ -270,7 +290,8 @@ STORM_EXPORT(storm_conv)(StormConv* args) {
 STORM_EXPORT(storm_conv_backward)(StormConv* args) {
   if ((args->refused = storm_refused_by_conv(*args))) return STORM_REFUSED;
   const StormConv& a = *args;
-  int64_t sequences = storm_sequence_count(a.shape), slots = sequences < MOST_SLOTS ? sequences : MOST_SLOTS, per_slot = a.shape.channels * (a.taps + 1);
+  int64_t sequences = storm_sequence_count(a.shape), slots = sequences < MOST_SLOTS ? sequences : MOST_SLOTS,
+          per_slot = a.shape.channels * (a.taps + 1);
   double* all = (double*)storm_fresh(sizeof(double) * (a.filters * slots * per_slot + 1));
   if (!all) return STORM_NO_MEMORY;
   double *weights[2], *biases[2];

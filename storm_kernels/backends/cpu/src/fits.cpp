@@ -1,4 +1,5 @@
-// Whether the buffers of a call hold what the kernels read and write there: asked once at its start, whatever the instruction set.
+// Whether the buffers of a call hold what the kernels read and write there: asked once at its
+// start, whatever the instruction set.
 #include "common.h"
 
 namespace {
@@ -27,11 +28,17 @@ struct Fits {
     bool absent = !data && !count;
     require(wanted == 0 || (absent ? !needed : data && count >= wanted), name);
   }
-  void floats(const char* name, const StormFloats& t, int64_t wanted, bool needed) { elements(name, t.data, t.count, wanted, needed); }
-  void rows(const char* name, const StormTensor& t, int64_t batch, int64_t rows, int64_t groups, int64_t width, bool needed) {
+  void floats(const char* name, const StormFloats& t, int64_t wanted, bool needed) {
+    elements(name, t.data, t.count, wanted, needed);
+  }
+  void rows(const char* name, const StormTensor& t, int64_t batch, int64_t rows, int64_t groups, int64_t width,
+      bool needed) {
     bool empty = !batch || !rows || !groups || !width;
     require(t.batch_stride >= 0 && t.row_stride >= 0 && t.group_stride >= 0, name);
-    elements(name, t.data, t.count, empty ? 0 : (batch - 1) * t.batch_stride + (rows - 1) * t.row_stride + (groups - 1) * t.group_stride + width, needed);
+    elements(name, t.data, t.count,
+        empty ? 0
+              : (batch - 1) * t.batch_stride + (rows - 1) * t.row_stride + (groups - 1) * t.group_stride + width,
+        needed);
   }
   void sequences(const StormShape& s) {
     if (!s.cu_seqlens) return;
@@ -48,10 +55,13 @@ Fits scan_fits(const StormScan& a, bool backward) {
   const StormShape& s = a.shape;
   const bool reduced = a.reduction.frames;
   fits.sequences(s);
-  fits.require(!reduced || (!s.cu_seqlens && a.reduction.frames * a.reduction.height * a.reduction.width == s.length), "grid");
+  fits.require(
+      !reduced || (!s.cu_seqlens && a.reduction.frames * a.reduction.height * a.reduction.width == s.length),
+      "grid");
   fits.require(a.groups > 0 && s.channels % a.groups == 0, "groups");
   if (fits.refused) return fits;
-  int64_t chunks = s.cu_seqlens ? s.length / STORM_CHECKPOINT + s.sequences : s.batch * ceil_div(s.length, STORM_CHECKPOINT);
+  int64_t chunks =
+      s.cu_seqlens ? s.length / STORM_CHECKPOINT + s.sequences : s.batch * ceil_div(s.length, STORM_CHECKPOINT);
   for (int d = 0; d < a.directions; d++) {
     const StormDirection& one = a.direction[d];
     fits.rows(d ? "u_b" : "u", one.u, s.batch, s.length, 1, s.channels, NEEDED);
@@ -64,7 +74,8 @@ Fits scan_fits(const StormScan& a, bool backward) {
     fits.floats("checkpoints", one.checkpoints, chunks * a.states * s.channels, backward);
   }
   fits.rows("z", a.z, s.batch, a.z_is_kept && reduced ? kept_tokens(a.reduction) : s.length, 1, s.channels, OPTIONAL);
-  fits.rows(backward ? "gradient of out" : "out", a.out, s.batch, reduced ? reduced_tokens(a.reduction) : s.length, 1, s.channels, NEEDED);
+  fits.rows(backward ? "gradient of out" : "out", a.out, s.batch, reduced ? reduced_tokens(a.reduction) : s.length,
+      1, s.channels, NEEDED);
   fits.floats("initial_state", a.initial_state, storm_sequence_count(s) * s.channels * a.states, OPTIONAL);
   fits.floats("final_state", a.final_state, storm_sequence_count(s) * s.channels * a.states, OPTIONAL);
   return fits;
@@ -89,7 +100,8 @@ const char* storm_refused_by_scan_backward(const StormScan& a, const StormScanGr
   }
   if (fits.refused) return fits.refused;
   int64_t states = storm_sequence_count(s) * s.channels * a.states;
-  fits.rows("gradient of z", grads.z, s.batch, a.z_is_kept && a.reduction.frames ? kept_tokens(a.reduction) : s.length, 1, s.channels, OPTIONAL);
+  fits.rows("gradient of z", grads.z, s.batch,
+      a.z_is_kept && a.reduction.frames ? kept_tokens(a.reduction) : s.length, 1, s.channels, OPTIONAL);
   fits.floats("gradient of final_state", grads.final_state, states, OPTIONAL);
   fits.floats("gradient of initial_state", grads.initial_state, states, OPTIONAL);
   return fits.refused;

@@ -1,4 +1,5 @@
-// For tests and benchmarks: the elementary functions by themselves, and the rate of exp and its two multiply-adds with nothing else around.
+// For tests and benchmarks: the elementary functions by themselves, and the rate of exp and its two
+// multiply-adds with nothing else around.
 #include "vmath.h"
 
 namespace {
@@ -30,7 +31,8 @@ STORM_EXPORT(storm_probe_function)(int function, const float* in, float* out, in
   return -1;
 }
 
-// steps x 8 x LANES items of h = 2^(delta A) h + x, y += h c on each thread, all in registers where there are enough; returns the lanes.
+// steps x 8 x LANES items of h = 2^(delta A) h + x, y += h c on each thread, all in registers where
+// there are enough; returns the lanes.
 STORM_EXPORT(storm_probe_rate)(int64_t steps, int64_t threads, float* sink) {
   float total = 0.0f;
 #pragma omp parallel num_threads((int)threads) reduction(+ : total)

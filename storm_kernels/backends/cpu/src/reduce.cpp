@@ -1,4 +1,5 @@
-// Token reduction (docs/spec.md): averages over k frames and p x p tokens, of the pooled frames that the sampling keeps; and its gradient.
+// Token reduction (docs/spec.md): averages over k frames and p x p tokens, of the pooled frames
+// that the sampling keeps; and its gradient.
 #include "chunk.h"
 
 namespace {
@@ -10,7 +11,8 @@ bool average(const StormReduce& a, int64_t batch, int64_t frame, int64_t row, in
   const StormReduction& r = a.reduction;
   int64_t p = r.spatial_pool, t0 = frame * r.temporal_stride * r.temporal_pool;
   int64_t t1 = t0 + r.temporal_pool < r.frames ? t0 + r.temporal_pool : r.frames;
-  int64_t i1 = (row + 1) * p < r.height ? (row + 1) * p : r.height, j1 = (column + 1) * p < r.width ? (column + 1) * p : r.width;
+  int64_t i1 = (row + 1) * p < r.height ? (row + 1) * p : r.height,
+          j1 = (column + 1) * p < r.width ? (column + 1) * p : r.width;
   float count = (float)((t1 - t0) * (i1 - row * p) * (j1 - column * p));
   float* sum = (float*)storm_workspace(sizeof(float) * 2 * WIDTH);
   if (!sum) return false;
@@ -30,7 +32,8 @@ bool average(const StormReduce& a, int64_t batch, int64_t frame, int64_t row, in
   return true;
 }
 
-// The gradient of one token: its reduced token's, divided by the tokens averaged there; zero where dropped.
+// The gradient of one token: its reduced token's, divided by the tokens averaged there; zero where
+// dropped.
 bool spread(const StormReduce& a, const StormRowMap& map, int64_t batch, int64_t token) {
   float* row = (float*)storm_workspace(sizeof(float) * WIDTH);
   if (!row) return false;
@@ -54,7 +57,8 @@ STORM_EXPORT(storm_reduce)(StormReduce* args) {
   const StormReduce& a = *args;
   const StormReduction& r = a.reduction;
   int64_t frames = ceil_div(ceil_div(r.frames, r.temporal_pool), r.temporal_stride);
-  int64_t rows = ceil_div(r.height, r.spatial_pool), columns = ceil_div(r.width, r.spatial_pool), tokens = frames * rows * columns;
+  int64_t rows = ceil_div(r.height, r.spatial_pool), columns = ceil_div(r.width, r.spatial_pool),
+          tokens = frames * rows * columns;
   int failed = 0;
 #pragma omp parallel for num_threads((int)a.threads) schedule(static)
   for (int64_t item = 0; item < a.batch * tokens; item++) {

@@ -1,4 +1,5 @@
-// The two passes of the backward scan over one block and one tile: the states again, then the adjoint.
+// The two passes of the backward scan over one block and one tile: the states again, then the
+// adjoint.
 #pragma once
 #include "scan_tile.h"
 
@@ -52,7 +53,8 @@ void adjoint(const Block& b, int64_t first) {
   for (int i = b.count - 1; i >= 0; i--) {
     const int64_t at = (i * b.states + first) * LANES, next = at + b.states * LANES;
     const float *B = b.B + i * b.bc_pitch + first, *C = b.C + i * b.bc_pitch + first;
-    const vf delta = load(b.delta + i * b.pitch), delta_u = delta * load(b.u + i * b.pitch), dy = load(b.dy + i * b.pitch);
+    const vf delta = load(b.delta + i * b.pitch), delta_u = delta * load(b.u + i * b.pitch),
+             dy = load(b.dy + i * b.pitch);
     vf d_input = {}, d_delta = {};
 #pragma GCC unroll 4
     for (int n = 0; n < COUNT; n++) {

@@ -1,7 +1,9 @@
-// Backward selective scan. A tile is the run of tokens between two checkpoints: its states are recomputed from the first, then the adjoint
+// Backward selective scan. A tile is the run of tokens between two checkpoints: its states are
+// recomputed from the first, then the adjoint
 //   g_i = dy_i C_i + exp(delta_{i+1} A) g_{i+1}      (gradient of the state after token i)
-// runs through it from the end. Sums over channels (dB, dC) go through one partial per chunk, sums over tokens (dA, dD, d delta_bias) through
-// one per slot of sequences; both are added up in a fixed order that depends on shapes only, so results do not depend on the threads.
+// runs through it from the end. Sums over channels (dB, dC) go through one partial per chunk, sums
+// over tokens (dA, dD, d delta_bias) through one per slot of sequences; both are added up in a
+// fixed order that depends on shapes only, so results do not depend on the threads.
 #include <stdlib.h>
 
 #include <initializer_list>
@@ -61,8 +63,14 @@ struct BackwardWork {
   float *g;                                         // [block][state][lane]
   float* first_y;  // [token of the sequence][pitch]: the first direction's y, for the gradient of the gate; else null
 
-  BackwardWork(const StormScan& args, const StormScanGrads& to, const StormRowMap* row_map, const Partials& shared, const Layout& cut, int64_t chunk_index)
-      : a(args), grads(to), map(row_map), partials(shared), chunk(chunk_index), c(chunk_at(chunk, a.shape.channels, a.groups, cut.width)) {}
+  BackwardWork(const StormScan& args, const StormScanGrads& to, const StormRowMap* row_map, const Partials& shared,
+      const Layout& cut, int64_t chunk_index)
+      : a(args),
+        grads(to),
+        map(row_map),
+        partials(shared),
+        chunk(chunk_index),
+        c(chunk_at(chunk, a.shape.channels, a.groups, cut.width)) {}
 
   void take(Arena& arena, int64_t longest) {
     size_t plane = size_t(TILE) * c.pitch, per_block = size_t(TILE) * a.states * LANES;
@@ -120,7 +128,8 @@ struct BackwardWork {
 
   int64_t token(bool reverse, int64_t i) const { return reverse ? q.length - 1 - i : i; }
 
-  // dout: of the gated output's rows, spread over the tokens they average; dy: of the direction's own y.
+  // dout: of the gated output's rows, spread over the tokens they average; dy: of the direction's
+  // own y.
   void load_output_gradient(bool reverse, int64_t first, int count) {
     load_token_rows(a.out, map ? map->reduced : nullptr, q, reverse, first, count, c, dout);
     if (map)
@@ -130,7 +139,8 @@ struct BackwardWork {
         for (int j = i * c.pitch; j < (i + 1) * c.pitch; j += LANES) store(dout + j, load(dout + j) / count_of_row);
       }
     if (a.z.data) load_token_rows(a.z, a.z_is_kept ? map->kept : nullptr, q, reverse, first, count, c, gate);
-    for (int j = 0; j < count * c.pitch; j += LANES) store(dy + j, a.z.data ? load(dout + j) * silu(load(gate + j)) : load(dout + j));
+    for (int j = 0; j < count * c.pitch; j += LANES)
+      store(dy + j, a.z.data ? load(dout + j) * silu(load(gate + j)) : load(dout + j));
   }
 
   void run_blocks(int d, int64_t index, int count) {
@@ -142,8 +152,9 @@ struct BackwardWork {
     memset(sum_C, 0, per_block);
     for (int j = 0; j < c.pitch; j += LANES) {
       int64_t at = j * a.states;
-      Block b = {tile.delta + j, tile.u + j, dy + j, tile.B, tile.C, p.A + at, p.unit[j / LANES], h, decay, grads.z.data ? y + j : nullptr, sum_B, sum_C,
-                 g + at, d_input + j, d_delta + j, sums[d].A + at, sums[d].A_error + at, c.pitch, c.pitch, tile.bc_pitch, count, a.states};
+      Block b = {tile.delta + j, tile.u + j, dy + j, tile.B, tile.C, p.A + at, p.unit[j / LANES], h, decay,
+          grads.z.data ? y + j : nullptr, sum_B, sum_C, g + at, d_input + j, d_delta + j, sums[d].A + at,
+          sums[d].A_error + at, c.pitch, c.pitch, tile.bc_pitch, count, a.states};
       read_checkpoint(a.direction[d], index, j);
       bool decay = decays_only(b.delta, c.pitch, count, load(p.lowest + j), load(p.highest + j));
       decay ? recompute<true>(b) : recompute<false>(b);
@@ -163,12 +174,14 @@ struct BackwardWork {
       for (; s + 4 <= end; s += 4) adjoint<4>(part, s);
       for (; s < end; s++) adjoint<1>(part, s);
       for (int n = 0; n < 2; n++)
-        for (int i = 0; i < b.count; i++) store(totals[n] + i * b.pitch, load(totals[n] + i * b.pitch) + load(run[n] + i * LANES));
+        for (int i = 0; i < b.count; i++)
+          store(totals[n] + i * b.pitch, load(totals[n] + i * b.pitch) + load(run[n] + i * LANES));
     }
   }
 
   void read_checkpoint(const StormDirection& direction, int64_t index, int j) {
-    const float* from = direction.checkpoints.data + (q.first_checkpoint + index) * a.states * a.shape.channels + c.first + j;
+    const float* from =
+        direction.checkpoints.data + (q.first_checkpoint + index) * a.states * a.shape.channels + c.first + j;
     int width = c.width - j < LANES ? c.width - j : LANES;
     for (int64_t s = 0; s < a.states; s++, from += a.shape.channels) {
       float lanes[LANES] = {};
@@ -200,7 +213,8 @@ struct BackwardWork {
     bool reverse = a.direction[d].reverse;
     const StormDirectionGrads& to = grads.direction[d];
     if (to.u.data) store_rows(scan_rows(to.u, q, reverse, c.first, c.width).skip(first), count, d_input, c.pitch);
-    if (to.delta.data) store_rows(scan_rows(to.delta, q, reverse, c.first, c.width).skip(first), count, d_delta, c.pitch);
+    if (to.delta.data)
+      store_rows(scan_rows(to.delta, q, reverse, c.first, c.width).skip(first), count, d_delta, c.pitch);
   }
 
   void write_partial_BC(int d, int64_t first, int count) {
@@ -244,7 +258,8 @@ struct BackwardWork {
 };
 
 // dB and dC of one token and group: the partials of the group's chunks, first to last.
-void add_chunks(const StormScan& a, const StormDirectionGrads& to, const float* partial, const Layout& cut, int64_t row, int64_t group, float* total) {
+void add_chunks(const StormScan& a, const StormDirectionGrads& to, const float* partial, const Layout& cut,
+    int64_t row, int64_t group, float* total) {
   int64_t tokens = a.shape.batch * a.shape.length, per_group = cut.chunks / a.groups, width = 2 * a.states;
   memset(total, 0, sizeof(float) * width);
   for (int64_t chunk = group * per_group; chunk < (group + 1) * per_group; chunk++) {
@@ -262,7 +277,8 @@ void add_chunks(const StormScan& a, const StormDirectionGrads& to, const float* 
 }
 
 // The whole call, given its partial sums.
-int run_backward(const StormScan& a, const StormScanGrads& grads, const StormRowMap* map, const Partials& partials, const Layout& cut) {
+int run_backward(const StormScan& a, const StormScanGrads& grads, const StormRowMap* map, const Partials& partials,
+    const Layout& cut) {
   int failed = 0;
 #pragma omp parallel num_threads((int)a.shape.threads)
   {
@@ -284,7 +300,8 @@ int run_backward(const StormScan& a, const StormScanGrads& grads, const StormRow
       if (!partials.BC[d]) continue;
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < a.shape.batch * a.shape.length; row++)
-        for (int64_t group = 0; total && group < a.groups; group++) add_chunks(a, grads.direction[d], partials.BC[d], cut, row, group, total);
+        for (int64_t group = 0; total && group < a.groups; group++)
+          add_chunks(a, grads.direction[d], partials.BC[d], cut, row, group, total);
     }
     storm_trim_workspace();
   }
@@ -309,7 +326,8 @@ STORM_EXPORT(storm_scan_backward)(StormScan* args, const StormScanGrads* grads) 
     partials.D[d] = partials.A[d] + per_slot * a.states;
     partials.bias[d] = partials.D[d] + per_slot;
   }
-  int status = allocated ? run_backward(a, *grads, a.reduction.frames ? &map : nullptr, partials, cut) : (int)STORM_NO_MEMORY;
+  int status = allocated ? run_backward(a, *grads, a.reduction.frames ? &map : nullptr, partials, cut)
+                         : (int)STORM_NO_MEMORY;
   for (int d = 0; d < a.directions; d++) {
     if (status == STORM_OK) {
       add_slots(grads->direction[d].A.data, partials.A[d], cut.slots, a.shape.channels * a.states);

@@ -1,11 +1,13 @@
-// Forward selective scan (docs/spec.md, Mixer): sequential in time, channels across lanes, the states of a block in registers.
-// One thread takes a chunk of channels of one sequence through all its tokens, first in one direction, then in the other.
+// Forward selective scan (docs/spec.md, Mixer): sequential in time, channels across lanes, the
+// states of a block in registers. One thread takes a chunk of channels of one sequence through all
+// its tokens, first in one direction, then in the other.
 #include "scan_tile.h"
 
 namespace {
 
 constexpr int TILE = 32;          // tokens; delta, u and y of a chunk stay in the first-level cache
-constexpr int CHUNK_WIDTH = 64;   // channels: whole cache lines of every row, and B and C converted once for many blocks
+// Channels: whole cache lines of every row, and B and C converted once for many blocks
+constexpr int CHUNK_WIDTH = 64;
 
 // A block's columns of rows that will be wanted soon.
 struct Soon {
@@ -34,7 +36,8 @@ void scan_block(const Block& b) {
   for (int i = 0; i < b.count; i++) {
 #pragma GCC unroll 4
     for (const Soon& rows : b.soon) __builtin_prefetch(rows.data + i * rows.step);
-    const vf delta = load(b.delta + i * b.pitch), u = load(b.u + i * b.pitch), delta_u = delta * u, rate = DECAY ? delta : delta * b.unit;
+    const vf delta = load(b.delta + i * b.pitch), u = load(b.u + i * b.pitch), delta_u = delta * u,
+             rate = DECAY ? delta : delta * b.unit;
     const float *B = b.B + i * b.bc_pitch, *C = b.C + i * b.bc_pitch;
     vf even = {}, odd = {}, y = {};
     auto step = [&](int64_t s, vf h) INLINE_LAMBDA {
@@ -77,7 +80,9 @@ struct ScanWork {
   Parameters p;
   Tile tile;
   float *y, *gate, *h;
-  float* sums;  // float32 rows [row][pitch]: reduced sums, or the first direction's y where `out` cannot hold it; else null
+  // float32 rows [row][pitch]: reduced sums, or the first direction's y where `out` cannot hold it;
+  // else null
+  float* sums;
 
   ScanWork(const StormScan& args, const StormRowMap* row_map) : a(args), map(row_map) {}
 
@@ -112,7 +117,8 @@ struct ScanWork {
     ScanRows rows = direction_rows(direction, q, c, a.states);
     for (int64_t first = 0; first < q.length; first += TILE) {
       int count = (int)(q.length - first < TILE ? q.length - first : TILE);
-      if (direction.checkpoints.data && first % STORM_CHECKPOINT == 0) write_checkpoint(direction, first / STORM_CHECKPOINT);
+      if (direction.checkpoints.data && first % STORM_CHECKPOINT == 0)
+        write_checkpoint(direction, first / STORM_CHECKPOINT);
       load_tile(tile, rows, first, count, c, p, a.softplus);
       bool with_y = !map || any_survives(direction.reverse, first, count);
       scan_tile(rows, d, first, count, with_y);
@@ -135,7 +141,9 @@ struct ScanWork {
     return false;
   }
 
-  Rows out_rows(bool reverse, int64_t first) const { return scan_rows(a.out, q, reverse, c.first, c.width).skip(first); }
+  Rows out_rows(bool reverse, int64_t first) const {
+    return scan_rows(a.out, q, reverse, c.first, c.width).skip(first);
+  }
   // Where the first direction's y waits for the other's.
   Rows partial_rows(bool reverse, int64_t first) const {
     if (!sums) return out_rows(reverse, first);
@@ -150,14 +158,16 @@ struct ScanWork {
     if (a.z.data && !a.z_is_kept && (map || last)) z = scan_rows(a.z, q, reverse, c.first, c.width).skip(first);
     for (int j = 0; j < c.pitch; j += LANES) {
       auto soon = [j](const Rows& r) { return Soon{r.data + j * element_size(r.dtype), r.step}; };
-      Block b = {tile.delta + j, tile.u + j, tile.B, tile.C, p.A + j * a.states, p.has_D ? p.D + j : nullptr, y + j, h + j * a.states,
-                 p.unit[j / LANES], c.pitch, tile.bc_pitch, count, a.states, {soon(u), soon(delta), soon(y_to), soon(z)}};
+      Block b = {tile.delta + j, tile.u + j, tile.B, tile.C, p.A + j * a.states, p.has_D ? p.D + j : nullptr, y + j,
+          h + j * a.states, p.unit[j / LANES], c.pitch, tile.bc_pitch, count, a.states,
+          {soon(u), soon(delta), soon(y_to), soon(z)}};
       bool decay = decays_only(b.delta, c.pitch, count, load(p.lowest + j), load(p.highest + j));
       a.states == 16 ? scan_block_any<16>(b, with_y, decay) : scan_block_any<0>(b, with_y, decay);
     }
   }
 
-  // Adds the other direction, gates, and writes or accumulates a tile's y. Reduced sums are linear in y, so each direction gates its own.
+  // Adds the other direction, gates, and writes or accumulates a tile's y. Reduced sums are linear
+  // in y, so each direction gates its own.
   void emit(int d, int64_t first, int count) {
     const StormDirection& direction = a.direction[d];
     bool reverse = direction.reverse, last = d == a.directions - 1;

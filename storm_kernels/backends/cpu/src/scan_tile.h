@@ -1,11 +1,13 @@
-// What the forward and the backward scan share: parameters, states and the inputs of one tile of tokens.
+// What the forward and the backward scan share: parameters, states and the inputs of one tile of
+// tokens.
 #pragma once
 #include "chunk.h"
 #include "vmath.h"
 
 namespace {
 
-// Over more states than these, sums go in two steps, so that rounding does not grow with the number of states.
+// Over more states than these, sums go in two steps, so that rounding does not grow with the number
+// of states.
 constexpr int64_t STATE_RUN = 32;
 
 // One direction's parameters for one chunk.
@@ -28,7 +30,9 @@ struct Parameters {
 
 INLINE float times_log2e(float a) { return (float)(a * 1.4426950408889634); }
 
-INLINE int64_t state_index(int channel, int64_t state, int64_t states) { return (channel / LANES * states + state) * LANES + channel % LANES; }
+INLINE int64_t state_index(int channel, int64_t state, int64_t states) {
+  return (channel / LANES * states + state) * LANES + channel % LANES;
+}
 
 void load_parameters(Parameters& p, const StormDirection& d, const Chunk& c, int64_t states) {
   p.has_D = d.D.data != nullptr;
@@ -75,7 +79,8 @@ struct ScanRows {
 
 INLINE ScanRows direction_rows(const StormDirection& d, const StormSequence& q, const Chunk& c, int64_t states) {
   return {scan_rows(d.u, q, d.reverse, c.first, c.width), scan_rows(d.delta, q, d.reverse, c.first, c.width),
-          scan_rows(d.B, q, d.reverse, c.group * d.B.group_stride, (int)states), scan_rows(d.C, q, d.reverse, c.group * d.C.group_stride, (int)states)};
+      scan_rows(d.B, q, d.reverse, c.group * d.B.group_stride, (int)states),
+      scan_rows(d.C, q, d.reverse, c.group * d.C.group_stride, (int)states)};
 }
 
 // A tile's inputs in float32.
@@ -94,7 +99,8 @@ struct Tile {
   }
 };
 
-void load_tile(Tile& tile, const ScanRows& rows, int64_t first, int count, const Chunk& c, const Parameters& p, bool with_softplus) {
+void load_tile(Tile& tile, const ScanRows& rows, int64_t first, int count, const Chunk& c, const Parameters& p,
+    bool with_softplus) {
   load_rows(rows.delta.skip(first), count, tile.delta, c.pitch);
   load_rows(rows.u.skip(first), count, tile.u, c.pitch);
   load_rows(rows.B.skip(first), count, tile.B, tile.bc_pitch);
@@ -108,7 +114,8 @@ void load_tile(Tile& tile, const ScanRows& rows, int64_t first, int count, const
     }
 }
 
-// Whether every exponent delta * A of this block stays in the range of exp2_in_range; then its unit is 1.
+// Whether every exponent delta * A of this block stays in the range of exp2_in_range; then its unit
+// is 1.
 INLINE bool decays_only(const float* delta, int pitch, int count, vf lowest, vf highest) {
   vi inside = vi{} - 1;
   for (int i = 0; i < count; i++) {

@@ -1,5 +1,6 @@
-// Vectors of LANES floats on the compiler's vector extensions, and rows of float32, bfloat16 or float16 to and from them.
-// Everything is in an unnamed namespace: each instruction-set variant keeps its own copy, so the linker cannot mix them.
+// Vectors of LANES floats on the compiler's vector extensions, and rows of float32, bfloat16 or
+// float16 to and from them. Everything is in an unnamed namespace: each instruction-set variant
+// keeps its own copy, so the linker cannot mix them.
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -69,7 +70,8 @@ INLINE float sum(vf v) {
   return a[0];
 }
 
-// One element type: how LANES of them become float32 and back. Rounding is to nearest, ties to even, as PyTorch's.
+// One element type: how LANES of them become float32 and back. Rounding is to nearest, ties to
+// even, as PyTorch's.
 struct Float32 {
   typedef float type;
   static INLINE vf widen(const void* p) { return load((const float*)p); }
@@ -125,7 +127,9 @@ struct Rows {
 INLINE int64_t element_size(int64_t dtype) { return dtype == STORM_FLOAT32 ? 4 : 2; }
 
 // Asks for the line of memory that holds channel `j` of row `i`.
-INLINE void prefetch(const Rows& rows, int i, int j) { __builtin_prefetch(rows.data + i * rows.step + j * element_size(rows.dtype)); }
+INLINE void prefetch(const Rows& rows, int i, int j) {
+  __builtin_prefetch(rows.data + i * rows.step + j * element_size(rows.dtype));
+}
 
 template <class T>
 INLINE void load_rows_as(Rows rows, int count, float* to, int pitch) {
@@ -154,14 +158,16 @@ INLINE void store_rows_as(Rows rows, int count, const float* from, int pitch) {
   }
 }
 
-// To float32 rows `pitch` floats apart (pitch a multiple of LANES, at least width), with zeros past width.
+// To float32 rows `pitch` floats apart (pitch a multiple of LANES, at least width), with zeros past
+// width.
 void load_rows(Rows rows, int count, float* to, int pitch) {
   if (rows.dtype == STORM_FLOAT32) load_rows_as<Float32>(rows, count, to, pitch);
   else if (rows.dtype == STORM_BFLOAT16) load_rows_as<BFloat16>(rows, count, to, pitch);
   else load_rows_as<Float16>(rows, count, to, pitch);
 }
 
-// From float32 rows `pitch` floats apart; writes width elements of each row and nothing beside them.
+// From float32 rows `pitch` floats apart; writes width elements of each row and nothing beside
+// them.
 void store_rows(Rows rows, int count, const float* from, int pitch) {
   if (rows.dtype == STORM_FLOAT32) store_rows_as<Float32>(rows, count, from, pitch);
   else if (rows.dtype == STORM_BFLOAT16) store_rows_as<BFloat16>(rows, count, from, pitch);

@@ -1,7 +1,10 @@
-// What the scan's backward is built of: arguments, shared memory, and how a lane finds its share of arrays there and in device memory.
+// What the scan's backward is built of: arguments, shared memory, and how a lane finds its share of
+// arrays there and in device memory.
 //
-// Defined by the launch code (scan_backward.py) besides scan.cuh's names: GY_T (format of dL/dy); SOFTPLUS; PAIRED: channels come in aligned pairs,
-// states too; TILE: tokens whose B and C are prepared together, GROUP or CHUNK; BATCH: tokens between two elementwise steps, at most STATE_LANES.
+// Defined by the launch code (scan_backward.py) besides scan.cuh's names: GY_T (format of dL/dy);
+// SOFTPLUS; PAIRED: channels come in aligned pairs, states too; TILE: tokens whose B and C are
+// prepared together, GROUP or CHUNK; BATCH: tokens between two elementwise steps, at most
+// STATE_LANES.
 #pragma once
 #include "scan.cuh"
 
@@ -47,19 +50,23 @@ constexpr int GROUPS = CHUNK / GROUP;
 constexpr int RUN = LANE_STATES < 4 ? LANE_STATES : 4;         // floats moved at once
 constexpr int RUNS = 2 * LANE_STATES / RUN;                    // of a lane's dB and dC
 constexpr int GROUP_FLOATS = GROUP * 2 * STATES;               // of dB and dC
-constexpr int PIECE = GROUP_FLOATS / THREADS < 1 ? 1 : GROUP_FLOATS / THREADS < RUN ? GROUP_FLOATS / THREADS : RUN;  // that a thread writes at once
+// That a thread writes at once
+constexpr int PIECE = GROUP_FLOATS / THREADS < 1 ? 1 : GROUP_FLOATS / THREADS < RUN ? GROUP_FLOATS / THREADS : RUN;
 constexpr int OUTPUTS = BATCH * RUNS * STATE_LANES;            // runs of a warp's dB and dC in a batch
 constexpr int LIVE = OUTPUTS < 32 ? OUTPUTS : 32;               // lanes that add them up, in 32 / LIVE pieces
 constexpr int PARTS = CHANNEL_LANES * LIVE / 32 > 1 ? CHANNEL_LANES * LIVE / 32 : 1;  // a piece
-constexpr int ROW = OUTPUTS * RUN + (RUN == 4 ? RUN : 1);      // padded: the lanes of one output write without a bank conflict
+// Padded: the lanes of one output write without a bank conflict
+constexpr int ROW = OUTPUTS * RUN + (RUN == 4 ? RUN : 1);
 
-// A warp's sums of dB and dC. Where a lane has one run of each, an output's first part and its sum are equally far from the beginnings of the two.
+// A warp's sums of dB and dC. Where a lane has one run of each, an output's first part and its sum
+// are equally far from the beginnings of the two.
 struct WarpSums {
     __align__(16) float state[CHANNEL_LANES][ROW];             // each lane's part of dB and dC of a batch
     __align__(16) float BC[GROUP][2 * STATES];                 // dB and dC, summed over the warp's channels
 };
 
-// A pair's bias and D lie together, for one load, but on sm_100: there the pair of them spills a register.
+// A pair's bias and D lie together, for one load, but on sm_100: there the pair of them spills a
+// register.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr bool TOGETHER = false;
 #else
@@ -70,7 +77,8 @@ __device__ __forceinline__ int term_at(int which, int c) {
 }
 
 struct Shared {
-    __align__(16) float saved[GROUPS][RUNS][THREADS][RUN];     // states before each group: a thread reads back what it wrote
+    // States before each group: a thread reads back what it wrote
+    __align__(16) float saved[GROUPS][RUNS][THREADS][RUN];
     __align__(16) float4 step[CHUNK][BLOCK_CHANNELS / PAIR];   // a pair's log2(e) delta, and its delta u
     __align__(16) float B[TILE][STATES];
     __align__(16) float C[TILE][STATES];
@@ -78,10 +86,12 @@ struct Shared {
     __align__(16) WarpSums warp[WARPS];
     __align__(16) float gy[BATCH][BLOCK_CHANNELS];             // dL/dy
     __align__(16) float terms[2 * BLOCK_CHANNELS];             // each channel's bias and D, at term_at()
-    __align__(16) float row_sums[THREADS][2 * PAIR];           // a chunk's share of each lane's gradients of D and the bias
+    // A chunk's share of each lane's gradients of D and the bias
+    __align__(16) float row_sums[THREADS][2 * PAIR];
     Sum dD[PAIR][THREADS];                                     // each lane's own, like the bias's
     Sum dbias[PAIR][THREADS];
-    __align__(16) const B_T* B_rows;                           // of the sequence's token at position 0; kept here for want of registers
+    // Of the sequence's token at position 0; kept here for want of registers
+    __align__(16) const B_T* B_rows;
     const C_T* C_rows;
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "scan_backward.py counts the same");
@@ -120,7 +130,8 @@ __device__ __forceinline__ void load_runs(float (&v)[ITEMS], const float* from, 
     for (int i = 0; i < ITEMS; i++) v[i] = 0.0f;
 #pragma unroll
     for (int r = 0; r < RUNS; r++)
-        if (r * RUN / LANE_STATES < channels) load_floats(v, r * RUN, from + r * RUN / LANE_STATES * D_STATE + state + r * RUN % LANE_STATES);
+        if (r * RUN / LANE_STATES < channels)
+            load_floats(v, r * RUN, from + r * RUN / LANE_STATES * D_STATE + state + r * RUN % LANE_STATES);
 }
 
 // A pair as it comes from memory: unpacked when it is used, so that nothing waits for it before.
@@ -137,7 +148,9 @@ struct Two<float> {
     __device__ __forceinline__ float first() const { return value.x; }
 };
 __device__ __forceinline__ float2 unpacked(Two<float> x) { return x.value; }
-__device__ __forceinline__ float2 unpacked(Two<bf16> x) { return make_float2(bits_to_float(x.bits << 16), bits_to_float(x.bits & 0xffff0000u)); }
+__device__ __forceinline__ float2 unpacked(Two<bf16> x) {
+    return make_float2(bits_to_float(x.bits << 16), bits_to_float(x.bits & 0xffff0000u));
+}
 __device__ __forceinline__ float2 unpacked(Two<fp16> x) {
     return make_float2(to_float(fp16{(unsigned short)x.bits}), to_float(fp16{(unsigned short)(x.bits >> 16)}));
 }
@@ -187,7 +200,8 @@ struct Offsets {
         pair = pinned((uint32)at.channel * 8);
         states = pinned((uint32)at.state * 4);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-        own = sizeof(U_T) < 4 ? threadIdx.x * 16 : pinned(threadIdx.x * 16);  // NVRTC 13.0, of torch 2.12 to 2.14, spills 16 bytes any other way
+        // NVRTC 13.0, of torch 2.12 to 2.14, spills 16 bytes any other way
+        own = sizeof(U_T) < 4 ? threadIdx.x * 16 : pinned(threadIdx.x * 16);
 #else
         own = pinned(threadIdx.x * 16);
 #endif
@@ -196,7 +210,9 @@ struct Offsets {
         output = pinned(warp * (uint32)sizeof(WarpSums) + (lane / LIVE * PARTS * ROW + lane % LIVE * RUN) * 4);
         const uint32 run = lane % LIVE / STATE_LANES, n = lane % STATE_LANES * LANE_STATES + run % (RUNS / 2) * RUN;
         sum = output;
-        if (RUNS > 2) sum = warp * (uint32)sizeof(WarpSums) + (run / RUNS * 2 * STATES + run % RUNS / (RUNS / 2) * STATES + n) * 4;
+        if (RUNS > 2)
+            sum = warp * (uint32)sizeof(WarpSums) +
+                  (run / RUNS * 2 * STATES + run % RUNS / (RUNS / 2) * STATES + n) * 4;
         step = lane / CHANNEL_LANES * BLOCK_CHANNELS * 8 + pair;
     }
 };

@@ -1,5 +1,6 @@
-// Sums of a reduction: in shared memory, [cells][BLOCK_CHANNELS], those of one pooled group at a time. The frames of a group follow each other in
-// either order: when another group begins, all its cells are complete.
+// Sums of a reduction: in shared memory, [cells][BLOCK_CHANNELS], those of one pooled group at a
+// time. The frames of a group follow each other in either order: when another group begins, all its
+// cells are complete.
 #pragma once
 #include "tile.cuh"
 
@@ -14,7 +15,8 @@ struct OpenCells {
     int begin;                // first cell of the open group; far below 0 if none is
     int own;                  // bytes from the sums to this thread's channels of what would be cell 0
     const TokenEntry* entry;  // of this thread's first token of the tile
-    int64 next, step;         // bytes from there to that of the token after it in scan order, and to that of the next tile
+    // Bytes from there to that of the token after it in scan order, and to that of the next tile
+    int64 next, step;
 
     __device__ __forceinline__ OpenCells(float* memory, const Problem& p, const Share& s, const Quad& at)
         : sums(memory), begin(-0x7fffffff - 1), own(0) {
@@ -23,7 +25,9 @@ struct OpenCells {
         step = held(next * TILE);
     }
 
-    __device__ __forceinline__ bool holds(int cell, const Reduced& r) const { return (uint32)cell - (uint32)begin < (uint32)r.cells; }
+    __device__ __forceinline__ bool holds(int cell, const Reduced& r) const {
+        return (uint32)cell - (uint32)begin < (uint32)r.cells;
+    }
 
     // Writes the group that is open, if one is; every thread those sums that it has zeroed.
     __device__ __forceinline__ void close(const Reduced& r, const Problem& p, const Share& s) {
@@ -32,7 +36,8 @@ struct OpenCells {
 #pragma unroll 1
             for (int i = threadIdx.x; i < r.cells * BLOCK_CHANNELS; i += THREADS)
                 if (i % BLOCK_CHANNELS < s.channels)
-                    r.partial[(s.batch * p.out_rows + begin + i / BLOCK_CHANNELS) * p.channels + s.channel + i % BLOCK_CHANNELS] = sums[i];
+                    r.partial[(s.batch * p.out_rows + begin + i / BLOCK_CHANNELS) * p.channels + s.channel +
+                              i % BLOCK_CHANNELS] = sums[i];
     }
     // Opens the group of `cell` in place of what is open.
     __device__ __forceinline__ void open(const Reduced& r, const Problem& p, const Share& s, const Quad& at, int cell) {
@@ -44,8 +49,10 @@ struct OpenCells {
         for (int i = threadIdx.x; i < r.cells * BLOCK_CHANNELS; i += THREADS) sums[i] = 0.0f;
         __syncthreads();
     }
-    // Opens the group of `cell`, which the step before left open if `before`, the cell of its last token, is of that group too.
-    __device__ __forceinline__ void resume(const Reduced& r, const Problem& p, const Share& s, const Quad& at, int cell, int before) {
+    // Opens the group of `cell`, which the step before left open if `before`, the cell of its last
+    // token, is of that group too.
+    __device__ __forceinline__ void resume(
+        const Reduced& r, const Problem& p, const Share& s, const Quad& at, int cell, int before) {
         open(r, p, s, at, cell);
         if (!holds(before, r)) return;
         const float* rows = r.partial + (s.batch * p.out_rows + begin) * p.channels + s.channel;
@@ -65,7 +72,8 @@ struct OpenCells {
         __syncthreads();
     }
 
-    // A usual tile's entries: all its tokens are of the open group, and each thread's in cells of its own.
+    // A usual tile's entries: all its tokens are of the open group, and each thread's in cells of
+    // its own.
     __device__ __forceinline__ void load(uint4 (&entries)[2]) const {
         entries[0] = *(const uint4*)entry;
         entries[1] = *(const uint4*)((const char*)entry + next);
@@ -77,19 +85,20 @@ struct OpenCells {
             float4& sum = *(float4*)past(sums, (int)((uint32)own + entries[j].x * ROW));
             const float weight = bits_to_float(entries[j].z);
             const float4 before = sum;
-            sum = make_float4(fmaf(y[j][0], weight, before.x), fmaf(y[j][1], weight, before.y), fmaf(y[j][2], weight, before.z),
-                              fmaf(y[j][3], weight, before.w));
+            sum = make_float4(fmaf(y[j][0], weight, before.x), fmaf(y[j][1], weight, before.y),
+                fmaf(y[j][2], weight, before.z), fmaf(y[j][3], weight, before.w));
         }
     }
 
     __device__ __forceinline__ void next_tile() { entry = (const TokenEntry*)((const char*)entry + step); }
 
     // Any tile: token by token, each channel one thread's.
-    __device__ __forceinline__ void add_each(const float (&y)[2][QUAD], Shared& shared, const TokenEntry* map, const Quad& at, int tokens,
-                                             const Reduced& r, const Problem& p, const Share& s) {
+    __device__ __forceinline__ void add_each(const float (&y)[2][QUAD], Shared& shared, const TokenEntry* map,
+        const Quad& at, int tokens, const Reduced& r, const Problem& p, const Share& s) {
         if (!at.idle())
             for (int k = 0; k < 2; k++)
-                *past(&shared.y[0][0][0], at.part[k]) = make_float4(y[0][2 * k], y[0][2 * k + 1], y[1][2 * k], y[1][2 * k + 1]);
+                *past(&shared.y[0][0][0], at.part[k]) =
+                    make_float4(y[0][2 * k], y[0][2 * k + 1], y[1][2 * k], y[1][2 * k + 1]);
         __syncthreads();
         int t = 0;
         do {
@@ -99,7 +108,8 @@ struct OpenCells {
             float* row = &r.partial[(s.batch * p.out_rows + one.cell) * p.channels + s.channel];
             if (r.cells) row = &sums[(one.cell - begin) * BLOCK_CHANNELS];
             for (int c = threadIdx.x; c < s.channels; c += THREADS)
-                row[c] = fmaf(((const float*)&shared.y[t / 2][0][slot_of(c / 2)])[t % 2 * 2 + c % 2], one.weight, row[c]);
+                row[c] = fmaf(
+                    ((const float*)&shared.y[t / 2][0][slot_of(c / 2)])[t % 2 * 2 + c % 2], one.weight, row[c]);
         } while (++t < tokens);
     }
 };

@@ -1,12 +1,15 @@
-// Causal depthwise convolution over time with SiLU, forward and backward; both directions in one read of x.
-// A thread owns one channel and slides along TOKENS tokens with the inputs it needs in registers.
+// Causal depthwise convolution over time with SiLU, forward and backward; both directions in one
+// read of x. A thread owns one channel and slides along TOKENS tokens with the inputs it needs in
+// registers.
 //
-// Defined by the launch code (conv.py): X_T (format); TAPS; FORWARD, REVERSE (1 or 0: the filters there are); PACKED; TOKENS.
-// In either direction the output at a token is the bias plus the sum over d of weight[TAPS - 1 - d] times the input d steps before it in scan order.
+// Defined by the launch code (conv.py): X_T (format); TAPS; FORWARD, REVERSE (1 or 0: the filters
+// there are); PACKED; TOKENS. In either direction the output at a token is the bias plus the sum
+// over d of weight[TAPS - 1 - d] times the input d steps before it in scan order.
 #include "device.cuh"
 
 constexpr int HALO = TAPS - 1;
-constexpr int FIRST = FORWARD ? 0 : 1, LAST = REVERSE ? 1 : 0;  // of the two slots: 0 for the forward filter, 1 for the reverse one
+// Of the two slots: 0 for the forward filter, 1 for the reverse one
+constexpr int FIRST = FORWARD ? 0 : 1, LAST = REVERSE ? 1 : 0;
 
 struct Filter {
     const float* weight;  // (channels, TAPS)
@@ -73,11 +76,14 @@ struct Column {
     __device__ __forceinline__ float x(int64 token) const {
         return token >= 0 && token < a.length ? to_float(a.x[batch * a.x_batch + token * a.x_row + channel]) : 0.0f;
     }
-    // The input at `token` as the sequence under `at` sees it, given what memory holds there: outside, the initial state or zero.
+    // The input at `token` as the sequence under `at` sees it, given what memory holds there:
+    // outside, the initial state or zero.
     __device__ __forceinline__ float seen(const Cursor& at, int64 token, float inside) const {
         if (token >= at.start && token < at.end) return inside;
         int64 beyond = token < at.start ? at.start - 1 - token : token - at.end;
-        return a.initial_state && beyond < HALO ? a.initial_state[(at.sequence * a.channels + channel) * HALO + HALO - 1 - beyond] : 0.0f;
+        return a.initial_state && beyond < HALO
+                   ? a.initial_state[(at.sequence * a.channels + channel) * HALO + HALO - 1 - beyond]
+                   : 0.0f;
     }
 };
 
@@ -121,8 +127,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv(const __grid_constant
     }
 }
 
-// Gradient before the SiLU, given the inputs in scan order (the newest first) and what arrives at the output.
-__device__ __forceinline__ float before_silu(const ConvArgs& a, const float (&weight)[TAPS], float bias, const float (&inputs)[TAPS], float grad) {
+// Gradient before the SiLU, given the inputs in scan order (the newest first) and what arrives at
+// the output.
+__device__ __forceinline__ float before_silu(
+    const ConvArgs& a, const float (&weight)[TAPS], float bias, const float (&inputs)[TAPS], float grad) {
     if (!a.silu) return grad;
     float sum = bias;
 #pragma unroll
@@ -131,12 +139,14 @@ __device__ __forceinline__ float before_silu(const ConvArgs& a, const float (&we
     return grad * open * fmaf(sum, 1.0f - open, 1.0f);
 }
 
-__device__ __forceinline__ float output_gradient(const ConvArgs& a, const Filter& f, const Column& column, int64 token) {
+__device__ __forceinline__ float output_gradient(
+    const ConvArgs& a, const Filter& f, const Column& column, int64 token) {
     return to_float(f.grad[column.batch * f.grad_batch + token * f.grad_row + column.channel * f.grad_channel]);
 }
 
-// At step l the window holds the inputs of tokens l ... l + HALO: what the reverse filter's output at l and the forward filter's at l + HALO read.
-// dx[l] then needs the forward gradients of l ... l + HALO and the reverse ones of l - HALO ... l, which are kept as they come.
+// At step l the window holds the inputs of tokens l ... l + HALO: what the reverse filter's output
+// at l and the forward filter's at l + HALO read. dx[l] then needs the forward gradients of
+// l ... l + HALO and the reverse ones of l - HALO ... l, which are kept as they come.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_backward(const __grid_constant__ ConvArgs a) {
     const int64 work = blockIdx.x;
     const int64 channel = work % a.channel_blocks * THREADS + threadIdx.x, tile = work / a.channel_blocks % a.tiles;
@@ -168,7 +178,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_backward(const __grid
             const int64 token = f ? l : l + HALO;
             float inputs[TAPS], grad = 0.0f;
 #pragma unroll
-            for (int d = 0; d < TAPS; d++) inputs[d] = column.seen(at, f ? token + d : token - d, window[f ? d : HALO - d]);
+            for (int d = 0; d < TAPS; d++)
+                inputs[d] = column.seen(at, f ? token + d : token - d, window[f ? d : HALO - d]);
             if (token >= 0 && token < a.length)
                 grad = before_silu(a, weight[f], bias[f], inputs, output_gradient(a, a.filter[f], column, token));
 #pragma unroll
@@ -187,7 +198,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_backward(const __grid
 #pragma unroll
             for (int d = 0; d < TAPS; d++) {
                 int64 token = f ? l - d : l + d;
-                if (token >= here.start && token < here.end) dx = fmaf(weight[f][HALO - d], arrived[f][f ? HALO - d : d], dx);
+                if (token >= here.start && token < here.end)
+                    dx = fmaf(weight[f][HALO - d], arrived[f][f ? HALO - d : d], dx);
             }
         from_float(dx, a.grad_x[(column.batch * a.length + l) * a.channels + channel]);
     }
@@ -196,10 +208,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_backward(const __grid
         if (a.filter[f].partial)
 #pragma unroll
             for (int i = 0; i <= TAPS; i++)
-                a.filter[f].partial[((column.batch * a.tiles + tile) * (TAPS + 1) + i) * a.channels + channel] = sums[f][i].value;
+                a.filter[f].partial[((column.batch * a.tiles + tile) * (TAPS + 1) + i) * a.channels + channel] =
+                    sums[f][i].value;
 }
 
-// The initial state reaches the first HALO outputs of its sequence: one thread a sequence and channel, one filter.
+// The initial state reaches the first HALO outputs of its sequence: one thread a sequence and
+// channel, one filter.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_state_backward(const __grid_constant__ ConvArgs a) {
     constexpr int f = FIRST;
     const int64 work = (int64)blockIdx.x * THREADS + threadIdx.x, sequence = work / a.channels;

@@ -1,5 +1,6 @@
-// What the kernels use of the machine: number formats, fast functions, asynchronous copies, ordering between blocks.
-// Each has a plain twin, so that the same sources run on a CPU (tests/support/cuda_on_cpu). No CUDA header is included: NVRTC finds none on users' machines.
+// What the kernels use of the machine: number formats, fast functions, asynchronous copies,
+// ordering between blocks. Each has a plain twin, so that the same sources run on a CPU
+// (tests/support/cuda_on_cpu). No CUDA header is included: NVRTC finds none on users' machines.
 #pragma once
 
 typedef long long int64;
@@ -46,7 +47,8 @@ __device__ __forceinline__ uint32 packed(float2 x, fp16) {
     return y;
 }
 
-// Copies 16 bytes into shared memory, the first `valid` from `source` and the rest zeros, without waiting.
+// Copies 16 bytes into shared memory, the first `valid` from `source` and the rest zeros, without
+// waiting.
 __device__ __forceinline__ void copy16_async(void* shared, const void* source, int valid) {
     uint32 address = (uint32)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(valid) : "memory");
@@ -67,11 +69,13 @@ __device__ __forceinline__ T* row_at(T* first, int row, int bytes) {
     return there;
 }
 
-// The same number, which the compiler cannot know: it stays in a register instead of being computed again wherever it is used.
+// The same number, which the compiler cannot know: it stays in a register instead of being computed
+// again wherever it is used.
 __device__ __forceinline__ int held(int x) { return __shfl_xor_sync(0xffffffffu, x, 0); }
 __device__ __forceinline__ int64 held(int64 x) { return __shfl_xor_sync(0xffffffffu, x, 0); }
 
-// What was written before a release by one block is seen after the acquire that reads it in another.
+// What was written before a release by one block is seen after the acquire that reads it in
+// another.
 __device__ __forceinline__ uint32 load_acquire(const uint32* flag) {
     uint32 value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
@@ -138,7 +142,9 @@ __device__ __forceinline__ void load_quad(float (&v)[4], const T* x) {
     unpack(v[0], v[1], bits.x, T());
     unpack(v[2], v[3], bits.y, T());
 }
-__device__ __forceinline__ void store_quad(const float (&v)[4], float* to) { *(float4*)to = make_float4(v[0], v[1], v[2], v[3]); }
+__device__ __forceinline__ void store_quad(const float (&v)[4], float* to) {
+    *(float4*)to = make_float4(v[0], v[1], v[2], v[3]);
+}
 template <typename T>
 __device__ __forceinline__ void store_quad(const float (&v)[4], T* to) {
     *(uint2*)to = make_uint2(packed(make_float2(v[0], v[1]), T()), packed(make_float2(v[2], v[3]), T()));
@@ -166,8 +172,9 @@ constexpr float LOG2E = 1.4426950408889634f;
 
 __device__ __forceinline__ float exp_fast(float x) { return exp2_fast(x * LOG2E); }
 
-// log(1 + e) for e in [0, 1]: e times the degree-8 minimax polynomial of log(1 + e) / e, relative error 1.4e-7 in float32.
-// log2's hardware instruction would lose the small values: its error is absolute near 1.
+// log(1 + e) for e in [0, 1]: e times the degree-8 minimax polynomial of log(1 + e) / e, relative
+// error 1.4e-7 in float32. log2's hardware instruction would lose the small values: its error is
+// absolute near 1.
 __device__ __forceinline__ float log1p_unit(float e) {
     const float c[9] = {1.0f,        -0.49999648f, 0.33321324f,  -0.24857163f, 0.19153652f,
                         -0.13753796f, 0.079204455f, -0.03006574f, 0.0053648106f};
@@ -184,7 +191,8 @@ __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp
 
 // With what rounding x log2(e) loses put back: where arithmetic is to spare.
 __device__ __forceinline__ float sigmoid_close(float x) {
-    float power = -x * LOG2E, lost = fmaf(-x, 1.925963e-8f, fmaf(-x, LOG2E, -power)), e = exp2_fast(power);  // log2(e) in two parts
+    // log2(e) in two parts
+    float power = -x * LOG2E, lost = fmaf(-x, 1.925963e-8f, fmaf(-x, LOG2E, -power)), e = exp2_fast(power);
     return reciprocal(1.0f + (fabsf(power) < 126.0f ? fmaf(e * 0.6931471805599453f, lost, e) : e));
 }
 

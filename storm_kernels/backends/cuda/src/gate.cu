@@ -1,7 +1,9 @@
-// What goes over y beside the scans: the sum of both directions and its gate; the backward of the gate and of the token reduction.
-// A block has a run of channels of TOKENS tokens, a thread WIDTH channels of each of them.
-// Defined by the launch code (gate.py): G_T (format of the result and of its gradient), Z_T; TOKENS; GATED, REDUCED; SUMMED: y is the sum of two
-// directions; ALIGNED: every thread's channels are whole and aligned as 16 bytes.
+// What goes over y beside the scans: the sum of both directions and its gate; the backward of the
+// gate and of the token reduction. A block has a run of channels of TOKENS tokens, a thread WIDTH
+// channels of each of them.
+// Defined by the launch code (gate.py): G_T (format of the result and of its gradient), Z_T;
+// TOKENS; GATED, REDUCED; SUMMED: y is the sum of two directions; ALIGNED: every thread's channels
+// are whole and aligned as 16 bytes.
 #include "device.cuh"
 
 constexpr int WIDTH = 8;
@@ -34,11 +36,12 @@ __device__ __forceinline__ void store_aligned(const float (&v)[WIDTH], float* x)
 }
 template <typename T>
 __device__ __forceinline__ void store_aligned(const float (&v)[WIDTH], T* x) {
-    *(uint4*)x = make_uint4(packed(make_float2(v[0], v[1]), T()), packed(make_float2(v[2], v[3]), T()), packed(make_float2(v[4], v[5]), T()),
-                            packed(make_float2(v[6], v[7]), T()));
+    *(uint4*)x = make_uint4(packed(make_float2(v[0], v[1]), T()), packed(make_float2(v[2], v[3]), T()),
+        packed(make_float2(v[4], v[5]), T()), packed(make_float2(v[6], v[7]), T()));
 }
 
-// A thread's share. Rows are counted from the first of the batch row; bytes from a row to the next are below 2^31.
+// A thread's share. Rows are counted from the first of the batch row; bytes from a row to the next
+// are below 2^31.
 struct Strip {
     int64 batch, channel;
     int begin, end, channels;  // tokens; the channels that exist
@@ -53,7 +56,8 @@ struct Strip {
     }
     // `array`: of row 0. Zero where there is no channel.
     template <typename T>
-    __device__ __forceinline__ void load(float (&v)[WIDTH], const T* array, int row, int64 bytes, int64 channel_step = 1) const {
+    __device__ __forceinline__ void load(
+        float (&v)[WIDTH], const T* array, int row, int64 bytes, int64 channel_step = 1) const {
         const T* from = row_at(array, row, (int)bytes);
         if (ALIGNED) {
             load_aligned(v, from);
@@ -130,7 +134,8 @@ struct GateBackwardArgs {
     Z_T* dz;
 };
 
-// Eight blocks a multiprocessor: else the compiler aims at more, and spills or keeps fewer loads in flight.
+// Eight blocks a multiprocessor: else the compiler aims at more, and spills or keeps fewer loads in
+// flight.
 // gy = w grad_out[cell] SiLU(z) and dz = w grad_out[cell] y SiLU'(z).
 extern "C" __global__ void __launch_bounds__(THREADS, 8) gate_backward(const __grid_constant__ GateBackwardArgs a) {
     const Strip at(a.extent);
@@ -140,7 +145,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8) gate_backward(const __g
     float* const out = a.gy + at.batch * a.extent.length * width + at.channel;
     const Z_T* const gate = GATED ? a.z + at.batch * a.z_batch + at.channel : nullptr;
     Z_T* const gate_out = GATED ? a.dz + at.batch * a.z_rows * width + at.channel : nullptr;
-    const float *const y_rows = GATED ? a.y + y_first : nullptr, *const second_rows = SUMMED ? a.second + y_first : nullptr;
+    const float* const y_rows = GATED ? a.y + y_first : nullptr;
+    const float* const second_rows = SUMMED ? a.second + y_first : nullptr;
 #pragma unroll 1
     for (int t = at.begin; t < at.end; t++) {
         TokenEntry entry = {t, t, 1.0f, t};

@@ -1,17 +1,20 @@
-// What surrounds the adjoint in the scan's backward: the elementwise steps, and the sums over states and channels.
+// What surrounds the adjoint in the scan's backward: the elementwise steps, and the sums over
+// states and channels.
 #pragma once
 #include "backward.cuh"
 
-// A lane's share of the elementwise steps: its own pair of channels, of every BATCH-th token. Tokens `t` are counted from the lane's first of the chunk.
+// A lane's share of the elementwise steps: its own pair of channels, of every BATCH-th token.
+// Tokens `t` are counted from the lane's first of the chunk.
 struct Elements {
-    int token, channel, channels;    // the first token; the pair's first channel within the block; of the pair, those that exist
+    // The first token; the pair's first channel within the block; of the pair, those that exist
+    int token, channel, channels;
     int limit[PAIR];                 // tokens of the present chunk that exist; none for a channel that does not
     Column<GY_T> gy;                 // of the batch to come
     Column<U_T> u, du;               // of the present batch
     Column<DELTA_T> delta, ddelta;
 
-    __device__ __forceinline__ Elements(const BackwardArgs& a, const Direction& d, const Gradients& grad, const Share& s, const Place& at,
-                                        int64 begin) {
+    __device__ __forceinline__ Elements(const BackwardArgs& a, const Direction& d, const Gradients& grad,
+        const Share& s, const Place& at, int64 begin) {
         channel = at.channel;
         token = at.lane / CHANNEL_LANES;
         channels = (int)smaller(PAIR, s.channels - channel);
@@ -28,7 +31,8 @@ struct Elements {
     }
     // Channels the lane has of token `t`; none of one before the chunk.
     __device__ __forceinline__ int count(int t) const {
-        return PAIRED ? ((uint32)t < (uint32)limit[0] ? PAIR : 0) : ((uint32)t < (uint32)limit[0]) + ((uint32)t < (uint32)limit[1]);
+        return PAIRED ? ((uint32)t < (uint32)limit[0] ? PAIR : 0)
+                      : ((uint32)t < (uint32)limit[0]) + ((uint32)t < (uint32)limit[1]);
     }
     __device__ __forceinline__ void to_last_batch(const Steps& steps, int back) {
         u.move(back * steps.u);
@@ -38,8 +42,10 @@ struct Elements {
     }
 };
 
-// log2(e) delta and delta u of a chunk, each warp its own channels'. `batches` from the chunk's first batch to the present one.
-__device__ __forceinline__ void prepare_steps(Shared& shared, const Elements& e, const Offsets& at, const Steps& steps, int batches) {
+// log2(e) delta and delta u of a chunk, each warp its own channels'. `batches` from the chunk's
+// first batch to the present one.
+__device__ __forceinline__ void prepare_steps(
+    Shared& shared, const Elements& e, const Offsets& at, const Steps& steps, int batches) {
     Column<U_T> us = e.u;
     Column<DELTA_T> deltas = e.delta;
     const float2 bias = load_pair(beyond(shared.terms, TOGETHER ? at.pair : at.pair / 2));
@@ -55,17 +61,21 @@ __device__ __forceinline__ void prepare_steps(Shared& shared, const Elements& e,
         if (SOFTPLUS) delta = make_float2(softplus(delta.x), softplus(delta.y));
         if (!SOFTPLUS && t >= e.limit[0]) delta.x = 0.0f;
         if (!SOFTPLUS && t >= e.limit[1]) delta.y = 0.0f;
-        *(float4*)beyond(shared.step[t], at.step) = make_float4(LOG2E * delta.x, LOG2E * delta.y, delta.x * u.x, delta.y * u.y);
+        *(float4*)beyond(shared.step[t], at.step) =
+            make_float4(LOG2E * delta.x, LOG2E * delta.y, delta.x * u.x, delta.y * u.y);
         us.move(STATE_LANES / BATCH * steps.u);
         deltas.move(STATE_LANES / BATCH * steps.delta);
     }
 }
 
-// The tile that begins at position `begin`, of which `tokens` exist. `rows`: of position 0, `step` bytes apart.
+// The tile that begins at position `begin`, of which `tokens` exist. `rows`: of position 0, `step`
+// bytes apart.
 template <typename T>
-__device__ __forceinline__ void prepare_rows(float (&to)[TILE][STATES], const T* rows, int64 step, int64 begin, int tokens) {
+__device__ __forceinline__ void prepare_rows(
+    float (&to)[TILE][STATES], const T* rows, int64 step, int64 begin, int tokens) {
     constexpr int WIDTH = STATES % 2 ? 1 : 2, AT_ONCE = THREADS * WIDTH;
-    constexpr int TOKENS = AT_ONCE > STATES ? AT_ONCE / STATES : 1, PIECES = STATES > AT_ONCE ? STATES / AT_ONCE : 1;  // at once; of a token
+    // At once; of a token
+    constexpr int TOKENS = AT_ONCE > STATES ? AT_ONCE / STATES : 1, PIECES = STATES > AT_ONCE ? STATES / AT_ONCE : 1;
     const int first = threadIdx.x * WIDTH / STATES, n = threadIdx.x * WIDTH % STATES;
     Column<T> from = column(rows, n);
     from.move((begin + first) * step);
@@ -106,7 +116,8 @@ struct Element {
 };
 
 // The gradients of u and delta, and shares of those of D and the bias.
-__device__ __forceinline__ void write_gradients(Shared& shared, const Elements& e, const Element& x, const Offsets& at, int t) {
+__device__ __forceinline__ void write_gradients(
+    Shared& shared, const Elements& e, const Element& x, const Offsets& at, int t) {
     const int count = e.count(t);
     float4 sums = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
@@ -115,8 +126,10 @@ __device__ __forceinline__ void write_gradients(Shared& shared, const Elements& 
         sums = j ? make_float4(sums.x + part.x, sums.y + part.y, sums.z + part.z, sums.w + part.w) : part;
     }
     const float2 u = unpacked(x.u), raw = unpacked(x.delta), gy = load_pair(beyond(shared.gy[0], at.step / 2));
-    const float2 bias = load_pair(beyond(shared.terms, TOGETHER ? at.pair : at.pair / 2)), skip = load_pair(beyond(shared.terms + term_at(1, 0), TOGETHER ? at.pair : at.pair / 2));
-    const float2 rate = *(const float2*)beyond(shared.step[t], at.step), delta = make_float2(rate.x * LN2, rate.y * LN2);
+    const float2 bias = load_pair(beyond(shared.terms, TOGETHER ? at.pair : at.pair / 2)),
+                 skip = load_pair(beyond(shared.terms + term_at(1, 0), TOGETHER ? at.pair : at.pair / 2));
+    const float2 rate = *(const float2*)beyond(shared.step[t], at.step),
+                 delta = make_float2(rate.x * LN2, rate.y * LN2);
     float2 ddelta = make_float2(fmaf(sums.x, u.x, sums.z), fmaf(sums.y, u.y, sums.w));
     if (SOFTPLUS) ddelta = make_float2(ddelta.x * sigmoid(raw.x + bias.x), ddelta.y * sigmoid(raw.y + bias.y));
     float4& rows = *(float4*)beyond(shared.row_sums[0], at.own);
@@ -127,7 +140,8 @@ __device__ __forceinline__ void write_gradients(Shared& shared, const Elements& 
     e.ddelta.write(ddelta, count);
 }
 
-// Adds the lanes' parts of a batch's dB and dC over the warp's channels. `first`: the batch's first token within the group.
+// Adds the lanes' parts of a batch's dB and dC over the warp's channels. `first`: the batch's first
+// token within the group.
 __device__ __forceinline__ void add_channels(Shared& shared, const Offsets& at, int first) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -145,12 +159,14 @@ __device__ __forceinline__ void add_channels(Shared& shared, const Offsets& at, 
 #pragma unroll
             for (int i = 0; i < RUN; i++) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], bit);
         constexpr int MORE = 32 / STATE_LANES;  // runs from one output of a lane to its next
-        float* to = &shared.warp[0].BC[first + k * MORE / RUNS][k * MORE % RUNS / (RUNS / 2) * STATES + k * MORE % (RUNS / 2) * RUN];
+        float* to = &shared.warp[0].BC[first + k * MORE / RUNS]
+                                      [k * MORE % RUNS / (RUNS / 2) * STATES + k * MORE % (RUNS / 2) * RUN];
         if (lane < LIVE) store_floats(beyond(to, at.sum), sum, 0);
     }
 }
 
-// Adds a group's dB and dC over the warps and writes them, `left` of its tokens. `to`: where the thread's first piece goes, `row` floats a token.
+// Adds a group's dB and dC over the warps and writes them, `left` of its tokens. `to`: where the
+// thread's first piece goes, `row` floats a token.
 __device__ __forceinline__ void write_states(const Shared& shared, const Offsets& at, float* to, int64 row, int left) {
     constexpr int AT_ONCE = THREADS * PIECE;
 #pragma unroll

@@ -1,13 +1,17 @@
-// Forward scan (docs/spec.md, Mixer): a block has a sequence, direction and run of channels, or a step of it (tickets.cuh); sequential in time,
-// states in registers.
-// A tile passes through four steps: its inputs arrive (stage.cuh, while the tile before is computed); delta and B, C are prepared in float32; the
-// recurrence runs, each thread leaving its states' part of y; the parts are added, gated, reduced and written (tile.cuh, cells.cuh).
+// Forward scan (docs/spec.md, Mixer): a block has a sequence, direction and run of channels, or a
+// step of it (tickets.cuh); sequential in time, states in registers.
+// A tile passes through four steps: its inputs arrive (stage.cuh, while the tile before is
+// computed); delta and B, C are prepared in float32; the recurrence runs, each thread leaving its
+// states' part of y; the parts are added, gated, reduced and written (tile.cuh, cells.cuh).
 //
-// Issue slots per channel, token and state in the loops over full tiles, counted in the machine code for sm_80, sm_90 and sm_100 by
-// tests/backends/test_cuda_code.py (S = 16, softplus, rows of whole 16 bytes): both directions 7.2, to which gate.cu adds 0.4 for their sum and its gate; one
-// with its gate 7.8; reduced 7.8, where y is saved for the backward 7.9; dropped frames 5.7. The budget is 8. The
-// recurrence itself is 5.4 of them: 5 operations, one an exp2, and three loads and half a store per token for 8 items; softplus is 0.8, the gate 0.5.
-// The exp2 unit is the limit before that: 8 cycles an item a scheduler, and 1.5 for the exponentials and reciprocals of softplus and gate.
+// Issue slots per channel, token and state in the loops over full tiles, counted in the machine
+// code for sm_80, sm_90 and sm_100 by tests/backends/test_cuda_code.py (S = 16, softplus, rows of
+// whole 16 bytes): both directions 7.2, to which gate.cu adds 0.4 for their sum and its gate; one
+// with its gate 7.8; reduced 7.8, where y is saved for the backward 7.9; dropped frames 5.7. The
+// budget is 8. The recurrence itself is 5.4 of them: 5 operations, one an exp2, and three loads and
+// half a store per token for 8 items; softplus is 0.8, the gate 0.5. The exp2 unit is the limit
+// before that: 8 cycles an item a scheduler, and 1.5 for the exponentials and reciprocals of
+// softplus and gate.
 #include "cells.cuh"
 #include "tickets.cuh"
 
@@ -17,10 +21,16 @@ struct ScanArgs {
     int64 blocks;        // channel blocks
     U_T* out;            // (batch, L', channels); with PARTIAL each direction writes its own `partial`
     float* partial[2];   // (batch, L', channels) float32; zeros if a reduction's sums do not fit in shared memory
-    float* y[2];         // with SAVE_Y: (batch, kept_rows, channels), before the gate, of the tokens that are kept, for the backward
+    // With SAVE_Y: (batch, kept_rows, channels), before the gate, of the tokens that are kept, for
+    // the backward
+    float* y[2];
     int64 kept_rows;
-    float* states;       // (directions, sequences, channels, D_STATE): after the last token, until then after a step; null if nobody reads them
-    int64 cells;         // H' W' with a reduction: cells that are open at a time, their sums in shared memory; 0 if they do not fit
+    // (directions, sequences, channels, D_STATE): after the last token, until then after a step;
+    // null if nobody reads them
+    float* states;
+    // H' W' with a reduction: cells that are open at a time, their sums in shared memory; 0 if they
+    // do not fit
+    int64 cells;
     int64 group_tokens;  // with a reduction: of a whole pooled group; 0 if its tiles are all to be unusual ones
     Tickets tickets;
 };
@@ -49,10 +59,13 @@ struct Scan {
     bool dropped;    // that group
 
     __device__ __forceinline__ Scan(const ScanArgs& a, Shared& shared, int which, const Share& s, int64 checkpoint)
-        : a(a), d(a.direction[which]), s(s), checkpoint(checkpoint), shared(shared), quad(d, s), lane(place), inputs(a.p, d, s),
-          partial(a.partial[which], a.p, s, quad), saved(SAVE_Y && !REDUCED ? a.y[which] : nullptr, a.p, s, quad),
-          out(a.out, a.p, s, quad), open((float*)(&shared + 1), a.p, s, quad), reduced{a.partial[which], (int)a.cells},
-          y_rows(SAVE_Y ? a.y[which] + s.batch * a.kept_rows * a.p.channels : nullptr), position(0), rest(0), half(0), left(0), dropped(false) {
+        : a(a), d(a.direction[which]), s(s), checkpoint(checkpoint), shared(shared), quad(d, s), lane(place),
+          inputs(a.p, d, s), partial(a.partial[which], a.p, s, quad),
+          saved(SAVE_Y && !REDUCED ? a.y[which] : nullptr, a.p, s, quad),
+          out(a.out, a.p, s, quad), open((float*)(&shared + 1), a.p, s, quad),
+          reduced{a.partial[which], (int)a.cells},
+          y_rows(SAVE_Y ? a.y[which] + s.batch * a.kept_rows * a.p.channels : nullptr), position(0), rest(0),
+          half(0), left(0), dropped(false) {
         load_states(A, d.A + s.channel * D_STATE, place, s.channels);
     }
     __device__ __forceinline__ Stage& stage() { return *past(&shared.stage[0], half); }
@@ -124,11 +137,13 @@ struct Scan {
         for (int j = 0; REDUCED && j < 2 && quad.token + j < tokens; j++) {
             const int kept = a.p.map[s.token(position + quad.token + j)].kept;
             for (int c = 0; c < QUAD; c++)
-                if (kept >= 0 && c < quad.channels) y_rows[kept * a.p.channels + s.channel + quad.channel + c] = y[j][c];
+                if (kept >= 0 && c < quad.channels)
+                    y_rows[kept * a.p.channels + s.channel + quad.channel + c] = y[j][c];
         }
     }
 
-    // Any tile: the sequence's last tokens and, with a reduction, where pooled groups meet, or each tile where its tokens may meet in a cell.
+    // Any tile: the sequence's last tokens and, with a reduction, where pooled groups meet, or each
+    // tile where its tokens may meet in a cell.
     __device__ __forceinline__ void run_unusual() {
         const int tokens = (int)smaller(s.length - position, TILE);
         float u[2][QUAD], y[2][QUAD];
@@ -182,7 +197,8 @@ struct Scan {
     __device__ __forceinline__ void run() {
         while (position < s.length) {
             if (d.checkpoints && position % CHUNK == 0)
-                store_states(h, d.checkpoints + ((checkpoint + position / CHUNK) * a.p.channels + s.channel) * D_STATE, place, s.channels);
+                store_states(h, d.checkpoints + ((checkpoint + position / CHUNK) * a.p.channels + s.channel) * D_STATE,
+                    place, s.channels);
             if (REDUCED && a.group_tokens && left == 0) enter_group();
             rest = (int)smaller(s.length - position, FAR);
             const int tiles = (int)smaller(CHUNK - position % CHUNK, REDUCED ? left : rest) / TILE;
@@ -199,8 +215,10 @@ struct Scan {
     }
 };
 
-// Blocks a multiprocessor: with the registers of one more the compiler spills some of a reduction's or, with other numbers of states, of any scan's.
-extern "C" __global__ void __launch_bounds__(THREADS, STATE_LANES == 4 && !REDUCED ? 3 : 2) scan(const __grid_constant__ ScanArgs a) {
+// Blocks a multiprocessor: with the registers of one more the compiler spills some of a reduction's
+// or, with other numbers of states, of any scan's.
+extern "C" __global__ void __launch_bounds__(THREADS, STATE_LANES == 4 && !REDUCED ? 3 : 2)
+scan(const __grid_constant__ ScanArgs a) {
     DYNAMIC_SHARED(memory);
     Shared& shared = *(Shared*)memory;
     uint32 ticket = blockIdx.x;
@@ -212,12 +230,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, STATE_LANES == 4 && !REDUC
         const Share whole = share_of(a.p, a.direction[which], chain / a.blocks % a.p.sequences, chain % a.blocks);
         const int64 first = step * a.tickets.step_tokens;
         if (step && first >= whole.length) continue;
-        Scan scan(a, shared, which, part_of(whole, first, a.tickets.step_tokens), checkpoint_row(a.p, whole, first / CHUNK));
+        Scan scan(a, shared, which, part_of(whole, first, a.tickets.step_tokens),
+            checkpoint_row(a.p, whole, first / CHUNK));
         scan.begin();
         const int64 row = (scan.s.sequence * a.p.channels + scan.s.channel) * D_STATE;
         float* const states = a.states ? a.states + which * a.p.sequences * a.p.channels * D_STATE + row : nullptr;
         if (step) await_steps(a.tickets, chain, step);
-        load_states(scan.h, step ? states : a.p.initial_state ? a.p.initial_state + row : nullptr, scan.place, scan.s.channels);
+        const float* initial = a.p.initial_state ? a.p.initial_state + row : nullptr;
+        load_states(scan.h, step ? states : initial, scan.place, scan.s.channels);
         if (REDUCED && step) scan.resume();
         scan.run();
         if (states) store_states(scan.h, states, scan.place, scan.s.channels);

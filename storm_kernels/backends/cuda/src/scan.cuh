@@ -1,10 +1,14 @@
-// What the scan and its backward share: arguments, and the mapping of threads to channels and states.
+// What the scan and its backward share: arguments, and the mapping of threads to channels and
+// states.
 //
-// Defined by the launch code (scan.py): D_STATE; STATE_LANES, LANE_STATES; TILE, CHUNK, GROUP (tokens); U_T, DELTA_T, B_T, C_T, Z_T (formats).
+// Defined by the launch code (scan.py): D_STATE; STATE_LANES, LANE_STATES; TILE, CHUNK, GROUP
+// (tokens); U_T, DELTA_T, B_T, C_T, Z_T (formats).
 //
-// Glossary. Position: index of a token in scan order within its sequence. Tile: tokens prepared together in shared memory. Chunk: tokens between two
-// checkpoints. Cell: row of the reduced output that a token is averaged into. A warp's lanes hold CHANNEL_LANES channel pairs (low bits) times
-// STATE_LANES runs of LANE_STATES states (high bits), so that lanes beside each other read neighbouring channels and the same B and C.
+// Glossary. Position: index of a token in scan order within its sequence. Tile: tokens prepared
+// together in shared memory. Chunk: tokens between two checkpoints. Cell: row of the reduced output
+// that a token is averaged into. A warp's lanes hold CHANNEL_LANES channel pairs (low bits) times
+// STATE_LANES runs of LANE_STATES states (high bits), so that lanes beside each other read
+// neighbouring channels and the same B and C.
 #pragma once
 #include "device.cuh"
 
@@ -61,7 +65,9 @@ struct Share {
     int channels;             // of BLOCK_CHANNELS, those that exist
     bool reverse;
 
-    __device__ __forceinline__ int64 token(int64 position) const { return reverse ? start + length - 1 - position : start + position; }
+    __device__ __forceinline__ int64 token(int64 position) const {
+        return reverse ? start + length - 1 - position : start + position;
+    }
 };
 
 __device__ __forceinline__ Share share_of(const Problem& p, const Direction& d, int64 sequence, int64 block) {
@@ -111,7 +117,8 @@ __device__ __forceinline__ void load_run(float (&v)[LANE_STATES], const float* f
     }
 }
 
-// The thread's states in an array (channels, D_STATE) whose row 0 is the block's first channel; zero where there are none.
+// The thread's states in an array (channels, D_STATE) whose row 0 is the block's first channel;
+// zero where there are none.
 __device__ __forceinline__ void load_states(float (&v)[ITEMS], const float* from, const Place& at, int channels) {
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {

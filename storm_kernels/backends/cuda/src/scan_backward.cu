@@ -1,18 +1,24 @@
-// Backward of the selective scan: one block a sequence, direction and run of channels, its chunks from the last to the first.
-// Of each chunk the states before every GROUP-th token are recomputed from its checkpoint and kept in shared memory; then, GROUP tokens at a time,
-// the states and decays are recomputed into registers and the adjoint runs through them. With g = dL/dh and a = exp(delta A):
-//     g_l = gy_l C_l + a_{l+1} g_{l+1};  du = delta (g . B) + D gy;  ddelta = u (g . B) + (g a h_{l-1}) . A;  dA += delta g a h_{l-1};
+// Backward of the selective scan: one block a sequence, direction and run of channels, its chunks
+// from the last to the first. Of each chunk the states before every GROUP-th token are recomputed
+// from its checkpoint and kept in shared memory; then, GROUP tokens at a time, the states and
+// decays are recomputed into registers and the adjoint runs through them.
+// With g = dL/dh and a = exp(delta A):
+//     g_l = gy_l C_l + a_{l+1} g_{l+1};  du = delta (g . B) + D gy;
+//     ddelta = u (g . B) + (g a h_{l-1}) . A;  dA += delta g a h_{l-1};
 //     dB = sum over channels of g delta u;  dC = sum over channels of gy h.
-// The channels of an elementwise step are those of the warp that computes it, so that only B, C and their gradients are shared between warps.
-// Issue slots per channel, token and state, loads, stores and elementwise steps included, S = 16 in bfloat16 on sm_80, sm_90 and sm_100
-// (tests/backends/test_cuda_backward.py): 23.4, and 23.3 with dL/dy in float32; of these 3.8 save the states, whose last group needs none. Gate and reduction
-// are behind dL/dy: gate.cu, 0.2 to 0.7 slots. Two blocks of 113 KB and 255 registers fit on an H100's multiprocessor.
-// Nothing is added atomically: what several blocks contribute to goes to partial results that sum_terms adds in order.
+// The channels of an elementwise step are those of the warp that computes it, so that only B, C and
+// their gradients are shared between warps. Issue slots per channel, token and state, loads, stores
+// and elementwise steps included, S = 16 in bfloat16 on sm_80, sm_90 and sm_100
+// (tests/backends/test_cuda_backward.py): 23.4, and 23.3 with dL/dy in float32; of these 3.8 save
+// the states, whose last group needs none. Gate and reduction are behind dL/dy: gate.cu, 0.2 to 0.7
+// slots. Two blocks of 113 KB and 255 registers fit on an H100's multiprocessor. Nothing is added
+// atomically: what several blocks contribute to goes to partial results that sum_terms adds in
+// order.
 #include "gradient.cuh"
 
 // One token for this thread's states: the decays exp(delta A) and h = decay h + delta u B.
-__device__ __forceinline__ void advance(const Shared& shared, float (&decay)[ITEMS], float (&after)[ITEMS], const float (&before)[ITEMS],
-                                        const float (&A)[ITEMS], int t, const Offsets& at) {
+__device__ __forceinline__ void advance(const Shared& shared, float (&decay)[ITEMS], float (&after)[ITEMS],
+    const float (&before)[ITEMS], const float (&A)[ITEMS], int t, const Offsets& at) {
     const float4 step = *(const float4*)beyond(shared.step[t], at.pair);
     float B[LANE_STATES];
     load_run(B, beyond(shared.B[TILE == CHUNK ? t : t % GROUP], at.states));
@@ -24,9 +30,11 @@ __device__ __forceinline__ void advance(const Shared& shared, float (&decay)[ITE
     }
 }
 
-// One token of the adjoint: from g a of the token after it to its own; leaves its parts of the sums in shared memory and adds to log2(e) dA.
-__device__ __forceinline__ void retreat(Shared& shared, float (&g)[ITEMS], float (&dA)[ITEMS], const float (&A)[ITEMS], const float (&decay)[ITEMS],
-                                        const float (&h)[ITEMS], const float (&before)[ITEMS], int t, int slot, const Offsets& at) {
+// One token of the adjoint: from g a of the token after it to its own; leaves its parts of the sums
+// in shared memory and adds to log2(e) dA.
+__device__ __forceinline__ void retreat(Shared& shared, float (&g)[ITEMS], float (&dA)[ITEMS],
+    const float (&A)[ITEMS], const float (&decay)[ITEMS], const float (&h)[ITEMS], const float (&before)[ITEMS],
+    int t, int slot, const Offsets& at) {
     const float4 step = *(const float4*)beyond(shared.step[t], at.pair);
     const float2 gy = load_pair(beyond(shared.gy[slot], at.pair / 2));
     float B[LANE_STATES], C[LANE_STATES], BC[2 * LANE_STATES], gB[PAIR], gaA[PAIR];
@@ -50,12 +58,13 @@ __device__ __forceinline__ void retreat(Shared& shared, float (&g)[ITEMS], float
     }
     *(float4*)beyond(shared.channel[slot][0], at.own) = make_float4(gB[0], gB[1], gaA[0], gaA[1]);
 #pragma unroll
-    for (int r = 0; r < RUNS; r++) store_floats(beyond(&shared.warp[0].state[0][(slot * RUNS + r) * STATE_LANES * RUN], at.part), BC, r * RUN);
+    for (int r = 0; r < RUNS; r++)
+        store_floats(beyond(&shared.warp[0].state[0][(slot * RUNS + r) * STATE_LANES * RUN], at.part), BC, r * RUN);
 }
 
 // The states of a chunk before each GROUP of its tokens, into shared memory.
-__device__ __forceinline__ void save_states(Shared& shared, const Steps& steps, const Share& s, const Offsets& at, const float (&A)[ITEMS],
-                                            float (&h)[ITEMS], int64 begin, int groups) {
+__device__ __forceinline__ void save_states(Shared& shared, const Steps& steps, const Share& s, const Offsets& at,
+    const float (&A)[ITEMS], float (&h)[ITEMS], int64 begin, int groups) {
     float decay[ITEMS];
     for (int q = 0;; q++) {
 #pragma unroll
@@ -85,17 +94,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const __g
 
     const int64 last = (s.length - 1) / CHUNK * CHUNK;
     const Steps& steps = a.steps[which];
-    int batches = (int)((s.length - last + GROUP - 1) / GROUP) * (GROUP / BATCH) - 1;  // of the chunk, before its last one
+    // Of the chunk, before its last one
+    int batches = (int)((s.length - last + GROUP - 1) / GROUP) * (GROUP / BATCH) - 1;
     Elements e(a, d, grad, s, place, last + batches * BATCH);
     const bool owns = STATE_LANES <= BATCH || e.token < BATCH;  // an element of each batch
     const int64 BC_row = a.groups * 2 * D_STATE, batch_rows = a.p.length * (a.p.cu_seqlens ? 1 : a.p.sequences);
     const int piece = threadIdx.x * PIECE, piece_token = piece / (2 * STATES), BC_step = s.reverse ? -BC_row : BC_row;
-    const int64 BC_first = s.block % a.p.group_blocks * batch_rows + s.batch * a.p.length + s.token(last + (batches + 1) * BATCH - GROUP + piece_token);
-    Column<float> BC = column(grad.BC, BC_first * BC_row + s.group * 2 * D_STATE + piece / STATES % 2 * D_STATE + piece % STATES);
+    const int64 BC_first = s.block % a.p.group_blocks * batch_rows + s.batch * a.p.length +
+                           s.token(last + (batches + 1) * BATCH - GROUP + piece_token);
+    Column<float> BC =
+        column(grad.BC, BC_first * BC_row + s.group * 2 * D_STATE + piece / STATES % 2 * D_STATE + piece % STATES);
 
     float A[ITEMS], g[ITEMS];
     float* const dA_sums = a.dA_sums + work * 2 * ITEMS * THREADS + threadIdx.x * RUN;
-    const float* checkpoint = d.checkpoints + (checkpoint_row(a.p, s, last / CHUNK) * a.p.channels + s.channel + place.channel) * D_STATE;
+    const float* checkpoint =
+        d.checkpoints + (checkpoint_row(a.p, s, last / CHUNK) * a.p.channels + s.channel + place.channel) * D_STATE;
     load_states(A, d.A + s.channel * D_STATE, place, s.channels);
     load_states(g, a.grad_final_state ? a.grad_final_state + state_row : nullptr, place, s.channels);
 #pragma unroll
@@ -136,7 +149,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const __g
             }
             float h[GROUP + 1][ITEMS], decay[GROUP][ITEMS];
 #pragma unroll
-            for (int r = 0; r < RUNS; r++) load_floats(h[0], r * RUN, beyond(shared.saved[q][r][0], at.own / (4 / RUN)));
+            for (int r = 0; r < RUNS; r++)
+                load_floats(h[0], r * RUN, beyond(shared.saved[q][r][0], at.own / (4 / RUN)));
 #pragma unroll
             for (int t = 0; t < GROUP; t++) advance(shared, decay[t], h[t + 1], h[t], A, q * GROUP + t, at);
 #pragma unroll
@@ -150,7 +164,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const __g
                 }
                 __syncwarp();
 #pragma unroll
-                for (int k = BATCH - 1; k >= 0; k--) retreat(shared, g, dA, A, decay[b + k], h[b + k + 1], h[b + k], q * GROUP + b + k, k, at);
+                for (int k = BATCH - 1; k >= 0; k--)
+                    retreat(shared, g, dA, A, decay[b + k], h[b + k + 1], h[b + k], q * GROUP + b + k, k, at);
                 __syncwarp();
                 if (owns) write_gradients(shared, e, x, at, t);
                 e.to_last_batch(steps, -1);

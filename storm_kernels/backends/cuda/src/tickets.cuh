@@ -1,7 +1,8 @@
-// Work items of the forward scan. A chain is what one block computes in a static launch: a sequence, a direction and a run of channels. With tickets
-// its tokens are cut into steps, and blocks take items in the order (step, chain) from a counter. An item waits for its chain's step before, which
-// has a lower ticket: the lowest ticket at work never waits, so there is no deadlock, however few blocks are resident. Which block computes an item
-// changes no bit of it.
+// Work items of the forward scan. A chain is what one block computes in a static launch: a
+// sequence, a direction and a run of channels. With tickets its tokens are cut into steps, and
+// blocks take items in the order (step, chain) from a counter. An item waits for its chain's step
+// before, which has a lower ticket: the lowest ticket at work never waits, so there is no deadlock,
+// however few blocks are resident. Which block computes an item changes no bit of it.
 #pragma once
 #include "scan.cuh"
 

@@ -1,4 +1,5 @@
-// The forward scan's tile: its inputs prepared in float32, the recurrence through it, and its outputs.
+// The forward scan's tile: its inputs prepared in float32, the recurrence through it, and its
+// outputs.
 #pragma once
 #include "stage.cuh"
 
@@ -8,25 +9,33 @@ constexpr int QUADS = BLOCK_CHANNELS / QUAD;
 constexpr int WORKERS = QUADS * TILE / 2;  // threads that own any
 static_assert(WORKERS <= THREADS && TILE % 4 == 0, "a tile is one round of the elementwise steps");
 
-// Where the channel pair `p` lies in a row: a thread's two pairs apart, so that neither the recurrence nor the elementwise steps meet a bank twice.
+// Where the channel pair `p` lies in a row: a thread's two pairs apart, so that neither the
+// recurrence nor the elementwise steps meet a bank twice.
 constexpr int PAIR_SLOTS = 2 * QUADS;
 __device__ __forceinline__ int slot_of(int p) { return p % 2 * QUADS + (p / 2 ^ (QUADS >= 8 && p % 2 ? 4 : 0)); }
-constexpr int PART = PAIR_SLOTS + (CHANNEL_LANES >= 8 ? 0 : CHANNEL_LANES == 4 ? 2 : 1);  // padded where lanes beside each other hold other states
+// Padded where lanes beside each other hold other states
+constexpr int PART = PAIR_SLOTS + (CHANNEL_LANES >= 8 ? 0 : CHANNEL_LANES == 4 ? 2 : 1);
 constexpr int SLOT = 16;  // bytes
-constexpr int PARTS_AT_ONCE = STATE_LANES < 8 ? STATE_LANES : 8;  // of y: all of 32 loaded together do not fit in registers
+// Of y: all of 32 loaded together do not fit in registers
+constexpr int PARTS_AT_ONCE = STATE_LANES < 8 ? STATE_LANES : 8;
 
 struct Shared {
     __align__(16) Stage stage[2];
-    float4 step[TILE][PAIR_SLOTS];          // log2(e) delta and delta u of a pair; past the sequence's end 0: the state stays as it is
+    // log2(e) delta and delta u of a pair; past the sequence's end 0: the state stays as it is
+    float4 step[TILE][PAIR_SLOTS];
     __align__(16) float BC[2][TILE][STATES];
-    float4 y[TILE / 2][STATE_LANES][PART];  // two tokens' parts of h . C; row 0 then holds the weighted y of a reduction's exceptional tile
+    // Two tokens' parts of h . C; row 0 then holds the weighted y of a reduction's exceptional tile
+    float4 y[TILE / 2][STATE_LANES][PART];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "scan.py counts the same");
 
 struct Quad {
-    int channel, token, channels;  // of the quad's channels, those that exist; none if the thread owns nothing: then the quad is another thread's
+    // Of the quad's channels, those that exist; none if the thread owns nothing: then the quad is
+    // another thread's
+    int channel, token, channels;
     float bias[QUAD], skip[QUAD];
-    int staged, slot[2], part[2], BC;  // offsets in bytes: in the stage's arrays of two-byte numbers; in step; in y; in BC
+    // Offsets in bytes: in the stage's arrays of two-byte numbers; in step; in y; in BC
+    int staged, slot[2], part[2], BC;
     int first_valid;                   // token where there is a channel, else past every tile
 
     __device__ __forceinline__ Quad(const Direction& d, const Share& s) {
@@ -70,8 +79,8 @@ __device__ __forceinline__ void prepare(Shared& shared, const Stage& stage, cons
             }
 #pragma unroll
             for (int k = 0; k < 2; k++)
-                *past(&shared.step[j][0], at.slot[k]) =
-                    make_float4(LOG2E * delta[2 * k], delta[2 * k] * u[j][2 * k], LOG2E * delta[2 * k + 1], delta[2 * k + 1] * u[j][2 * k + 1]);
+                *past(&shared.step[j][0], at.slot[k]) = make_float4(LOG2E * delta[2 * k],
+                    delta[2 * k] * u[j][2 * k], LOG2E * delta[2 * k + 1], delta[2 * k + 1] * u[j][2 * k + 1]);
         }
     }
     constexpr int EACH = TILE * STATES / QUAD;
@@ -98,7 +107,8 @@ __device__ __forceinline__ void stand_still(Shared& shared, const Quad& at, int 
 #pragma unroll
     for (int j = 0; j < 2; j++)
         if (at.token + j >= tokens)
-            *past(&shared.step[j][0], at.slot[0]) = *past(&shared.step[j][0], at.slot[1]) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            *past(&shared.step[j][0], at.slot[0]) = *past(&shared.step[j][0], at.slot[1]) =
+                make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 }
 
 // Where a thread's channels and states lie in the prepared tile, in bytes.
@@ -113,9 +123,11 @@ struct Lane {
     }
 };
 
-// One token for this thread's states: h = exp(delta A) h + delta u B and, with OUTPUT, its part of h . C.
+// One token for this thread's states: h = exp(delta A) h + delta u B and, with OUTPUT, its part of
+// h . C.
 template <bool OUTPUT>
-__device__ __forceinline__ float2 advance(float (&h)[ITEMS], const float (&A)[ITEMS], const Shared& shared, int t, const Lane& lane) {
+__device__ __forceinline__ float2 advance(
+    float (&h)[ITEMS], const float (&A)[ITEMS], const Shared& shared, int t, const Lane& lane) {
     const float4 step = *past(&shared.step[t][0], lane.slot);
     float B[LANE_STATES], C[LANE_STATES], y[PAIR] = {0.0f, 0.0f};
     load_run(B, past(&shared.BC[0][t][0], lane.state));
@@ -133,16 +145,19 @@ __device__ __forceinline__ float2 advance(float (&h)[ITEMS], const float (&A)[IT
     return make_float2(y[0], y[1]);
 }
 template <bool OUTPUT, int UNROLL>
-__device__ __forceinline__ void advance_tile(float (&h)[ITEMS], const float (&A)[ITEMS], Shared& shared, const Lane& lane) {
+__device__ __forceinline__ void advance_tile(
+    float (&h)[ITEMS], const float (&A)[ITEMS], Shared& shared, const Lane& lane) {
 #pragma unroll UNROLL
     for (int t = 0; t < TILE; t += 2) {
-        const float2 first = advance<OUTPUT>(h, A, shared, t, lane), second = advance<OUTPUT>(h, A, shared, t + 1, lane);
+        const float2 first = advance<OUTPUT>(h, A, shared, t, lane),
+                     second = advance<OUTPUT>(h, A, shared, t + 1, lane);
         if (OUTPUT) *past(&shared.y[t / 2][0][0], lane.part) = make_float4(first.x, first.y, second.x, second.y);
     }
 }
 
 // y before the gate: its parts and D u added up.
-__device__ __forceinline__ void finish(float (&y)[2][QUAD], const Shared& shared, const float (&u)[2][QUAD], const Quad& at) {
+__device__ __forceinline__ void finish(
+    float (&y)[2][QUAD], const Shared& shared, const float (&u)[2][QUAD], const Quad& at) {
 #pragma unroll
     for (int c = 0; c < QUAD; c++)
 #pragma unroll
@@ -168,7 +183,8 @@ __device__ __forceinline__ void gate(float (&y)[2][QUAD], const Stage& stage, co
     }
 }
 
-// A thread's rows of the output: `to` is where the first one of this tile goes, `row` the elements from there to the next token's in scan order.
+// A thread's rows of the output: `to` is where the first one of this tile goes, `row` the elements
+// from there to the next token's in scan order.
 template <typename T>
 struct OutputRows {
     T* to;
@@ -181,7 +197,9 @@ struct OutputRows {
         if (out) seek(out + (s.batch * p.length + s.token(0)) * p.channels, s, at);
     }
     // `first`: the row of the tile's first token.
-    __device__ __forceinline__ void seek(T* first, const Share& s, const Quad& at) { to = first + at.token * row + s.channel + at.channel; }
+    __device__ __forceinline__ void seek(T* first, const Share& s, const Quad& at) {
+        to = first + at.token * row + s.channel + at.channel;
+    }
     __device__ __forceinline__ void write(const float (&y)[2][QUAD], const Quad& at) {
         if (ASYNC && at.first_valid < TILE) {
             store_quad(y[0], to);

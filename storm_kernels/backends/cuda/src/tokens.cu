@@ -1,4 +1,5 @@
-// Small kernels over tokens: the map of a reduction, the reduction itself and its backward, and sums of partial results in fixed order.
+// Small kernels over tokens: the map of a reduction, the reduction itself and its backward, and
+// sums of partial results in fixed order.
 // Defined by the launch code: IN_T, OUT_T (formats).
 #include "device.cuh"
 
@@ -14,7 +15,9 @@ struct Reduction {
 __device__ __forceinline__ int64 ceil_div(int64 a, int64 b) { return (a + b - 1) / b; }
 
 // Length of block `i` of `pool` cut from `total`: the last one has what is left.
-__device__ __forceinline__ int64 block_length(int64 i, int64 pool, int64 total) { return smaller(pool, total - i * pool); }
+__device__ __forceinline__ int64 block_length(int64 i, int64 pool, int64 total) {
+    return smaller(pool, total - i * pool);
+}
 
 struct MapArgs {
     Reduction r;
@@ -34,8 +37,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) token_map(const __grid_con
     TokenEntry entry;
     entry.cell = kept ? (int)((row * height + i) * width + j) : -1;
     entry.kept = kept ? (int)((row * r.temporal_pool + frame % r.temporal_pool) * r.height * r.width + inside) : -1;
-    entry.weight = 1.0f / (float)(block_length(group, r.temporal_pool, r.frames) * block_length(i, r.spatial_pool, r.height) *
-                                  block_length(j, r.spatial_pool, r.width));
+    entry.weight =
+        1.0f / (float)(block_length(group, r.temporal_pool, r.frames) * block_length(i, r.spatial_pool, r.height) *
+                       block_length(j, r.spatial_pool, r.width));
     entry.token = (int)l;
     a.map[l] = entry;
 }
@@ -67,7 +71,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) reduce_tokens(const __grid
     for (int64 f = 0; f < frames; f++)
         for (int64 k = 0; k < lines; k++)
             for (int64 m = 0; m < columns; m++) {
-                int64 l = ((group * r.temporal_pool + f) * r.height + y * r.spatial_pool + k) * r.width + x * r.spatial_pool + m;
+                int64 l = ((group * r.temporal_pool + f) * r.height + y * r.spatial_pool + k) * r.width +
+                          x * r.spatial_pool + m;
                 sum.add(to_float(a.in[b * a.in_batch + l * a.in_row + c * a.in_channel]));
             }
     from_float(sum.value / (float)(frames * lines * columns), a.out[i]);
@@ -78,7 +83,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) reduce_tokens_backward(con
     int64 i = (int64)blockIdx.x * THREADS + threadIdx.x, length = a.r.frames * a.r.height * a.r.width;
     if (i >= a.batch * length * a.channels) return;
     int64 c = i % a.channels, l = i / a.channels % length, b = i / a.channels / length, cell = a.map[l].cell;
-    from_float(cell < 0 ? 0.0f : a.map[l].weight * to_float(a.in[b * a.in_batch + cell * a.in_row + c * a.in_channel]), a.out[i]);
+    from_float(
+        cell < 0 ? 0.0f : a.map[l].weight * to_float(a.in[b * a.in_batch + cell * a.in_row + c * a.in_channel]),
+        a.out[i]);
 }
 
 struct SumArgs {
