@@ -130,10 +130,8 @@ class Film:
             raise StormVideoError(
                 f"{self._path}: corrupt, fragments of tracks {sorted(strangers)}, which the file does not have"
             )
-        if kind.blocks is None:
-            declared = stream.frames + kind.fragments.get(stream.id, 0)
-        else:
-            declared = kind.blocks[container.streams.video.index(stream)]
+        blocks = kind.blocks and kind.blocks[container.streams.video.index(stream)]
+        declared = stream.frames + kind.fragments.get(stream.id, 0) if kind.blocks is None else blocks
         if found != declared and kind.demuxer == "mov":
             # An edit list leaves frames out, or shows them again: without it, all are there.
             with self._opened(ignore_editlist="1") as (whole, track):
@@ -160,7 +158,7 @@ def _video_track(path: Path, container: av.container.InputContainer, track: int 
 
 
 def _index(stream: av.VideoStream) -> tuple[list[Mark], First | None, Fraction]:
-    """A mark of each packet, what the first frame that can be decoded says, and for how many seconds the last is shown."""
+    """A mark of each packet, what the first frame that can be decoded says, and the seconds that the last is shown."""
     hides = stream.codec_context.name == "vp8"
     marks, first, last = [], None, (-math.inf, 0)
     for packet in stream.container.demux(stream):

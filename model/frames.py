@@ -55,8 +55,8 @@ class Store:
         height, width = turn.sides(frame.height, frame.width)
         if not self.resize and (height, width) != (self.height, self.width):
             raise StormVideoError(
-                f"{self.info.path}: frame {number} has {width}x{height} pixels, the file declares {self.width}x{self.height}; "
-                "pass a size to have all frames resized"
+                f"{self.info.path}: frame {number} has {width}x{height} pixels, "
+                f"the file declares {self.width}x{self.height}; pass a size to have all frames resized"
             )
         height, width = turn.sides(self.height, self.width)
         rgb = turn.apply(frame.reformat(width, height, "rgb24", interpolation=Interpolation.BICUBIC).to_ndarray())
@@ -88,7 +88,8 @@ def check_memory(n: int, height: int, width: int) -> None:
     needed, limit = n * height * width * 3, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     if needed > limit:
         raise ValueError(
-            f"n = {n} frames of {height}x{width} need {needed} bytes, more than half of this machine's memory ({limit}); ask for fewer or smaller"
+            f"n = {n} frames of {height}x{width} need {needed} bytes, more than half of this machine's memory "
+            f"({limit}); ask for fewer or smaller"
         )
 
 

@@ -144,7 +144,7 @@ class StormProcessor(ProcessorMixin):
         self._check_own_videos(texts, videos)
 
     def _check_own_videos(self, texts: list, videos: Any) -> None:
-        """Where each text of a batch has a list of videos of its own, its placeholders are theirs, not its neighbour's."""
+        """Where each text of a batch has its own list of videos, its placeholders are theirs, not its neighbour's."""
         if (
             not isinstance(videos, (list, tuple))
             or len(videos) != len(texts)
@@ -155,7 +155,8 @@ class StormProcessor(ProcessorMixin):
             given = len(list(flat_videos(own)))
             if isinstance(text, str) and text.count(self.video_token) != given:
                 raise ValueError(
-                    f"text {i} has {text.count(self.video_token)} {self.video_token}, but {given} videos were given for it"
+                    f"text {i} has {text.count(self.video_token)} {self.video_token}, "
+                    f"but {given} videos were given for it"
                 )
 
 

@@ -95,7 +95,8 @@ def _say_what_runs(settings: pipeline.Settings, folder: Path) -> None:
     dtype = str(settings.dtype).removeprefix("torch.")
     where = f"{dtype}, {environment.device_name(settings.device)}"
     say(
-        f"{settings.config.name_or_path} on {clip}, {', '.join(map(str, settings.frames))} frames, {where}\noutput: {folder}"
+        f"{settings.config.name_or_path} on {clip}, {', '.join(map(str, settings.frames))} frames, {where}\n"
+        f"output: {folder}"
     )
     if looped:
         say(f"The clip has {clip.info.frames} frames: it is looped for {', '.join(map(str, looped))}.", style="yellow")

@@ -119,8 +119,9 @@ def check_memory(settings: Settings) -> None:
         if there is not None and size > there:
             with_weights = f" in {dtype} (weights {weights / 2**30:.1f} GiB)" if where == settings.device else ""
             raise BadRequest(
-                f"--preset, --frames: {settings.config.name_or_path}{with_weights} and {most} frames of {settings.clip.name} "
-                f"need more than {size / 2**30:,.1f} GiB on {where}, which has {there / 2**30:,.1f} GiB free"
+                f"--preset, --frames: {settings.config.name_or_path}{with_weights} and {most} frames of "
+                f"{settings.clip.name} need more than {size / 2**30:,.1f} GiB on {where}, "
+                f"which has {there / 2**30:,.1f} GiB free"
             )
 
 

@@ -1,4 +1,4 @@
-"""What users of transformers' models expect to work on every one: training, adapters, compiling, placement, quantising."""
+"""What users expect of every model of transformers: training, adapters, compiling, placement, quantising."""
 
 import pytest
 import torch

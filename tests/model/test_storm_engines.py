@@ -1,4 +1,4 @@
-"""What an engine that loads the model by transformers counts on (vLLM's transformers backend), and transformers' pipelines."""
+"""What vLLM's transformers backend, which loads the model by transformers, counts on; and transformers' pipelines."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What the transformers model refuses, by name: placeholders without videos, prompts too long, folders, sizes, calls."""
+"""What the transformers model refuses by name: placeholders without videos, long prompts, folders, sizes, calls."""
 
 import pickle
 
@@ -41,7 +41,10 @@ def test_a_prompt_longer_than_the_context_is_told_before_anything_is_encoded():
     model = ask_model.model(text={"max_position_embeddings": 40})
     model.model.vision_tower.register_forward_pre_hook(lambda *_: pytest.fail("the video was encoded"))
     given = inputs(model.config, 20)
-    message = r"the prompt has 85 tokens, 80 of them of videos, but the language model's context is 40; temporal_pool=4 would make it 25"
+    message = (
+        r"the prompt has 85 tokens, 80 of them of videos, but the language model's context is 40; "
+        r"temporal_pool=4 would make it 25"
+    )
     with pytest.raises(ValueError, match=message):
         model.generate(**given, max_new_tokens=1)
     with pytest.raises(ValueError, match=message):

@@ -55,7 +55,8 @@ def load_token(streams, out, rows, t, lanes, GATE: tl.constexpr, REDUCE: tl.cons
 
 @triton.jit
 def load_segment(
-    streams, out, rows, t, step, last, lanes, SEGMENT: tl.constexpr, CLAMP: tl.constexpr, GATE: tl.constexpr, REDUCE: tl.constexpr
+    streams, out, rows, t, step, last, lanes,
+    SEGMENT: tl.constexpr, CLAMP: tl.constexpr, GATE: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
     """`load_token` of SEGMENT steps from t on, none further than ``last`` if CLAMP."""
     segment = ()

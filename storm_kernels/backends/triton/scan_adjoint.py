@@ -133,7 +133,8 @@ def adjoint_token(g, sums, before, token, t, inputs, outputs, spot, STATES: tl.c
 
 @triton.jit
 def adjoint_segment(
-    g, sums, tile, t, inputs, outputs, lanes, spot, STATES: tl.constexpr, STEP: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr,
+    g, sums, tile, t, inputs, outputs, lanes, spot,
+    STATES: tl.constexpr, STEP: tl.constexpr, SOFTPLUS: tl.constexpr, GATE: tl.constexpr,
     REDUCE: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """The adjoint of SEGMENT steps from token t on, whose first state lies at ``tile``: forward to

@@ -31,8 +31,8 @@ from .scan_steps import advance, first_checkpoint, load_drive, load_parameters, 
 
 @triton.jit
 def keep_states(
-    h, t, scratch, segments_before, inputs, lanes, STATES: tl.constexpr, STEP: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK_E: tl.constexpr,
-    SEGMENT: tl.constexpr,
+    h, t, scratch, segments_before, inputs, lanes,
+    STATES: tl.constexpr, STEP: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK_E: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """From state h before token t on: writes it and the states after each of ``segments_before``
     segments to ``scratch``.
