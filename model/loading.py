@@ -16,6 +16,7 @@ from torch import Tensor, nn
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHOWN = 5
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"  # PEFT's: its base model is read from elsewhere
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -46,21 +47,22 @@ def check_folder(
         if path.is_absolute() or path.exists():
             raise CheckpointError(f"{path}: no such folder")
         return
-    if config is None and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+    adapter = not (path / "config.json").is_file() and (path / "adapter_config.json").is_file()
+    if config is None and not adapter and not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json, which says what model it is")
     if state_dict is None:
-        _check_files(path)
+        _check_files(path, ADAPTER if adapter else WEIGHTS)
 
 
-def _check_files(path: Path) -> None:
-    if not (path / WEIGHTS).is_file() and (path / INDEX).is_file():
+def _check_files(path: Path, weights: str) -> None:
+    if not (path / weights).is_file() and (path / INDEX).is_file():
         files = _indexed(path / INDEX)
     else:
-        files = [path / WEIGHTS] if (path / WEIGHTS).is_file() else []
+        files = [path / weights] if (path / weights).is_file() else []
     if not files:
         found = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
         also = f"; pickles are never opened ({', '.join(found)})" if found else ""
-        raise CheckpointError(f"{path}: no {WEIGHTS}; weights must be in safetensors files{also}")
+        raise CheckpointError(f"{path}: no {weights}; weights must be in safetensors files{also}")
     missing = [f"{file.name}, which {INDEX} names, is missing" for file in files if not file.is_file()]
     raise_problems(path, missing)
     for file in files:
