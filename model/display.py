@@ -23,11 +23,18 @@ class Turn(NamedTuple):
     rows: bool = False
 
     @classmethod
-    def of(cls, frame: av.VideoFrame) -> Turn:
-        """Of a decoded frame; nothing is turned where it carries no matrix."""
-        if "DISPLAYMATRIX" not in {data.type.name for data in frame.side_data}:
-            return cls()
-        return cls.by(np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), np.int32).tolist())
+    def of(cls, frame: av.VideoFrame, known: dict[int, Turn]) -> Turn:
+        """Of a decoded frame; nothing is turned where it carries no matrix.
+
+        ``known`` keeps the turn of each angle of one video. PyAV ties a frame whose side data was read to them in a
+        circle, and its memory stays until Python looks for such circles: one frame of each angle is enough.
+        """
+        angle = frame.rotation
+        if angle not in known:
+            named = {data.type.name: bytes(data) for data in frame.side_data}
+            matrix = named.get("DISPLAYMATRIX")
+            known[angle] = cls() if matrix is None else cls.by(np.frombuffer(matrix, np.int32).tolist())
+        return known[angle]
 
     @classmethod
     def by(cls, matrix: list[int]) -> Turn:

@@ -49,9 +49,10 @@ class Film:
     def __init__(self, path: Path, track: int | None = None):
         self._path, self._track = path, track
         self._kind = checked_container(path)
+        self._turns: dict[int, Turn] = {}
         with self._opened() as (container, stream):
             stream.codec_context.thread_count = 1  # one frame is decoded here
-            marks, first, last = _index(stream)
+            marks, first, last = _index(stream, self._turns)
             stored = self._stored(container, stream, len(marks))
             frames = sum(mark.shown for mark in marks)
             if frames == 0:
@@ -77,7 +78,7 @@ class Film:
             return self._decoded_whole(indices, size), self.info.frames
 
     def _by_groups(self, indices: tuple[int, ...], size: tuple[int, int] | None) -> tuple[Tensor, int]:
-        store = Store(self.info, indices, size)
+        store = Store(self.info, indices, size, self._turns)
         numbers = {self._times.pts[index]: index for index in store.places}
         with self._opened() as (container, stream):
             decoded = 0
@@ -88,7 +89,7 @@ class Film:
 
     def _decoded_whole(self, indices: tuple[int, ...], size: tuple[int, int] | None) -> Tensor:
         """Decode the whole file, keep the frames of ``indices``: (n, height, width, 3) uint8."""
-        info, store, decoded = self.info, Store(self.info, indices, size), 0
+        info, store, decoded = self.info, Store(self.info, indices, size, self._turns), 0
         with self._opened() as (container, stream):
             try:
                 for frame in container.decode(stream):
@@ -157,7 +158,7 @@ def _video_track(path: Path, container: av.container.InputContainer, track: int 
     return tracks[track]
 
 
-def _index(stream: av.VideoStream) -> tuple[list[Mark], First | None, Fraction]:
+def _index(stream: av.VideoStream, turns: dict[int, Turn]) -> tuple[list[Mark], First | None, Fraction]:
     """A mark of each packet, what the first frame that can be decoded says, and the seconds that the last is shown."""
     hides = stream.codec_context.name == "vp8"
     marks, first, last = [], None, (-math.inf, 0)
@@ -171,8 +172,8 @@ def _index(stream: av.VideoStream) -> tuple[list[Mark], First | None, Fraction]:
         if mark.shown and mark.pts is not None and mark.pts > last[0]:
             last = mark.pts, packet.duration or 0
         if first is None and len(marks) <= _TRIED:
-            first = _first(packet)
-    return marks, first or _first(None, stream), last[1] * stream.time_base
+            first = _first(packet, stream, turns)
+    return marks, first or _first(None, stream, turns), last[1] * stream.time_base
 
 
 def _rate(path: Path, container: av.container.InputContainer, stream: av.VideoStream, frames: int) -> float:
@@ -184,13 +185,13 @@ def _rate(path: Path, container: av.container.InputContainer, stream: av.VideoSt
     return fps
 
 
-def _first(packet: av.Packet | None, stream: av.VideoStream | None = None) -> First | None:
+def _first(packet: av.Packet | None, stream: av.VideoStream, turns: dict[int, Turn]) -> First | None:
     """The first frame that comes out of the decoder after ``packet``; None is the end of them all."""
     try:
-        frames = packet.decode() if packet is not None else stream.codec_context.decode(None)
+        frames = stream.codec_context.decode(packet)
     except av.FFmpegError:  # told if the frame is asked for
         return None
-    return First(*Turn.of(frames[0]).sides(frames[0].height, frames[0].width)) if frames else None
+    return First(*Turn.of(frames[0], turns).sides(frames[0].height, frames[0].width)) if frames else None
 
 
 def hidden(packet: av.Packet) -> bool:

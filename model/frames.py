@@ -37,10 +37,11 @@ class Store:
         info: of the video.
         indices: the wanted frames, by number, in the order of the result; repeated ones are decoded once.
         size: (height, width) of the result; None is the video's.
+        turns: of each angle of the video that is known already.
     """
 
-    def __init__(self, info: VideoInfo, indices: tuple[int, ...], size: tuple[int, int] | None):
-        self.info, self.resize = info, size is not None
+    def __init__(self, info: VideoInfo, indices: tuple[int, ...], size: tuple[int, int] | None, turns: dict[int, Turn]):
+        self.info, self.resize, self.turns = info, size is not None, turns
         self.height, self.width = size or (info.height, info.width)
         self.places: dict[int, list[int]] = {}
         for place, index in enumerate(indices):
@@ -51,7 +52,7 @@ class Store:
         """Keep frame ``number`` of the video if it is wanted."""
         if number not in self.places:
             return
-        turn = Turn.of(frame)
+        turn = Turn.of(frame, self.turns)
         height, width = turn.sides(frame.height, frame.width)
         if not self.resize and (height, width) != (self.height, self.width):
             raise StormVideoError(

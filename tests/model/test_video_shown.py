@@ -76,3 +76,38 @@ def test_the_default_track(tmp_path):
         sample_frames(path, 1, track=2)
     with pytest.raises(TypeError, match="track must be a number from 0, got '1'"):
         sample_frames(path, 1, track="1")
+
+
+def with_start(path, start):
+    """A copy whose frame ``start`` is at time 0, and those before it at negative times: what a trim by copy writes."""
+    out_path = path.with_name("trimmed.mp4")
+    with av.open(str(path)) as source, av.open(str(out_path), "w") as out:
+        stream = source.streams.video[0]
+        copy = out.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                shift = round(start / 25 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+                out.mux(packet)
+    return out_path
+
+
+@pytest.mark.parametrize("start", [1, 5, 50])
+def test_what_an_edit_list_leaves_out_is_not_shown(tmp_path, start):
+    """Frames before time 0 are stored to decode those after it; a player begins at 0 (case 4)."""
+    with av.open(str(tmp_path / "long.mp4"), "w") as out:
+        stream = out.add_stream("libx264", rate=25, width=64, height=48, pix_fmt="yuv420p", options={"bf": "2"})
+        stream.codec_context.gop_size = 30
+        for i in range(100):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 2 * i, np.uint8), format="rgb24")))
+        out.mux(stream.encode())
+    plain = sample_frames(tmp_path / "long.mp4", 100).frames
+    path = with_start(tmp_path / "long.mp4", start)
+    with av.open(str(path)) as container:
+        right = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    video = Video(path)
+    assert (video.info.frames, video.info.stored, len(right)) == (100 - start, 100, 100 - start)
+    assert video.info.duration_s == pytest.approx((100 - start) / 25)
+    assert np.array_equal(video.sample(100 - start).frames.numpy(), np.stack(right))
+    assert np.array_equal(video.sample(at=[0.01]).frames[0].numpy(), plain[start].numpy())
+    assert video.sample(at=[0.01, 1.0]).decoded < 100
