@@ -87,6 +87,8 @@ class StormProcessor(ProcessorMixin):
             StormVideoError, TypeError, ValueError: a bad video or argument; placeholders that do not fit the videos.
         """
         self._check_counts(text, images, videos)
+        nested = kwargs.get("text_kwargs", {})  # transformers 5.19 has no defaults by class
+        kwargs |= {name: value for name, value in self.text_kwargs.items() if name not in {*kwargs, *nested}}
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
@@ -141,6 +143,9 @@ class StormProcessor(ProcessorMixin):
                 raise ValueError(f"the text has {wanted} {token}, but no {name} were given")
             if given is not None and text is not None and not wanted:
                 raise ValueError(f"{name} were given, but the text has no {token}")
+        wanted = sum(sample.count(self.video_token) for sample in texts if isinstance(sample, str))
+        if videos is not None and text is not None and (given := len(list(flat_videos(videos)))) != wanted:
+            raise ValueError(f"the text has {wanted} {self.video_token}, but {given} videos were given")
         self._check_own_videos(texts, videos)
 
     def _check_own_videos(self, texts: list, videos: Any) -> None:

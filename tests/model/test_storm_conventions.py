@@ -135,6 +135,9 @@ def test_gradient_checkpointing_runs_every_part_twice_and_has_the_same_gradients
 def test_two_steps_by_peft_teach_adapters_that_act_alone_and_come_back(tmp_path, folder, given):
     """LoRA on the language model and on every product of the projector, by the Trainer, with gradient checkpointing."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
+    pytest.importorskip(
+        "peft.utils.transformers_weight_conversion", reason="transformers loads adapters by a later peft"
+    )
     base = StormForConditionalGeneration.from_pretrained(folder)
     before = {name: p.detach().clone() for name, p in base.named_parameters()}
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=LORA, task_type="CAUSAL_LM"))

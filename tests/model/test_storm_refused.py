@@ -33,7 +33,7 @@ def test_a_placeholder_needs_its_video_and_the_reverse():
         processor(text="<video> What?")
     with pytest.raises(ValueError, match="videos were given, but the text has no <video>"):
         processor(text="What?", videos="missing.mp4")
-    with pytest.raises(ValueError, match="number of videos passed"):
+    with pytest.raises(ValueError, match="the text has 2 <video>, but 1 videos were given"):
         processor(text="<video><video> What?", videos=["missing.mp4"])
 
 
