@@ -21,7 +21,8 @@ from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
 from .configuration_storm import StormConfig
 from .loading import CheckpointError
-from .modeling_storm import StormForConditionalGeneration, StormModel, StormPreTrainedModel
+from .modeling_storm import StormForConditionalGeneration, StormModel
+from .pretrained_storm import StormPreTrainedModel
 from .processing_storm import StormProcessor
 from .video_processing_storm import StormImageProcessor, StormVideoProcessor
 

@@ -14,89 +14,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
-from transformers import initialization as init
+from transformers import AutoModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from storm_kernels.profiling import stage
-from storm_kernels.reference import ReferenceMixer
-from storm_kernels.reference.modules import initial_dt_bias
 from storm_kernels.tokens import TokenReduction, described
 
 from .configuration_storm import StormConfig, checked_reduction
 from .context import check_context
-from .loading import check_folder, check_loaded
 from .pixels import FRAME_BATCH
+from .pretrained_storm import StormPreTrainedModel
 from .projector import build_projector
-
-logger = logging.get_logger(__name__)
 
 # What this transformers calls a language model's cache: 5.24 renamed it, and 5.40 drops the older
 # name.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-
-class StormPreTrainedModel(PreTrainedModel):
-    """What both classes tell transformers about themselves."""
-
-    config: StormConfig
-    config_class = StormConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "video", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["MixerLayer", "VilaProjector"]
-    _skip_keys_device_placement = ["cache", "past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    # Regular expressions of the mixer's parameters whose rounding would move every later state
-    # (docs/spec.md).
-    _keep_in_fp32_modules_strict = [
-        r"\.mixer\.A_log$",
-        r"\.mixer\.A_b_log$",
-        r"\.mixer\.D$",
-        r"\.mixer\.D_b$",
-        r"\.mixer\.dt_proj\.bias$",
-        r"\.mixer\.dt_proj_b\.bias$",
-    ]
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, ReferenceMixer):
-            _init_mixer(module)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
-        """As every transformers model, but strict: a tensor that is missing, left over, of another
-        shape or not finite is an error that names it, and pickles are never opened.
-
-        Raises:
-            CheckpointError: the weights are not this model's.
-        """
-        folder = pretrained_model_name_or_path
-        given = {
-            name: kwargs[name] for name in ("subfolder", "use_safetensors", "config", "state_dict") if name in kwargs
-        }
-        check_folder(folder, **given)
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = super().from_pretrained(folder, *args, **kwargs)
-        check_loaded(folder, info, model)
-        if model.config.random_parts:
-            logger.warning(random_notice(model.config))
-        return (model, info) if wants_info else model
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As every transformers model; the parts' dtypes are written too, so that a model that is
-        loaded and saved again gives the same bytes."""
-        for part in (self.config.vision_config, self.config.text_config):
-            part.dtype = self.dtype
-        super().save_pretrained(*args, **kwargs)
 
 
 class StormModel(StormPreTrainedModel):
@@ -407,32 +341,5 @@ def reading(prompt: Tensor):
     return stage("prefill" if prompt.shape[1] > 1 else "token")
 
 
-def random_notice(config: StormConfig) -> str:
-    """One sentence for whoever is about to believe such a model."""
-    return (
-        f"random weights in {', '.join(config.random_parts)}: never trained, so what this model answers means nothing"
-    )
-
-
 def _trains(module: nn.Module) -> bool:
     return all(parameter.requires_grad for parameter in module.parameters())
-
-
-def _init_mixer(mixer: ReferenceMixer) -> None:
-    """The start of a mixer, as its own constructor makes it; transformers has made it on the meta
-    device, without values.
-    """
-    projections = [mixer.in_proj, mixer.out_proj]
-    for suffix in mixer.suffixes:
-        conv, dt_proj = getattr(mixer, f"conv1d{suffix}"), getattr(mixer, f"dt_proj{suffix}")
-        projections += [conv, getattr(mixer, f"x_proj{suffix}")]
-        init.uniform_(dt_proj.weight, -(mixer.dt_rank**-0.5), mixer.dt_rank**-0.5)
-        init.copy_(dt_proj.bias, initial_dt_bias(mixer.d_inner, device=dt_proj.bias.device))
-        rows = torch.arange(1, mixer.d_state + 1, dtype=torch.float32, device=mixer.D.device)
-        init.copy_(mixer.A_b_log if suffix else mixer.A_log, rows.log().expand(mixer.d_inner, -1))
-        init.ones_(getattr(mixer, f"D{suffix}"))
-    for projection in projections:
-        init.kaiming_uniform_(projection.weight, a=math.sqrt(5))
-        if projection.bias is not None:
-            bound = 1 / math.sqrt(projection.weight[0].numel())
-            init.uniform_(projection.bias, -bound, bound)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import storm_kernels
 from storm_kernels.profiling import stage
 from storm_kernels.reference import ReferenceTemporalProjector, reduce_tokens
-from storm_kernels.reference.modules import downsample, packed_grids
+from storm_kernels.reference.projector import downsample, packed_grids
 from storm_kernels.tokens import TokenGrid, TokenReduction
 
 from .configuration_storm import StormConfig

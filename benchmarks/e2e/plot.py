@@ -37,10 +37,10 @@ def stage_bars(results: list[Outcome]) -> Figure:
         lengths = [one.ms(stage) for one in results]
         axes.barh(names, lengths, left=start, color=_STAGE_COLOURS[stage], label=stage, height=0.72)
         start = [a + b for a, b in zip(start, lengths, strict=True)]
-    for name, total in zip(names, start, strict=True):
+    for name, end, one in zip(names, start, results, strict=True):
         axes.annotate(
-            f"{total:,.0f}",
-            (total, name),
+            f"{one.total_ms:,.0f}",  # as in the tables: a median of sums, of which the bar's end is near
+            (end, name),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
@@ -49,7 +49,7 @@ def stage_bars(results: list[Outcome]) -> Figure:
     axes.invert_yaxis()
     axes.margins(x=0.14)  # room for the longest bar's number
     axes.set_xlabel("time to first token, ms (median)")
-    axes.set_title(f"{results[0].frames} frames: where the time goes{_doubt(results)}", loc="left", fontsize=11)
+    _title(figure, f"{results[0].frames} frames: where the time goes{_doubt(results)}")
     figure.legend(loc="outside lower center", ncols=len(TO_FIRST_TOKEN), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -75,7 +75,7 @@ def latency_lines(results: list[Outcome]) -> Figure:
     axes.set_yticks(_round_steps(low, high), [f"{step:,.0f}" for step in _round_steps(low, high)])
     axes.set_xlabel("frames")
     axes.set_ylabel("time to first token, ms (median)")
-    axes.set_title(f"Latency over frames{_doubt(results)}", loc="left", fontsize=11)
+    _title(figure, f"Latency over frames{_doubt(results)}")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -98,6 +98,11 @@ def short_title(one: Outcome) -> str:
 
 def short_name(one: Outcome) -> str:
     return short_title(one) if one.projector == "vila" else f"{short_title(one)}, {one.projector}"
+
+
+def _title(figure: Figure, text: str) -> None:
+    """From the picture's left edge on: over the axes alone, long names of bars leave too little room."""
+    figure.suptitle(text, x=0.01, ha="left", fontsize=11)
 
 
 def _doubt(results: list[Outcome]) -> str:

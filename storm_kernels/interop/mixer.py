@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..nn.core import Branch, mixer_core, operands, scan
 from ..nn.linear import convolve, project
 from ..reference import ReferenceMixer
-from ..reference.modules import decay
+from ..reference.mixer import decay
 
 BIDIRECTIONAL_TYPES = ("none", "v1", "v2")
 

@@ -15,7 +15,7 @@ from ..ops import reduce_tokens
 from ..plain import is_plain
 from ..profiling import stage
 from ..reference import ReferenceMixer
-from ..reference.modules import decay
+from ..reference.mixer import decay
 from ..tokens import TokenGrid, TokenReduction
 from .core import Branch, mixer_core
 from .linear import linear, project

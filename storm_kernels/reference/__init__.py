@@ -9,7 +9,8 @@ from .functions import (
     residual_layer_norm,
     selective_scan,
 )
-from .modules import MixerLayer, ReferenceMixer, ReferenceTemporalProjector
+from .mixer import MixerLayer, ReferenceMixer
+from .projector import ReferenceTemporalProjector
 
 __all__ = [
     "Direction",

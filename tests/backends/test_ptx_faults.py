@@ -125,9 +125,13 @@ def test_a_seeded_fault_is_refused(fault, monkeypatch):
 
 
 SUMS = {
-    "norm_kernel": simplest(NormCase, channels=70, length=16),
-    "norm_backward_kernel": simplest(NormCase, channels=70, length=16),
-    "conv_backward_kernel": simplest(ConvCase, channels=32, length=33, batch=1, dtype="bfloat16"),
+    # name of the kernel: its file, a case
+    "norm_kernel": ("norm", simplest(NormCase, channels=70, length=16)),
+    "norm_backward_kernel": ("norm", simplest(NormCase, channels=70, length=16)),
+    "conv_backward_kernel": (
+        "conv_backward",
+        simplest(ConvCase, channels=32, length=33, batch=1, dtype="bfloat16"),
+    ),
 }
 
 
@@ -149,7 +153,7 @@ def test_a_sum_that_differs_from_lane_to_lane_is_refused(name, monkeypatch):
     from ..support.ptx_on_cpu.plain_product import plain_product
     from ..support.ptx_on_cpu.triton import triton_on_ptx
 
-    case, texts = SUMS[name], []
+    (file, case), texts = SUMS[name], []
 
     def keep(ptx: str) -> str:
         texts.append(ptx)
@@ -161,7 +165,7 @@ def test_a_sum_that_differs_from_lane_to_lane_is_refused(name, monkeypatch):
     with triton_on_ptx(edit=keep) as runner:
         check(case, "triton")
     assert name in runner.launched and not found()
-    module = sys.modules[f"storm_kernels.backends.triton.{name.partition('_')[0]}"]
+    module = sys.modules[f"storm_kernels.backends.triton.{file}"]
     monkeypatch.setattr(module, "product", plain_product)
     called = [
         f

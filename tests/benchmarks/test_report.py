@@ -149,6 +149,19 @@ def test_bars_are_to_scale():
     assert widths == [100, 100, 100, 10, 50, 10, 290, 50, 50]
 
 
+def test_titles_lie_inside_the_picture_and_bars_carry_the_total_of_the_tables():
+    rows = [row | {"not_reliable": "busy" if row["stage"] == "total" else None} for row in ROWS]
+    results = [one for one in summary.outcomes(rows) if one.frames == summary.outcomes(rows)[0].frames]
+    for figure in (plot.stage_bars(results), plot.latency_lines(summary.outcomes(rows))):
+        figure.draw_without_rendering()
+        for text in figure.texts:
+            assert figure.bbox.containsx(text.get_window_extent().x0) and figure.bbox.containsx(
+                text.get_window_extent().x1
+            )
+    numbers = [text.get_text() for text in plot.stage_bars(results).axes[0].texts]
+    assert numbers == [f"{one.total_ms:,.0f}" for one in results]
+
+
 def test_unfinished_measurements_are_left_out_and_repeated_ones_counted_once():
     assert summary.outcomes(ROWS[:4]) == []
     again = rows_of("vila", "vila", 32, 100, 10, 90)
@@ -213,8 +226,8 @@ def test_the_first_card_and_the_charts_say_that_they_are_not_reliable():
     assert "Fewer tokens not reliable: rounds from 35.0 to 50.0 % less 50.0 % less" in text
     assert "-50.0 % ±7.5 ?" in text
     assert "Not reliable: rounds from 35.0 to 50.0 % less." in text
-    assert plot.stage_bars(summary.outcomes(rows)).axes[0].get_title("left").endswith("(not reliable)")
-    assert "not reliable" not in plot.stage_bars(summary.outcomes(ROWS)[:3]).axes[0].get_title("left")
+    assert plot.stage_bars(summary.outcomes(rows)).get_suptitle().endswith("(not reliable)")
+    assert "not reliable" not in plot.stage_bars(summary.outcomes(ROWS)[:3]).get_suptitle()
 
 
 def test_one_round_and_rounds_of_two_runs_are_not_reliable():

@@ -76,11 +76,11 @@ def test_frames_are_those_of_a_whole_decode(tmp_path, name):
     shown = whole(path)
     video = Video(path)
     assert video.info.frames == len(shown) == 60
-    draw = random.Random(name)
+    # The middle of a frame's time: whichever way times are rounded, it is this frame.
+    middles, draw = [time + 0.01 for time in video.sample(60).timestamps], random.Random(name)
     for _ in range(SETS):
         numbers = sorted(draw.sample(range(60), draw.choice((1, 2, 5, 20))))
-        # The middle of a frame's time: whichever way times are rounded, it is this frame.
-        got = video.sample(at=[video.sample(60).timestamps[i] + 0.01 for i in numbers])
+        got = video.sample(at=[middles[i] for i in numbers])
         assert got.indices == tuple(numbers)
         for number, frame in zip(numbers, got.frames.numpy(), strict=True):
             assert np.array_equal(frame, shown[number][1]), f"{name}: frame {number}"

@@ -190,7 +190,7 @@ def test_the_projector_gradient(grid, bidirectional, reduction):
 @pytest.mark.parametrize("sides", [(1, 1), (3, 5), (4, 6), (27, 27)])
 def test_downsampling_is_row_major_in_the_block_and_pads_at_the_end(sides):
     features = normal(2, 3, *sides, 2)
-    blocks = reference.modules.downsample(features)
+    blocks = reference.projector.downsample(features)
     height, width = -(-sides[0] // 2), -(-sides[1] // 2)
     assert blocks.shape == (2, 3, height, width, 8)
     for i in range(height):

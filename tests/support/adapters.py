@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from storm_kernels import TemporalProjector, TokenGrid, TokenReduction, reference
-from storm_kernels.reference.modules import downsample, run_padded
+from storm_kernels.reference.projector import downsample, run_padded
 
 MIXER = ("in_proj", "conv1d", "x_proj", "dt_proj", "conv1d_b", "x_proj_b", "dt_proj_b", "out_proj")
 REDUCTIONS = (TokenReduction(), TokenReduction(1, 1, 2), TokenReduction(2, 2, 1))

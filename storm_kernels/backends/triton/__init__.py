@@ -12,7 +12,8 @@ import functools
 import torch
 import triton
 
-from .conv import conv, conv_backward
+from .conv import conv
+from .conv_backward import conv_backward
 from .norm import norm, norm_backward
 from .reduce import reduce, reduce_backward
 from .scan import scan

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...tokens import TokenGrid, TokenReduction
 from ..contract import ConvCall, ConvFilter, ScanCall, ScanInputs
-from .conv import conv, conv_backward
+from .conv import conv
+from .conv_backward import conv_backward
 from .launch import Launch, recorded
 from .norm import norm, norm_backward
 from .reduce import reduce, reduce_backward

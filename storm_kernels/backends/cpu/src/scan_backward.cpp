@@ -4,6 +4,7 @@
 // runs through it from the end. Sums over channels (dB, dC) go through one partial per chunk, sums
 // over tokens (dA, dD, d delta_bias) through one per slot of sequences; both are added up in a
 // fixed order that depends on shapes only, so results do not depend on the threads.
+// The pieces share a tile's scratch memory and are one pass: so they stand in one file.
 #include <stdlib.h>
 
 #include <initializer_list>
