@@ -97,9 +97,8 @@ def _mask(mixer: nn.Module, attention_mask: Tensor | None, length: int, before: 
     """The mask as (b, l, 1)."""
     if attention_mask is None:
         return None
-    if by_head(mixer) and hasattr(
-        mixer, "slow_forward"
-    ):  # the mask of the whole sequence comes along with its last tokens
+    if by_head(mixer) and hasattr(mixer, "slow_forward"):
+        # The mask of the whole sequence comes along with its last tokens.
         if before is not None and before.started and length == 1:
             return None
         attention_mask = attention_mask[:, -length:]

@@ -100,9 +100,8 @@ def quantised(parent, name, calls):
     if isinstance(getattr(parent, name), nn.Linear):
         parent.config = copy.copy(parent.config)
         parent.config._is_quantized = True
-        if (
-            OLD or name != "dt_proj" or hasattr(parent, "dt_layernorm")
-        ):  # the present Mamba multiplies with dt_proj's weight whatever it is
+        # The present Mamba multiplies with dt_proj's weight whatever it is.
+        if OLD or name != "dt_proj" or hasattr(parent, "dt_layernorm"):
             setattr(parent, name, Packed(getattr(parent, name)))
 
 

@@ -115,11 +115,8 @@ def _twin(module: nn.Module, memo: dict) -> nn.Module:
     if id(module) not in memo:
         twin = memo[id(module)] = object.__new__(type(module))
         state = dict(vars(module))
-        for name in (
-            "forward",
-            "_old_forward",
-            "_hf_hook",
-        ):  # accelerate's, or the class's own: why_no_trial has looked
+        # accelerate's, or the class's own: why_no_trial has looked.
+        for name in ("forward", "_old_forward", "_hf_hook"):
             state.pop(name, None)
         state |= {name: OrderedDict() for name in _HOOKS if name in state} | {"training": False}
         state["_parameters"] = dict(module._parameters)

@@ -78,8 +78,9 @@ class Machine:
         parameters: np.ndarray,
         memory,
         shared,
-        options: Options = Options(),
-    ):  # noqa: B008
+        options: Options | None = None,
+    ):
+        options = options or Options()
         self.kernel, self.threads, self.blocks, self.parameters, self.options = (
             kernel,
             threads,

@@ -73,9 +73,8 @@ class Registers:
                     else special.astype(dtype)
                 )
             row = self.raw(text)
-            if (
-                row.dtype.itemsize > np.dtype(dtype).itemsize and dtype is not np.bool_
-            ):  # the low part, of a little-endian number
+            if row.dtype.itemsize > np.dtype(dtype).itemsize and dtype is not np.bool_:
+                # The low part, of a little-endian number.
                 return row.view(dtype)[:: row.dtype.itemsize // np.dtype(dtype).itemsize]
             return self.row(text, kind)
         return number(self.address(text) if text[0].isalpha() or text[0] in "_$" else text, dtype)
