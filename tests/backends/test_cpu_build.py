@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from storm_kernels.backends.cpu import build, loader
+from storm_kernels.backends.cpu import build, loader, structs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -51,6 +51,21 @@ def test_a_missing_library_is_named_with_the_way_to_build_it(tmp_path):
         loader.LibraryMissing, match=r"absent\.so is not there.*python -m storm_kernels\.backends\.cpu\.build"
     ):
         loader.Library(tmp_path / "absent.so")
+
+
+def test_a_library_of_other_sources_is_refused(monkeypatch):
+    """A structure that has grown by a field here alone: every call would hand over fields at wrong places."""
+    if reason := loader.why_missing():
+        pytest.skip(reason)
+
+    class Grown(structs.CScan):
+        _fields_ = [("more", structs.c_int64)]
+
+    loader.Library(loader.LIBRARY)
+    grown = tuple(Grown if one is structs.CScan else one for one in structs.STRUCTURES)
+    monkeypatch.setattr(loader, "STRUCTURES", grown)
+    with pytest.raises(loader.LibraryMissing, match="was built from other sources: its structures have .* bytes"):
+        loader.Library(loader.LIBRARY)
 
 
 def test_a_broken_library_is_named(tmp_path):

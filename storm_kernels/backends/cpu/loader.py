@@ -13,6 +13,7 @@ from pathlib import Path
 import torch  # noqa: F401  its OpenMP runtime must be in the process first: the library then binds to it, and there is one thread pool
 
 from .build import LIBRARY_NAME, variants
+from .structs import STRUCTURES
 
 LIBRARY = Path(__file__).resolve().parent / LIBRARY_NAME
 ISA_VARIABLE = "STORM_KERNELS_CPU_ISA"
@@ -35,6 +36,7 @@ class Library:
             self._handle = ctypes.CDLL(str(path))
         except OSError as error:
             raise LibraryMissing(f"{path} cannot be loaded ({error}); {HOW_TO_BUILD}") from error
+        self._check_structures(path)
         self._functions: dict[str, ctypes._CFuncPtr] = {}
         self.isa = isa or self._best()
         self._check(self.isa, path)
@@ -63,6 +65,19 @@ class Library:
         if not supported:
             raise LibraryMissing(f"the library holds no variant for this processor; {HOW_TO_BUILD}")
         return supported[0]
+
+    def _check_structures(self, path: Path) -> None:
+        """A library of other sources would read the fields of a call at other places."""
+        bytes_of = getattr(self._handle, "storm_structure_bytes", None)
+        if bytes_of is not None:
+            bytes_of.argtypes, bytes_of.restype = (ctypes.c_int,), ctypes.c_int64
+        there = [] if bytes_of is None else [bytes_of(i) for i in range(len(STRUCTURES) + 1)]
+        here = [*map(ctypes.sizeof, STRUCTURES), 0]
+        if there != here:
+            raise LibraryMissing(
+                f"{path} was built from other sources: its structures have {there} bytes, this version's {here}; "
+                f"{HOW_TO_BUILD}"
+            )
 
     def _check(self, isa: str, path: Path) -> None:
         if isa not in self.supported():

@@ -111,6 +111,22 @@ class CReduce(ctypes.Structure):
     ]
 
 
+# In the order of storm_structure_bytes() in src/common.cpp: the library is asked for them when it is loaded.
+STRUCTURES = (
+    CTensor,
+    CFloats,
+    CReduction,
+    CShape,
+    CDirection,
+    CScan,
+    CDirectionGrads,
+    CScanGrads,
+    CFilter,
+    CConv,
+    CReduce,
+)
+
+
 def held(t: Tensor) -> int:
     """Elements from the tensor's first one to the end of its memory: the shape alone says nothing,
     a storage may have been freed (as FSDP does).

@@ -98,6 +98,15 @@ void storm_free_row_map(StormRowMap* map) {
 
 EXPORT int storm_checkpoint_interval(void) { return STORM_CHECKPOINT; }
 
+// The size of each structure of api.h, in the order in which structs.py lists them; 0 after the last.
+EXPORT int64_t storm_structure_bytes(int number) {
+  static const int64_t bytes[] = {
+      sizeof(StormTensor), sizeof(StormFloats),         sizeof(StormReduction), sizeof(StormShape),
+      sizeof(StormDirection), sizeof(StormScan),        sizeof(StormDirectionGrads), sizeof(StormScanGrads),
+      sizeof(StormFilter), sizeof(StormConv),           sizeof(StormReduce)};
+  return number < (int)(sizeof bytes / sizeof bytes[0]) ? bytes[number] : 0;
+}
+
 // Best first; a variant that the compiler could not build is absent from the library, which
 // `loader.py` sees.
 EXPORT int storm_cpu_supports_avx512(void) {
