@@ -13,7 +13,7 @@ pass 2^31. Results are contiguous and share no memory with an input. Gradients c
 in the shape and dtype of what they are gradients of. Incoming gradients have any strides, zero
 included. No axis is empty: ops/ leaves that to the torch backend.
 
-Glossary:
+Glossary (the sources in CUDA and C++ do not keep to it everywhere yet):
     group: channels that share B and C; never of tokens or frames.
     pool: the frames that a reduction averages together (``temporal_pool`` of them).
     kept: of a token, that sampling keeps its pool; *kept tokens* are counted in their own order.
