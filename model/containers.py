@@ -1,15 +1,15 @@
 """Is a video file whole? Decoders play a cut file to where it was cut and call that the end; the
 container's own sizes know better.
 
-Three containers say where they end, and are checked to that end: MP4/MOV (ISO/IEC 14496-12),
-Matroska/WebM (RFC 9559), AVI (RIFF).
+Three containers say where their parts end, and are checked to that end: MP4/MOV (ISO/IEC 14496-12),
+Matroska/WebM (RFC 9559), AVI (RIFF). A recording that was written as it was sent (a browser's, DASH)
+leaves some of these out; what it does say is checked. Other containers say nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 
@@ -18,10 +18,10 @@ class StormVideoError(ValueError):
 
 
 class Container(NamedTuple):
-    demuxer: str  # FFmpeg's name
-    fragments: dict[
-        int, int
-    ] = {}  # samples of each track that lie in fragments of an MP4, which its header does not count
+    """What a file's own sizes say of its frames."""
+
+    kind: str = ""  # "mp4", "matroska", "avi", or "" for one whose sizes say nothing
+    fragments: dict[int, int] = {}  # samples of each track in fragments of an MP4, which its header does not count
     blocks: list[int] | None = None  # of each video track of a Matroska file, whose header counts nothing
 
 
@@ -31,20 +31,11 @@ class Chunk(NamedTuple):
     end: int  # one past the last byte
 
 
-_REMUX = "remux it, if it is whole: ffmpeg -i IN -c copy OUT.mp4"
 _MP4_FIRST = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"}
 _MP4_TOP = _MP4_FIRST | {b"moof", b"mfra", b"sidx", b"ssix", b"styp", b"prft", b"emsg", b"meta", b"uuid"}
+_MP4_PARTS = {b"moov", b"moof", b"mdat", b"mfra", b"sidx"}
 _IN_MOOF = {b"mfhd", b"traf", b"pssh", b"meta", b"uuid", b"free", b"skip"}
-_IN_TRAF = {
-    b"tfhd",
-    b"tfdt",
-    b"trun",
-    b"sbgp",
-    b"sgpd",
-    b"subs",
-    b"saiz",
-    b"saio",
-    b"senc",
+_IN_TRAF = {b"tfhd", b"tfdt", b"trun", b"sbgp", b"sgpd", b"subs", b"saiz", b"saio", b"senc"} | {
     b"meta",
     b"uuid",
     b"free",
@@ -52,6 +43,8 @@ _IN_TRAF = {
 }
 _EBML, _SEGMENT, _TRACKS, _CLUSTER = (bytes.fromhex(i) for i in ("1a45dfa3", "18538067", "1654ae6b", "1f43b675"))
 _VOID, _CRC = b"\xec", b"\xbf"
+# What a recorder that cannot go back leaves open (RFC 9559, 5.1: unknown size).
+_MAY_BE_OPEN = {_SEGMENT, _CLUSTER}
 # SeekHead, Info, Cues, Attachments, Chapters, Tags
 _IN_SEGMENT = {bytes.fromhex(i) for i in ("114d9b74", "1549a966", "1c53bb6b", "1941a469", "1043a770", "1254c367")} | {
     _TRACKS,
@@ -63,62 +56,95 @@ _IN_SEGMENT = {bytes.fromhex(i) for i in ("114d9b74", "1549a966", "1c53bb6b", "1
 _IN_CLUSTER = {bytes.fromhex(i) for i in ("e7", "5854", "a7", "ab", "a3", "a0")} | {_VOID, _CRC}
 
 
-def checked_container(path: Path) -> Container:
-    """What container the file at ``path`` is, after a check that all of it is there; a StormVideoError otherwise."""
+def checked_container(name: str, file: BinaryIO) -> Container:
+    """What the file's container says of its frames, after a check that all of it is there.
+
+    Args:
+        name: of the file, for messages.
+        file: seekable; at its beginning.
+
+    Raises:
+        StormVideoError: bytes are missing, by what the container itself says.
+    """
     try:
-        if not path.is_file():
-            raise StormVideoError(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")
-        size = path.stat().st_size
+        size = file.seek(0, 2)
         if size == 0:
-            raise StormVideoError(f"{path}: the file is empty")
-        with path.open("rb") as file:
-            head = file.read(12)
-            if head[4:8] in _MP4_FIRST:
-                return Container("mov", fragments=_check_mp4(path, file, size))
-            if head[:4] == _EBML:
-                return Container("matroska", blocks=_check_matroska(path, file, size))
-            if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
-                list(_tiles(path, file, 0, size, _riff_header))
-                return Container("avi")
+            raise StormVideoError(f"{name}: the file is empty")
+        file.seek(0)
+        head = file.read(12)
+        if head[4:8] in _MP4_FIRST:
+            return Container("mp4", fragments=_check_mp4(name, file, size))
+        if head[:4] == _EBML:
+            return Container("matroska", blocks=_check_matroska(name, file, size))
+        if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+            list(_before_trailer(name, file, size, _riff_header, {b"RIFF", b"LIST", b"idx1"}))
+            return Container("avi")
     except OSError as error:
-        raise StormVideoError(f"{path}: cannot be read: {error.strerror}") from error
-    raise StormVideoError(
-        f"{path}: not an MP4, MOV, Matroska, WebM or AVI file (it begins with {head.hex(' ')}); "
-        "other video formats do not say where they end, "
-        f"so a truncated file could not be told from a whole one: {_REMUX}"
-    )
+        raise StormVideoError(f"{name}: cannot be read: {error.strerror}") from error
+    return Container()
 
 
-def _check_mp4(path: Path, file: BinaryIO, size: int) -> dict[int, int]:
+def _before_trailer(name: str, file: BinaryIO, size: int, read_header, kinds: set[bytes]) -> Iterator[Chunk]:
+    """The chunks of a file up to a trailer, which cameras and editors append: bytes that are no chunk, and in which
+    no name of a chunk of ``kinds`` stands.
+    """
+    begun = False
+    try:
+        for chunk in _tiles(name, file, 0, size, read_header):
+            begun = True
+            yield chunk
+    except _Cut as cut:
+        file.seek(cut.start)
+        rest = file.read()
+        if not begun or any(kind in rest for kind in kinds):
+            raise
+
+
+def _check_mp4(name: str, file: BinaryIO, size: int) -> dict[int, int]:
     """Samples of each track in movie fragments; none unless it is fragmented."""
-    boxes = list(_tiles(path, file, 0, size, _box_header))
+    boxes = list(_before_trailer(name, file, size, _box_header, _MP4_PARTS))
     movie = next((box for box in boxes if box.kind == b"moov"), None)
     if movie is None:
         raise StormVideoError(
-            f"{path}: no moov box in {size} bytes, so nothing says what the file holds; "
+            f"{name}: no moov box in {size} bytes, so nothing says what the file holds; "
             "it is truncated or was never finished"
         )
-    if all(box.kind != b"mvex" for box in _tiles(path, file, movie.start, movie.end, _box_header)):
+    if all(box.kind != b"mvex" for box in _tiles(name, file, movie.start, movie.end, _box_header)):
         return {}
-    if boxes[-1].kind != b"mfra":
-        raise StormVideoError(
-            f"{path}: a fragmented MP4 that ends at byte {size} with a {_text(boxes[-1].kind)} box instead of the "
-            "mfra index; "
-            f"it cannot be told from a truncated file: {_REMUX}"
-        )
+    while boxes[-1].kind not in _MP4_TOP:
+        boxes.pop()  # a trailer that has the form of a box
     samples: Counter[int] = Counter()
-    for fragment in (box for box in _known(path, boxes, _MP4_TOP) if box.kind == b"moof"):
-        for part in _known(path, _tiles(path, file, fragment.start, fragment.end, _box_header), _IN_MOOF):
+    for box in _known(name, boxes, _MP4_TOP):
+        if box.kind == b"sidx":
+            _check_index(name, file, box, size)
+        for part in (
+            _known(name, _tiles(name, file, box.start, box.end, _box_header), _IN_MOOF) if box.kind == b"moof" else ()
+        ):
             if part.kind == b"traf":
-                track, count = _track_fragment(path, file, part)
+                track, count = _track_fragment(name, file, part)
                 samples[track] += count
     return dict(samples)
 
 
-def _track_fragment(path: Path, file: BinaryIO, fragment: Chunk) -> tuple[int, int]:
+def _check_index(name: str, file: BinaryIO, index: Chunk, size: int) -> None:
+    """The bytes that a segment index (sidx) declares are there (ISO/IEC 14496-12, 8.16.3)."""
+    file.seek(index.start)
+    content = file.read(index.end - index.start)
+    wide = 8 if content[:1] == b"\1" else 4
+    first, count = 12 + 2 * wide, int.from_bytes(content[14 + 2 * wide : 16 + 2 * wide])
+    sizes = [int.from_bytes(content[at : at + 4]) & 0x7FFFFFFF for at in range(first + 4, first + 4 + 12 * count, 12)]
+    end = index.end + int.from_bytes(content[12 + wide : first]) + sum(sizes)
+    if end > size:
+        raise StormVideoError(
+            f"{name}: truncated, the index at byte {index.start} declares parts up to byte {end}, "
+            f"but there are only {size}"
+        )
+
+
+def _track_fragment(name: str, file: BinaryIO, fragment: Chunk) -> tuple[int, int]:
     """A traf box's track and number of samples (ISO/IEC 14496-12, 8.8.7 and 8.8.8)."""
     track, samples = None, 0
-    for box in _known(path, _tiles(path, file, fragment.start, fragment.end, _box_header), _IN_TRAF):
+    for box in _known(name, _tiles(name, file, fragment.start, fragment.end, _box_header), _IN_TRAF):
         file.seek(box.start)
         flags, number = (int.from_bytes(file.read(4)) for _ in range(2))
         if box.kind == b"tfhd":
@@ -127,55 +153,59 @@ def _track_fragment(path: Path, file: BinaryIO, fragment: Chunk) -> tuple[int, i
             per_sample = (flags >> 8 & 0xF).bit_count()
             if box.end - box.start != 4 * (2 + (flags & 1) + (flags >> 2 & 1) + number * per_sample):
                 raise StormVideoError(
-                    f"{path}: corrupt, the trun box at byte {box.start} is not as long as its {number} samples"
+                    f"{name}: corrupt, the trun box at byte {box.start} is not as long as its {number} samples"
                 )
             samples += number
     if track is None:
-        raise StormVideoError(f"{path}: corrupt, the traf box at byte {fragment.start} names no track")
+        raise StormVideoError(f"{name}: corrupt, the traf box at byte {fragment.start} names no track")
     return track, samples
 
 
-def _check_matroska(path: Path, file: BinaryIO, size: int) -> list[int]:
+def _check_matroska(name: str, file: BinaryIO, size: int) -> list[int]:
     """Frames of each video track, by its blocks."""
-    segment = next((part for part in _tiles(path, file, 0, size, _ebml_header) if part.kind == _SEGMENT), None)
+    segment = next((part for part in _tiles(name, file, 0, size, _ebml_header) if part.kind == _SEGMENT), None)
     if segment is None:
-        raise StormVideoError(f"{path}: no Segment in {size} bytes; the file is truncated")
+        raise StormVideoError(f"{name}: no Segment in {size} bytes; the file is truncated")
     types: dict[int, int] = {}
     frames: Counter[int] = Counter()
-    for part in _known(path, _tiles(path, file, segment.start, segment.end, _ebml_header), _IN_SEGMENT):
+    end = size if segment.end == segment.start else segment.end
+    parts = _tiles(name, file, segment.start, end, _ebml_header)
+    # What follows a cluster of unknown size is its content, up to the next element of the segment.
+    for part in _known(name, parts, _IN_SEGMENT | _IN_CLUSTER):
         if part.kind == _TRACKS:
-            types.update(_tracks(path, file, part))
-        elif part.kind == _CLUSTER:
-            for block in _blocks(path, file, part):
-                track, count = _block_frames(file, block)
-                if track not in types:
-                    raise StormVideoError(
-                        f"{path}: corrupt, the block at byte {block.start} is of track {track}; "
-                        f"there are {sorted(types)}"
-                    )
-                frames[track] += count
+            types.update(_tracks(name, file, part))
+        for block in _blocks(name, file, part):
+            track, count = _block_frames(file, block)
+            if track not in types:
+                raise StormVideoError(
+                    f"{name}: corrupt, the block at byte {block.start} is of track {track}; there are {sorted(types)}"
+                )
+            frames[track] += count
     if 1 not in types.values():
-        raise StormVideoError(f"{path}: no video stream; it holds {len(types)} other tracks")
+        raise StormVideoError(f"{name}: no video stream; it holds {len(types)} other tracks")
     return [frames[track] for track, kind in types.items() if kind == 1]
 
 
-def _tracks(path: Path, file: BinaryIO, tracks: Chunk) -> Iterator[tuple[int, int]]:
+def _tracks(name: str, file: BinaryIO, tracks: Chunk) -> Iterator[tuple[int, int]]:
     """Number and type (1 is video) of each track (RFC 9559, 5.1.4.1)."""
-    for entry in _tiles(path, file, tracks.start, tracks.end, _ebml_header):
+    for entry in _tiles(name, file, tracks.start, tracks.end, _ebml_header):
         if entry.kind == b"\xae":
             values = {}
-            for item in _tiles(path, file, entry.start, entry.end, _ebml_header):
+            for item in _tiles(name, file, entry.start, entry.end, _ebml_header):
                 file.seek(item.start)
                 values[item.kind] = int.from_bytes(file.read(min(item.end - item.start, 8)))
             yield values.get(b"\xd7", 0), values.get(b"\x83", 0)
 
 
-def _blocks(path: Path, file: BinaryIO, cluster: Chunk) -> Iterator[Chunk]:
-    for part in _known(path, _tiles(path, file, cluster.start, cluster.end, _ebml_header), _IN_CLUSTER):
-        if part.kind == b"\xa3":
-            yield part
-        elif part.kind == b"\xa0":
-            yield from (item for item in _tiles(path, file, part.start, part.end, _ebml_header) if item.kind == b"\xa1")
+def _blocks(name: str, file: BinaryIO, part: Chunk) -> Iterator[Chunk]:
+    """The blocks in a cluster, or in a part of one."""
+    if part.kind == _CLUSTER:
+        for inner in _known(name, _tiles(name, file, part.start, part.end, _ebml_header), _IN_CLUSTER):
+            yield from _blocks(name, file, inner)
+    elif part.kind == b"\xa3":
+        yield part
+    elif part.kind == b"\xa0":
+        yield from (item for item in _tiles(name, file, part.start, part.end, _ebml_header) if item.kind == b"\xa1")
 
 
 def _block_frames(file: BinaryIO, block: Chunk) -> tuple[int, int]:
@@ -186,33 +216,39 @@ def _block_frames(file: BinaryIO, block: Chunk) -> tuple[int, int]:
     return (-1 if track is None else track[0]), (laced + 1 if flags & 0x06 else 1)
 
 
-def _known(path: Path, parts: Iterable[Chunk], kinds: set[bytes]) -> Iterator[Chunk]:
+def _known(name: str, parts: Iterable[Chunk], kinds: set[bytes]) -> Iterator[Chunk]:
     for part in parts:
         if part.kind not in kinds:
-            raise StormVideoError(f"{path}: corrupt, unknown element {_text(part.kind)} before byte {part.start}")
+            raise StormVideoError(f"{name}: corrupt, unknown element {_text(part.kind)} before byte {part.start}")
         yield part
 
 
-def _tiles(path: Path, file: BinaryIO, start: int, end: int, read_header) -> Iterator[Chunk]:
+class _Cut(StormVideoError):
+    """A chunk has no valid header or ends behind the end of what it lies in."""
+
+    def __init__(self, message: str, start: int):
+        super().__init__(message)
+        self.start = start
+
+
+def _tiles(name: str, file: BinaryIO, start: int, end: int, read_header) -> Iterator[Chunk]:
     """The chunks that fill bytes start..end of the file, one after the other; an error if one is
-    cut or runs over the end.
+    cut or runs over the end. One that does not say how long it is is given as empty, and what follows is its content.
     """
     while start < end:
         file.seek(start)
         header = read_header(file, end - start)
         if header is None:
-            raise StormVideoError(f"{path}: truncated or corrupt, no valid chunk header at byte {start} of {end}")
+            raise _Cut(f"{name}: truncated or corrupt, no valid chunk header at byte {start} of {end}", start)
         kind, header_bytes, content_bytes = header
-        if content_bytes is None:
-            raise StormVideoError(
-                f"{path}: {kind.hex()} at byte {start} does not say how long it is; "
-                f"it cannot be told from a truncated file: {_REMUX}"
-            )
-        chunk = Chunk(kind, start + header_bytes, start + header_bytes + content_bytes)
+        if content_bytes is None and kind not in _MAY_BE_OPEN:
+            raise StormVideoError(f"{name}: corrupt, {kind.hex()} at byte {start} does not say how long it is")
+        chunk = Chunk(kind, start + header_bytes, start + header_bytes + (content_bytes or 0))
         if chunk.end > end:
-            raise StormVideoError(
-                f"{path}: truncated, {_text(kind)} at byte {start} should reach byte {chunk.end}, "
-                f"but there are only {end}"
+            raise _Cut(
+                f"{name}: truncated, {_text(kind)} at byte {start} should reach byte {chunk.end}, "
+                f"but there are only {end}",
+                start,
             )
         yield chunk
         start = chunk.end

@@ -1,5 +1,5 @@
 """A film that FFmpeg reads (PyAV): indexed in one pass over its packets, then frames by way of its
-key frames (seeking.py), or by decoding all where its times cannot be trusted.
+key frames (seeking.py), or by decoding all where its times cannot be trusted (played.py).
 """
 
 from __future__ import annotations
@@ -8,22 +8,29 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from pathlib import Path
 from typing import NamedTuple
 
 import av
 from av.stream import Disposition
-from torch import Tensor
 
 from . import frames as limits
-from .containers import StormVideoError, checked_container
+from .containers import Container, StormVideoError, checked_container
 from .display import Turn
-from .frames import Store, VideoInfo, check_sides
-from .seeking import Mark, Times, Untrusted, by_groups
+from .frames import Read, Store, VideoInfo, check_sides, warn
+from .played import Shown, played
+from .seeking import Groups, Mark, Opened, Times, Untrusted
+from .source import Source
 
 # Titles in another encoding than UTF-8 are no reason to refuse a file. PyAV 19 has no such argument
 # and needs none.
 _ANY_TITLE = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+
+# FFmpeg's demuxers of files that hold video. Others are left out: playlists, which name other files, devices, and those
+# that take any text or noise for pictures.
+_DEMUXERS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,asf_o,ogg,h264,hevc,vvc,av1,obu,ivf,mxf,nut,m4v,h263,h261,"
+    "vc1,dv,gxf,wtv,rm,yuv4mpegpipe,swf,nuv,nsv,smjpeg,flic,roq,dhav"
+)
 
 # Packets that are decoded at most to see a first frame: its matrix says how large frames are shown.
 _TRIED = 64
@@ -40,109 +47,198 @@ class Film:
     """One video track of a file.
 
     Args:
-        path: of the file.
+        source: the file.
         track: which of its video tracks, from 0, pictures of covers not counted; None is the one a player shows.
+        nearest: whether a file that is cut off, and damaged frames, are told by a warning; else they are errors.
 
     Attributes: `info`; `seconds`, when each frame is shown; `end`, when the last one's time is over.
     """
 
-    def __init__(self, path: Path, track: int | None = None):
-        self._path, self._track = path, track
-        self._kind = checked_container(path)
+    def __init__(self, source: Source, track: int | None = None, nearest: bool = False):
+        self._source, self._track, self._nearest = source, track, nearest
         self._turns: dict[int, Turn] = {}
-        with self._opened() as (container, stream):
-            stream.codec_context.thread_count = 1  # one frame is decoded here
-            marks, first, last = _index(stream, self._turns)
-            stored = self._stored(container, stream, len(marks))
-            frames = sum(mark.shown for mark in marks)
-            if frames == 0:
-                raise StormVideoError(f"{path}: the video stream has no frames")
-            self._times = Times.of(marks, stream.time_base)
+        self._held = self._checked_container()
+        with self._opened(False) as (container, stream):
+            marks, first, self._last = _index(stream, self._turns)
+            self._stored = self._count(container, stream, len(marks))
+            if not any(mark.shown for mark in marks):
+                raise StormVideoError(f"{self.name}: the video stream has no frames")
             height, width = first or (stream.codec_context.height, stream.codec_context.width)
-            check_sides(path, width, height)
-            fps = _rate(path, container, stream, frames)
-        if self._times is None:
-            self.seconds, last = [i / fps for i in range(frames)], 0
+            check_sides(self.name, width, height)
+            self._sides, self._aspect = (height, width), stream.sample_aspect_ratio or Fraction(1)
+            self._rate = _rate(container, stream, len(marks))
+            times = Times.of(marks, stream.time_base)
+        if times is not None and times.doubtful:
+            shown = Groups(self._opened, times).shown_before_key()
+            begun = times.doubtful
+            times = times._replace(pts=[*sorted(shown.intersection(times.pts[:begun])), *times.pts[begun:]])
+        self._times, self._faults = times, {}
+        if times is None:
+            self._play()
         else:
-            self.seconds = [float((pts - self._times.pts[0]) * self._times.unit) for pts in self._times.pts]
-        self.end = self.seconds[-1] + (float(last) or 1 / fps)
-        self.info = VideoInfo(path, width, height, frames, fps, self.end, stored)
+            self._set([float((pts - times.pts[0]) * times.unit) for pts in times.pts], float(self._last))
 
-    def read(self, indices: tuple[int, ...], size: tuple[int, int] | None, verify: bool) -> tuple[Tensor, int]:
-        """The frames ``indices``: (n, height, width, 3) uint8, and how many were decoded for them."""
+    @property
+    def name(self) -> str:
+        return self._source.name
+
+    def read(self, indices: tuple[int, ...], size: tuple[int, int] | None) -> Read:
+        """The frames ``indices``.
+
+        Raises:
+            StormVideoError: one of them is damaged (with ``nearest``: all of the file is).
+            Untrusted: the file's times turn out not to be true. The frames have other numbers now: choose again.
+        """
         try:
-            if verify or self._times is None:
-                raise Untrusted
-            return self._by_groups(indices, size)
+            return self._by_groups(indices, size) if self._times else self._by_playing(indices, size)
         except Untrusted:
-            return self._decoded_whole(indices, size), self.info.frames
+            self._play()
+            raise
 
-    def _by_groups(self, indices: tuple[int, ...], size: tuple[int, int] | None) -> tuple[Tensor, int]:
+    def findings(self) -> Iterator[str]:
+        """What is wrong with the file, all of it; a line each."""
+        try:
+            with self._source.opened() as file:
+                checked_container(self.name, file)
+        except StormVideoError as error:
+            yield str(error)
+        count, told = 0, ""
+        with self._opened(False) as opened:
+            for shown in played(opened):
+                if shown.fault and shown.fault != told:
+                    at = "" if shown.seconds is None else f", at {shown.seconds:.3f} s in the file"
+                    yield f"{self.name}: frame {count} of {self.info.frames}{at}, is damaged: {shown.fault}"
+                told = shown.fault
+                count += 1
+        if count != self.info.frames:
+            yield f"{self.name}: the file holds {self.info.frames} frames, but {count} can be decoded"
+
+    def _by_groups(self, indices: tuple[int, ...], size: tuple[int, int] | None) -> Read:
+        times, groups = self._times, Groups(self._opened, self._times)
         store = Store(self.info, indices, size, self._turns)
-        numbers = {self._times.pts[index]: index for index in store.places}
-        with self._opened() as (container, stream):
-            decoded = 0
-            for count, frame in by_groups(container, stream, self._times, sorted(numbers), self.info.path):
-                store.put(numbers[frame.pts], frame)
-                decoded = count
-        return store.frames, decoded
+        left, replaced = {times.pts[index]: [index] for index in store.places}, {}
+        while left:
+            damaged = {}
+            for pts, frame in groups.frames(sorted(left)):
+                for number in left[pts]:
+                    if frame is None:
+                        damaged[number] = pts
+                    else:
+                        store.put(number, frame)
+            left = {}
+            for number, pts in damaged.items():
+                near = groups.nearest(pts) if self._nearest else None
+                replaced[number] = self._instead(number, near and self._times.pts.index(near))
+                left.setdefault(near, []).append(number)
+        return Read(store.frames, groups.decoded, replaced)
 
-    def _decoded_whole(self, indices: tuple[int, ...], size: tuple[int, int] | None) -> Tensor:
-        """Decode the whole file, keep the frames of ``indices``: (n, height, width, 3) uint8."""
-        info, store, decoded = self.info, Store(self.info, indices, size, self._turns), 0
-        with self._opened() as (container, stream):
-            try:
-                for frame in container.decode(stream):
-                    if frame.is_corrupt:
-                        raise StormVideoError(f"{info.path}: frame {decoded} of {info.frames} is damaged")
-                    store.put(decoded, frame)
-                    decoded += 1
-            except av.FFmpegError as error:
-                raise StormVideoError(
-                    f"{info.path}: decoding stops at frame {decoded} of {info.frames}: {error.strerror}"
-                ) from error
-        if decoded != info.frames:
-            raise StormVideoError(
-                f"{info.path}: the file holds {info.frames} frames, but only {decoded} can be decoded"
-            )
-        return store.frames
+    def _by_playing(self, indices: tuple[int, ...], size: tuple[int, int] | None) -> Read:
+        """Decode from the beginning to the last wanted frame."""
+        whole = [number for number in range(self.info.frames) if number not in self._faults]
+        store, replaced, given = Store(self.info, indices, size, self._turns), {}, {}
+        for number in store.places:
+            if number in self._faults:
+                near = min(whole, key=lambda w: (w < number, abs(w - number)), default=None) if self._nearest else None
+                replaced[number] = self._instead(number, near)
+            given.setdefault(replaced.get(number, number), []).append(number)
+        decoded, last = 0, max(given)
+        with self._opened(not self._faults) as opened:
+            for place, shown in enumerate(played(opened)):
+                decoded += shown.frame is not None
+                for number in given.get(place, ()):
+                    store.put(number, shown.frame)
+                if place == last:
+                    break
+        return Read(store.frames, decoded, replaced)
+
+    def _instead(self, number: int, near: int | None) -> int:
+        """The frame that is given in place of a damaged one; an error where there is none, or none is asked for."""
+        said = f"{self.name}: the frame at {self.seconds[number]:.3f} s, or one that it is predicted from, is damaged"
+        if number in self._faults:
+            said += f" ({self._faults[number]})"
+        if not self._nearest:
+            raise StormVideoError(f"{said}; on_error='nearest' takes the next whole one")
+        if near is None:
+            raise StormVideoError(f"{said}, and there is no whole one")
+        warn(f"{said}: the one at {self.seconds[near]:.3f} s is taken")
+        return near
+
+    def _play(self) -> None:
+        """Learn from a whole decode which frames are shown, and when."""
+        self._times = None
+        with self._opened(False) as opened:
+            shown = [Shown(seconds, None, fault) for seconds, _, fault in played(opened)]
+        self._faults = {number: one.fault for number, one in enumerate(shown) if one.fault}
+        if len(self._faults) == len(shown):
+            fault = next(iter(self._faults.values()), "the video stream has no frames")
+            raise StormVideoError(f"{self.name}: no frame can be decoded: {fault}")
+        seconds = [one.seconds for one in shown]
+        if None in seconds or any(b <= a for a, b in zip(seconds, seconds[1:], strict=False)):
+            seconds = [i / self._rate for i in range(len(shown))]
+        self._set([t - seconds[0] for t in seconds], 0.0)
+
+    def _set(self, seconds: list[float], last: float) -> None:
+        """Take the frames' times, and the duration of the last one where it is known."""
+        self.seconds, self.end = seconds, seconds[-1] + (last or 1 / self._rate)
+        height, width = self._sides
+        self.info = VideoInfo(self.name, width, height, len(seconds), self._rate, self.end, self._stored, self._aspect)
+
+    def _checked_container(self) -> Container | None:
+        """What the container says of its frames; None where it says that it is cut off, which was told."""
+        try:
+            with self._source.opened() as file:
+                return checked_container(self.name, file)
+        except StormVideoError as error:
+            if not self._nearest:
+                raise
+            warn(f"{error}; what there is of it is read")
+            return None
 
     @contextmanager
-    def _opened(self, **options: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-        """The container and its video track. The demuxer is named, so that no playlist or text is taken for a video."""
+    def _opened(self, threads: bool, **options: str) -> Iterator[Opened]:
+        """The container and its video track, decoded with as many threads as there are processors, or with one."""
         strict = {"max_pixels": str(limits.MAX_PIXELS), "err_detect": "explode"}
+        options = {"format_whitelist": _DEMUXERS, **options, **strict}
         try:
-            with av.open(
-                str(self._path.absolute()), format=self._kind.demuxer, options={**options, **strict}, **_ANY_TITLE
-            ) as container:
-                stream = _video_track(self._path, container, self._track)
+            with av.open(self._source.for_ffmpeg, options=options, **_ANY_TITLE) as container:
+                stream = _video_track(self.name, container, self._track)
                 if stream.codec_context is None:
-                    raise StormVideoError(f"{self._path}: this build of FFmpeg has no decoder for its video stream")
+                    raise StormVideoError(f"{self.name}: this build of FFmpeg has no decoder for its video stream")
                 stream.codec_context.options = strict
-                stream.thread_type = "AUTO"
+                stream.thread_type = "AUTO" if threads else "NONE"
+                if not threads:
+                    stream.codec_context.thread_count = 1
                 yield container, stream
         except av.FFmpegError as error:
-            raise StormVideoError(f"{self._path}: cannot be read as a video: {error.strerror}") from error
+            raise StormVideoError(f"{self.name}: cannot be read as a video: {error.strerror}") from error
 
-    def _stored(self, container: av.container.InputContainer, stream: av.VideoStream, found: int) -> int:
+    def _count(self, container: av.container.InputContainer, stream: av.VideoStream, found: int) -> int:
         """How many frames the file holds; an error where the container declares other frames than it holds."""
-        kind, strangers = self._kind, self._kind.fragments.keys() - {s.id for s in container.streams}
+        held = self._held
+        if held is None or held.kind not in ("mp4", "matroska"):
+            return found
+        strangers = held.fragments.keys() - {s.id for s in container.streams}
         if strangers:
             raise StormVideoError(
-                f"{self._path}: corrupt, fragments of tracks {sorted(strangers)}, which the file does not have"
+                f"{self.name}: corrupt, fragments of tracks {sorted(strangers)}, which the file does not have"
             )
-        blocks = kind.blocks and kind.blocks[container.streams.video.index(stream)]
-        declared = stream.frames + kind.fragments.get(stream.id, 0) if kind.blocks is None else blocks
-        if found != declared and kind.demuxer == "mov":
+        if held.blocks is None:
+            declared = stream.frames + held.fragments.get(stream.id, 0)
+        else:
+            declared = held.blocks[container.streams.video.index(stream)]
+        if found != declared and held.kind == "mp4":
             # An edit list leaves frames out, or shows them again: without it, all are there.
-            with self._opened(ignore_editlist="1") as (whole, track):
+            with self._opened(False, ignore_editlist="1") as (whole, track):
                 found = sum(packet.size > 0 for packet in whole.demux(track))
         if found != declared:
-            raise StormVideoError(f"{self._path}: the file declares {declared} frames but holds {found}")
+            said = f"{self.name}: the file declares {declared} frames but holds {found}"
+            if not self._nearest:
+                raise StormVideoError(said)
+            warn(f"{said}; those are read")
         return found
 
 
-def _video_track(path: Path, container: av.container.InputContainer, track: int | None) -> av.VideoStream:
+def _video_track(name: str, container: av.container.InputContainer, track: int | None) -> av.VideoStream:
     """The video track number ``track``; by default the first that is marked as the default one, or the first."""
     pictures = Disposition.attached_pic | Disposition.timed_thumbnails
     tracks = [s for s in container.streams.video if not s.disposition & pictures]
@@ -150,11 +246,11 @@ def _video_track(path: Path, container: av.container.InputContainer, track: int 
         others = [s.type for s in container.streams if s not in container.streams.video]
         cover = "only a cover picture" * bool(container.streams.video)
         held = " and ".join(filter(None, (str(others) if others else "", cover)))
-        raise StormVideoError(f"{path}: no video stream; it holds {held or 'nothing'}")
+        raise StormVideoError(f"{name}: no video stream; it holds {held or 'nothing'}")
     if track is None:
         return next((s for s in tracks if s.disposition & Disposition.default), tracks[0])
     if track >= len(tracks):
-        raise ValueError(f"track must be less than {len(tracks)}, the number of video tracks of {path}, got {track}")
+        raise ValueError(f"track must be less than {len(tracks)}, the number of video tracks of {name}, got {track}")
     return tracks[track]
 
 
@@ -176,13 +272,10 @@ def _index(stream: av.VideoStream, turns: dict[int, Turn]) -> tuple[list[Mark], 
     return marks, first or _first(None, stream, turns), last[1] * stream.time_base
 
 
-def _rate(path: Path, container: av.container.InputContainer, stream: av.VideoStream, frames: int) -> float:
-    """Frames a second, on average."""
+def _rate(container: av.container.InputContainer, stream: av.VideoStream, frames: int) -> float:
+    """Frames a second, on average; 25 where the file says nothing of it."""
     whole = float((container.duration or 0) / av.time_base)  # of the longest stream
-    fps = float(stream.average_rate) if stream.average_rate else frames / whole if whole else 0.0
-    if fps <= 0:
-        raise StormVideoError(f"{path}: the file declares neither a frame rate nor a duration")
-    return fps
+    return float(stream.average_rate or 0) or (frames / whole if whole > 0 else 25.0)
 
 
 def _first(packet: av.Packet | None, stream: av.VideoStream, turns: dict[int, Turn]) -> First | None:

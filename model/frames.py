@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from dataclasses import dataclass
-from pathlib import Path
+from fractions import Fraction
+from typing import NamedTuple
 
 import av
 import torch
 from av.video.reformatter import Interpolation
+from torch import Tensor
 
 from storm_kernels.tokens import described, positive_int
 
@@ -17,17 +21,29 @@ from .display import Turn
 
 # 8192 x 8192; 8K video has half of that. What is larger is refused before it is decoded.
 MAX_PIXELS = 2**26
+_INSIDE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    path: Path
+    """What is known of a video before a frame of it is read."""
+
+    name: str  # its path or address, or what stands in place of one
     width: int  # pixels, as shown: after a quarter turn these are the stored height and width
     height: int
     frames: int  # all that are shown
     fps: float
     duration_s: float  # until the last frame's time is over
     stored: int  # frames in the file, those too that an edit list leaves out
+    sample_aspect: Fraction = Fraction(1)  # width to height of one stored pixel as a player shows it; not applied
+
+
+class Read(NamedTuple):
+    """Frames that were read."""
+
+    frames: Tensor  # (n, height, width, 3) uint8 RGB
+    decoded: int  # frames decoded for them
+    replaced: dict[int, int]  # number of each damaged frame, and of the whole one that stands in its place
 
 
 class Store:
@@ -38,10 +54,12 @@ class Store:
         indices: the wanted frames, by number, in the order of the result; repeated ones are decoded once.
         size: (height, width) of the result; None is the video's.
         turns: of each angle of the video that is known already.
+
+    A frame of another size than the first one, where none is given, is resized to it, and a warning says so.
     """
 
     def __init__(self, info: VideoInfo, indices: tuple[int, ...], size: tuple[int, int] | None, turns: dict[int, Turn]):
-        self.info, self.resize, self.turns = info, size is not None, turns
+        self.info, self.told, self.turns = info, size is not None, turns
         self.height, self.width = size or (info.height, info.width)
         self.places: dict[int, list[int]] = {}
         for place, index in enumerate(indices):
@@ -54,15 +72,24 @@ class Store:
             return
         turn = Turn.of(frame, self.turns)
         height, width = turn.sides(frame.height, frame.width)
-        if not self.resize and (height, width) != (self.height, self.width):
-            raise StormVideoError(
-                f"{self.info.path}: frame {number} has {width}x{height} pixels, "
-                f"the file declares {self.width}x{self.height}; pass a size to have all frames resized"
+        if not self.told and (height, width) != (self.height, self.width):
+            self.told = True
+            warn(
+                f"{self.info.name}: frame {number} has {width}x{height} pixels, the first one "
+                f"{self.width}x{self.height}: frames of another size are resized to that"
             )
         height, width = turn.sides(self.height, self.width)
         rgb = turn.apply(frame.reformat(width, height, "rgb24", interpolation=Interpolation.BICUBIC).to_ndarray())
         for place in self.places[number]:
             self.frames.numpy()[place] = rgb
+
+
+def warn(message: str) -> None:
+    """Warn at the innermost line outside this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_code.co_filename.startswith(_INSIDE) and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level + 1)
 
 
 def checked_size(size: object) -> tuple[int, int] | None:

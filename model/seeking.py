@@ -8,16 +8,17 @@ is not certain, `Untrusted` sends the caller to the whole decode.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from fractions import Fraction
-from pathlib import Path
 from typing import NamedTuple
 
 import av
 from av.video.frame import PictureType
 
-from .containers import StormVideoError
+Opened = tuple[av.container.InputContainer, av.VideoStream]
 
 # A seek empties the decoder, whose threads are frames ahead: it costs as much as decoding some
 # twenty frames on two cores.
@@ -55,8 +56,9 @@ class Times(NamedTuple):
 
     @classmethod
     def of(cls, marks: list[Mark], unit: Fraction) -> Times | None:
-        """Of a file's packets in its order; None where times are missing or doubled, or where
-        frames come before the first key frame: which of those are shown only decoding tells."""
+        """Of a file's packets in its order; None where times are missing, doubled or run backwards, or there is no key
+        frame.
+        """
         first, marks = marks[0], [mark for mark in marks if mark.shown]
         # From the file's very first packet the decoder may start, though an edit list does not show its frame.
         begin = [first] if first.key and not first.shown else []
@@ -66,13 +68,25 @@ class Times(NamedTuple):
             if key and pts is not None
         ]
         pts = {mark.pts for mark in marks}
-        if not keys or not first.key or None in pts or len(pts) < len(marks) or min(pts) < keys[0].pts:
+        decoded = [mark.dts for mark in marks if mark.dts is not None]
+        if not keys or None in pts or len(pts) < len(marks) or decoded != sorted(decoded):
             return None
         return cls(sorted(pts), sorted(keys), unit)
 
+    @property
+    def doubtful(self) -> int:
+        """How many frames come before the first key frame: which of those are shown only decoding tells."""
+        return bisect_left(self.pts, self.keys[0].pts)
+
     def group(self, pts: int) -> int:
         """Which of ``keys`` the frame at ``pts`` is reached from."""
-        return bisect_right(self.keys, pts, key=lambda key: key.pts) - 1
+        return max(0, bisect_right(self.keys, pts, key=lambda key: key.pts) - 1)
+
+    def within(self, group: int) -> list[int]:
+        """The times of a group's frames; what comes before the first key frame belongs to the first group."""
+        begin = bisect_left(self.pts, self.keys[group].pts) if group else 0
+        end = bisect_left(self.pts, self.keys[group + 1].pts) if group + 1 < len(self.keys) else None
+        return self.pts[begin:end]
 
     def skipped(self, now: int, then: int) -> int:
         """How many frames need no decoding if a seek leads from the frame at ``now`` to the key
@@ -81,66 +95,179 @@ class Times(NamedTuple):
         return bisect_left(self.pts, self.keys[self.group(then)].pts) - bisect_right(self.pts, now)
 
 
-def by_groups(
-    container: av.container.InputContainer, stream: av.VideoStream, times: Times, wanted: list[int], path: Path
-) -> Iterator[tuple[int, av.VideoFrame]]:
-    """The frames at the times ``wanted``, which rise, each with the number of frames decoded so far.
+class Groups:
+    """Frames of a file whose times are trusted.
 
-    Raises:
-        Untrusted: a seek does not lead to the key frame that it should, or the decoder shows no frame at a wanted time.
-        StormVideoError: a wanted frame, or one it is predicted from, is damaged.
+    Args:
+        opened: opens the file: with as many threads as the machine has, or with one, which tells errors at the packet
+            that holds them.
+        times: of the file.
+
+    Attributes: `decoded`, frames decoded so far.
     """
-    decoded, done = 0, 0
-    while done < len(wanted):
-        key = times.keys[times.group(wanted[done])]
-        if key is times.keys[0]:  # nothing was read yet: as a whole decode begins
-            frames = container.decode(stream)
-        else:
-            container.seek(key.seek, stream=stream)
-            frames = _from_key(container, stream, key)
-        while done < len(wanted):
-            try:
-                frame = next(frames, None)
-            except av.FFmpegError as error:
-                where = f"the frame at {_seconds(times, wanted[done]):.3f} s, or one that it is predicted from"
-                raise StormVideoError(f"{path}: {where}, cannot be decoded: {error.strerror}") from error
-            if frame is None or frame.pts is None or frame.pts > wanted[done]:
-                raise Untrusted
-            decoded += 1
-            if frame.pts < wanted[done]:
-                continue
-            if frame.is_corrupt:
-                raise StormVideoError(f"{path}: the frame at {_seconds(times, wanted[done]):.3f} s is damaged")
-            yield decoded, frame
-            done += 1
-            if done < len(wanted) and times.skipped(wanted[done - 1], wanted[done]) > WORTH_SEEKING:
-                break
 
+    def __init__(self, opened: Callable[[bool], AbstractContextManager[Opened]], times: Times):
+        self._opened, self._times = opened, times
+        self.decoded = 0
 
-def _from_key(container: av.container.InputContainer, stream: av.VideoStream, key: Key) -> Iterator[av.VideoFrame]:
-    """The frames from the key frame on. Those before it are left out: pictures that are shown
-    before their key frame may be predicted from what was not decoded, and fail."""
-    begun = False
-    for packet in container.demux(stream):
+    def frames(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame | None]]:
+        """The frames at the times ``wanted``, which rise; None for one that is damaged, or predicted from one that is.
+
+        Raises:
+            Untrusted: a seek does not lead to its key frame, or the decoder shows no frame at a wanted time.
+        """
+        with self._opened(True) as (container, stream):
+            while wanted:
+                given = 0
+                try:
+                    for frame in self._quickly(container, stream, wanted):
+                        yield wanted[given], frame
+                        given += 1
+                except _Doubt:
+                    group = self._times.group(wanted[given])
+                    within = [pts for pts in wanted[given:] if self._times.group(pts) == group]
+                    yield from self._carefully(group, within)
+                    given += len(within)
+                wanted = wanted[given:]
+
+    def nearest(self, pts: int) -> int | None:
+        """The time of the next frame that is whole, else of the last one before; None if there is none."""
+        group = self._times.group(pts)
+        for later in range(group, len(self._times.keys)):
+            for frame in self._whole(later):
+                if frame.pts > pts:
+                    return frame.pts
+        for earlier in range(group, -1, -1):
+            before = [frame.pts for frame in self._whole(earlier) if frame.pts < pts]
+            if before:
+                return before[-1]
+        return None
+
+    def shown_before_key(self) -> set[int]:
+        """The times of the frames before the first key frame that the decoder does show."""
+        first, shown = self._times.keys[0].pts, set()
+        with self._opened(False) as (container, stream):
+            for packet in container.demux(stream):
+                for frame in _decoded(packet) or ():
+                    if frame.pts is None or frame.pts >= first:
+                        return shown
+                    shown.add(frame.pts)
+        return shown
+
+    def _quickly(self, container, stream, wanted: list[int]) -> Iterator[av.VideoFrame]:
+        """From the first wanted frame on, until a seek is worth it. Raises `_Doubt` at the first sign of damage."""
+        times, done = self._times, 0
         try:
-            frames = packet.decode()
-        except av.FFmpegError:
-            if begun:
-                raise
-            continue
-        for frame in frames:
-            begun = begun or _begins(frame, key)
-            if begun:
+            for frame in self._from(container, stream, times.group(wanted[0])):
+                self.decoded += 1
+                if frame.pts is None or frame.pts > wanted[done]:
+                    break
+                if frame.pts < wanted[done]:
+                    continue
+                if frame.is_corrupt:
+                    break
                 yield frame
-            elif frame.pts is None or frame.pts >= key.pts:
-                raise Untrusted
+                done += 1
+                if done == len(wanted) or times.skipped(wanted[done - 1], wanted[done]) > WORTH_SEEKING:
+                    return
+        except av.FFmpegError as error:
+            raise _Doubt from error
+        raise _Doubt
+
+    def _from(self, container, stream, group: int) -> Iterator[av.VideoFrame]:
+        """The frames from the group's key frame on. Those before it are left out, and errors on the way to it: pictures
+        that are shown before their key frame may be predicted from what was not decoded.
+        """
+        key, begun = self._times.keys[group], False
+        if group:  # the first group is read as a whole decode begins: nothing was read yet
+            container.seek(key.seek, stream=stream)
+        for packet in container.demux(stream):
+            frames = _decoded(packet)
+            if frames is None and (begun or packet.pts is None or packet.pts >= key.pts):
+                raise _Doubt
+            for frame in frames or ():
+                begun = begun or not group or _begins(frame, key)
+                if begun:
+                    yield frame
+                elif frame.pts is None or frame.pts >= key.pts:
+                    raise Untrusted
+
+    def _carefully(self, group: int, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame | None]]:
+        """Wanted frames of one group, one packet after the other."""
+        left = list(wanted)
+        for frame in self._whole(group):
+            while left and left[0] < frame.pts:
+                yield left.pop(0), None
+            if left and left[0] == frame.pts:
+                yield left.pop(0), frame
+            if not left:
+                return
+        for pts in left:
+            yield pts, None
+
+    def _whole(self, group: int) -> Iterator[av.VideoFrame]:
+        """The frames of a group, but those that are decoded after a damaged packet and may be predicted from it.
+
+        Raises:
+            Untrusted: see :meth:`frames`.
+        """
+        times, key = self._times, self._times.keys[group]
+        left, place, damaged, begun = set(times.within(group)), {}, math.inf, not group
+        after = times.keys[group + 1].pts if group + 1 < len(times.keys) else math.inf
+        with self._opened(False) as (container, stream):
+            try:
+                if group:
+                    container.seek(key.seek, stream=stream)
+                for packet, frame in self._steps(container, stream, place):
+                    if frame is None:
+                        # What is shown before the key frame may be predicted from what was not decoded.
+                        if packet.pts is None or packet.pts >= key.pts:
+                            damaged = min(damaged, place[packet.pts])
+                        continue
+                    if frame.pts is not None and frame.pts >= after:
+                        break
+                    begun = begun or _begins(frame, key) or damaged < math.inf
+                    if not begun and (frame.pts is None or frame.pts >= key.pts):
+                        raise Untrusted
+                    if frame.pts in left:
+                        left.discard(frame.pts)
+                        damaged = min(damaged, place[frame.pts] if frame.is_corrupt else math.inf)
+                        if place[frame.pts] < damaged:
+                            yield frame
+                    if not left:
+                        return
+            except av.FFmpegError:
+                damaged = min(damaged, len(place))
+        if left and damaged == math.inf:
+            raise Untrusted
+
+    def _steps(self, container, stream, place: dict) -> Iterator[tuple[av.Packet, av.VideoFrame | None]]:
+        """Each frame with the packet that the decoder was given last, and None for a packet in which it finds an error.
+        ``place`` takes each packet's place in the order of decoding, by its time.
+        """
+        for number, packet in enumerate(container.demux(stream)):
+            place.setdefault(packet.pts, number)
+            frames = _decoded(packet)
+            if frames is None:
+                yield packet, None
+            for frame in frames or ():
+                self.decoded += 1
+                yield packet, frame
+
+
+class _Doubt(Exception):
+    """Something is not as it should be: what follows is read one packet after the other."""
+
+
+def _decoded(packet: av.Packet) -> list[av.VideoFrame] | None:
+    """The frames that the decoder gives for a packet; None where it finds an error."""
+    try:
+        return packet.decode()
+    except av.FFmpegError:
+        return None
 
 
 def _begins(frame: av.VideoFrame, key: Key) -> bool:
     """Whether decoding may begin at this frame: a picture on its own, at the key frame's time. (A
     recovery point in a stream that refreshes itself bit by bit is marked as a key frame too.)"""
     return frame.pts == key.pts and frame.key_frame and frame.pict_type == PictureType.I
-
-
-def _seconds(times: Times, pts: int) -> float:
-    return float((pts - times.pts[0]) * times.unit)

@@ -45,7 +45,7 @@ class Clip:
 
     @property
     def name(self) -> str:
-        return self.info.path.name
+        return Path(self.info.name).name
 
     @property
     def frame_bytes(self) -> int:

@@ -28,15 +28,22 @@ def boxes(content):
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_truncated_at_any_byte(clips, tmp_path, name):
-    """An error that names the file, or all frames (a cut that took only padding); never fewer."""
+    """An error that names the file, or all frames (a cut that took only padding); never fewer. But fragments are whole
+    by themselves: of a film that ends with one, nothing says that others came after it.
+    """
     whole = clips[name].read_bytes()
     chosen = random.Random(name)
     cut_file = tmp_path / clips[name].name
-    ends = {box.end for box in boxes(whole)} if name in MOVFLAGS else set()
+    fragmented = name in MOVFLAGS or name == "fragmented with sound"
+    ends = {box.end for box in boxes(whole) if box.kind == b"mdat"} if fragmented else set()
     for cut in sorted({0, 1, len(whole) - 1, *ends, *(chosen.randrange(len(whole)) for _ in range(40))} - {len(whole)}):
         cut_file.write_bytes(whole[:cut])
-        with pytest.raises(StormVideoError, match=re.escape(str(cut_file))):
-            sample_frames(cut_file, 3, size=16)
+        try:
+            frames = probe(cut_file).frames
+        except StormVideoError as error:
+            assert str(cut_file) in str(error)
+        else:
+            assert frames == FRAMES or any(0 <= cut - end < 8 for end in ends), f"byte {cut}: {frames} frames"
 
 
 @pytest.mark.parametrize("name", CLIPS)
@@ -77,14 +84,6 @@ def playlist(path):
     path.write_text("#EXTM3U\n#EXTINF:1,\n/etc/passwd\n")
 
 
-def photo(path):
-    encoder = av.CodecContext.create("mjpeg", "w")
-    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 16, 16, "yuvj420p", 1
-    path.write_bytes(
-        b"".join(bytes(p) for p in encoder.encode(picture(3, 16, 16).reformat(format="yuvj420p")) + encoder.encode())
-    )
-
-
 def sound_only_mp4(path):
     with av.open(str(path), "w", format="mp4") as out:
         stream = out.add_stream("aac", rate=16000, layout="mono")
@@ -110,16 +109,6 @@ def no_fragments(path):
     no_frames(path, movflags="empty_moov")
 
 
-def transport_stream(path):
-    write(path.with_suffix(".ts"))
-    path.with_suffix(".ts").rename(path)
-
-
-def live_matroska(path):
-    write(path.with_suffix(".mkv"), live="1")
-    path.with_suffix(".mkv").rename(path)
-
-
 def only_header(path):
     path.write_bytes(b"\x00\x00\x00\x14ftypisom\x00\x00\x02\x00isom")
 
@@ -128,14 +117,11 @@ def only_header(path):
     ("make", "message"),
     [
         (no_bytes, "the file is empty"),
-        (text, "not an MP4, MOV, Matroska, WebM or AVI file"),
-        (noise, "not an MP4, MOV"),
-        (zeros, "not an MP4, MOV"),
-        (playlist, "not an MP4, MOV"),
-        (photo, "not an MP4, MOV"),
-        (sound_only_wav, "not an MP4, MOV"),
-        (transport_stream, "do not say where they end"),
-        (live_matroska, "does not say how long it is"),
+        (text, "cannot be read as a video"),
+        (noise, "cannot be read as a video"),
+        (zeros, "cannot be read as a video"),
+        (playlist, "cannot be read as a video"),
+        (sound_only_wav, "cannot be read as a video"),
         (sound_only_mp4, r"no video stream; it holds \['audio'\]"),
         (no_frames, "no video stream; it holds nothing"),
         (no_fragments, "has no frames"),
@@ -153,10 +139,8 @@ def test_files_that_are_no_whole_video(tmp_path, make, message):
 def test_missing_and_no_file(tmp_path):
     with pytest.raises(StormVideoError, match=r"gone.mp4: no such file"):
         sample_frames(tmp_path / "gone.mp4", 4)
-    with pytest.raises(StormVideoError, match=r"is not a regular file"):
+    with pytest.raises(StormVideoError, match=r"no images; a video needs at least one"):
         sample_frames(tmp_path, 4)
-    with pytest.raises(StormVideoError, match=r"no such file"):
-        sample_frames("https://example.org/clip.mp4", 4)
 
 
 def test_fewer_frames_than_declared(clips, tmp_path):
@@ -204,8 +188,8 @@ def test_one_huge_frame(tmp_path):
     path.write_bytes(content[:last] + jpeg_sizes(content[last:], 65_000, 65_000))
     assert probe(path).frames == 9
     with pytest.raises(
-        StormVideoError, match=r"huge.avi: the frame at 0.320 s, or one that it is predicted from, cannot"
+        StormVideoError, match=r"huge.avi: the frame at 0.320 s, or one that it is predicted from, is damaged"
     ):
         sample_frames(path, 3, size=16)
-    with pytest.raises(StormVideoError, match=r"huge.avi: decoding stops at frame 8 of 9"):
+    with pytest.raises(StormVideoError, match=r"huge.avi: frame 8 of 9, at 0.320 s in the file, is damaged"):
         sample_frames(path, 3, size=16, verify=True)

@@ -1,0 +1,63 @@
+"""A film decoded from its first packet to its last, as a player does, and what is wrong on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import av
+
+from .seeking import Opened
+
+
+class Shown(NamedTuple):
+    """One frame of the film, in the order in which they are shown."""
+
+    seconds: float | None  # its time, where it has one
+    frame: av.VideoFrame | None  # None where the decoder gives none for a packet, because that is damaged
+    fault: str = ""  # what is wrong with it, or with a frame that it may be predicted from
+
+
+def played(opened: Opened) -> Iterator[Shown]:
+    """Every frame that is shown.
+
+    A frame whose packet is damaged is not left out: it is there without a picture, and those after it up to the next
+    key frame have its fault. Pictures that cannot be decoded because the film begins in the middle of a group are not
+    shown by a player, and not given here.
+
+    Args:
+        opened: a container and its video track, which decodes with one thread: then an error comes with its packet.
+    """
+    container, stream = opened
+    begun, fault = False, ""
+    for packet in _packets(container, stream):
+        try:
+            frames = [] if isinstance(packet, str) else packet.decode()
+            error = packet if isinstance(packet, str) else ""
+        except av.FFmpegError as failure:
+            frames, error = [], failure.strerror or str(failure)
+        if error and (begun or isinstance(packet, str) or packet.is_keyframe):
+            begun, fault = True, error
+            yield Shown(_seconds(packet), None, fault)
+        for frame in frames:
+            begun = True
+            if frame.is_corrupt:
+                fault = "the decoder marks it as corrupt"
+            elif frame.key_frame:
+                fault = ""
+            yield Shown(frame.time, frame, fault)
+
+
+def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet | str]:
+    """The packets of a track; last, where the container cannot be read on, what the error says."""
+    try:
+        yield from container.demux(stream)
+    except av.FFmpegError as error:
+        yield error.strerror or str(error)
+
+
+def _seconds(packet: av.Packet | str) -> float | None:
+    if isinstance(packet, str):
+        return None
+    time = packet.dts if packet.pts is None else packet.pts
+    return None if time is None else float(time * packet.time_base)
