@@ -67,7 +67,7 @@ def cli(arguments: list[str], prog: str = "storm-kernels ask") -> int:
 
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description="Ask a model a question about a video.")
-    parser.add_argument("video", help="a video file")
+    parser.add_argument("video", help="a video file, an address, or a folder of images")
     parser.add_argument("question")
     parser.add_argument("--model", required=True, help="a folder that save_pretrained of model and processor wrote")
     parser.add_argument("--frames", type=int, help="frames at even distances in time (default: the folder's)")
@@ -92,7 +92,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 def _ask(options: argparse.Namespace) -> int:
     if not Path(options.model).is_dir():
         raise ValueError(f"--model: {options.model} is not a folder")
-    if not Path(options.video).is_file():
+    if "://" not in options.video and not Path(options.video).exists():
         raise ValueError(f"{options.video}: no such file")
     print("loading the model ...", file=sys.stderr, flush=True)
     dtype = FLOATS.get(options.dtype, "auto")

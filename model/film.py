@@ -5,7 +5,7 @@ key frames (seeking.py), or by decoding all where its times cannot be trusted (p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import NamedTuple
@@ -95,8 +95,8 @@ class Film:
             self._play()
             raise
 
-    def findings(self) -> Iterator[str]:
-        """What is wrong with the file, all of it; a line each."""
+    def findings(self, progress: Callable[[int], object]) -> Iterator[str]:
+        """What is wrong with the file, all of it; a line each. ``progress`` is told the number of decoded frames."""
         try:
             with self._source.opened() as file:
                 checked_container(self.name, file)
@@ -110,6 +110,7 @@ class Film:
                     yield f"{self.name}: frame {count} of {self.info.frames}{at}, is damaged: {shown.fault}"
                 told = shown.fault
                 count += 1
+                progress(count)
         if count != self.info.frames:
             yield f"{self.name}: the file holds {self.info.frames} frames, but {count} can be decoded"
 

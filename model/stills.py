@@ -74,13 +74,14 @@ class Stills:
             store.put(number, av.VideoFrame.from_ndarray(picture, format="rgb24"))
         return Read(store.frames, len(store.places), replaced)
 
-    def findings(self) -> Iterator[str]:
-        """What is wrong with the pictures, all of it; a line each."""
+    def findings(self, progress: Callable[[int], object]) -> Iterator[str]:
+        """What is wrong with the pictures, all of it; a line each. ``progress`` is told how many were read."""
         for number in range(self.info.frames):
             try:
                 self._picture(number)
             except StormVideoError as error:
                 yield str(error)
+            progress(number + 1)
 
     def _near(self, number: int) -> int | None:
         """The number of the next picture that can be read, else of the last one before; None if there is none."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -94,7 +94,7 @@ class Video:
         with stage("decode"):
             size = checked_size(size)
             if verify:
-                for finding in self._film.findings():
+                for finding in self._film.findings(lambda decoded: None):
                     raise StormVideoError(finding)
             try:
                 read, indices, looped = self._read(n, size, choice)
@@ -112,14 +112,15 @@ class Video:
         check_memory(len(indices), *(size or (self.info.height, self.info.width)))
         return self._film.read(indices, size), indices, looped
 
-    def check(self) -> list[str]:
-        """Decode all of it, and say everything that is wrong: a line each, none if it is whole.
+    def check(self, progress: Callable[[int], object] = lambda decoded: None) -> list[str]:
+        """Decode all of it, and say everything that is wrong: a line each, none if it is whole. ``progress`` is called
+        with the number of frames decoded so far.
 
         Example:
             >>> Video(bikes_clip()).check()
             []
         """
-        return list(self._film.findings())
+        return list(self._film.findings(progress))
 
     def choose(self, n: int | None = None, **choice: Any) -> tuple[tuple[int, ...], bool]:
         """The numbers of the frames that :meth:`sample` would take with these arguments, and

@@ -4,7 +4,6 @@
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from storm_kernels.tokens import described, positive_int
 from .configuration_storm import checked_reduction
 from .pixels import preprocess
 from .sampling import choose
-from .video import StormVideoError, Video
+from .video import Video
 
 # Frames of a video file where the call says neither how many nor how many a second: the paper's
 # figures are at 128.
@@ -83,7 +82,8 @@ class _Sizes:
 
 
 class StormVideoProcessor(_Sizes, VideoProcessorMixin):
-    """Videos to pixels. A video is a path, frames (T, H, W, 3) or (T, 3, H, W) uint8 (NumPy, torch), or PIL images.
+    """Videos to pixels. A video is a path or address, bytes of a file, frames (T, H, W, 3) or (T, 3, H, W) uint8
+    (NumPy, torch), or PIL images.
 
     Args:
         image_size, patch_size: of the vision tower, in pixels.
@@ -135,14 +135,14 @@ class StormVideoProcessor(_Sizes, VideoProcessorMixin):
         n = options.get("num_frames")
         if n is not None and choice["fps"] is not None:
             raise ValueError(f"give num_frames or fps, not both, got {n} and {choice['fps']}")
-        if isinstance(video, (str, os.PathLike)):
+        if isinstance(video, (str, os.PathLike, bytes)):
             return self._read_file(video, n, choice, bool(options.get("verify")))
         return _read_frames(video, known, n, choice, options.get("do_sample_frames"))
 
     def _read_file(
         self, path: Any, n: int | None, choice: dict[str, Any], verify: bool
     ) -> tuple[Tensor, VideoMetadata]:
-        film = Video(_local(path))
+        film = Video(path)
         if n is None and choice["fps"] is None:
             n = self.num_frames
         indices, looped = film.choose(n, **choice)
@@ -182,7 +182,7 @@ class StormImageProcessor(_Sizes, BaseImageProcessor):
 
 def flat_videos(videos: Any) -> Iterable[Any]:
     """Each video of a nested list."""
-    if isinstance(videos, (str, os.PathLike)) or _is_frames(videos):
+    if isinstance(videos, (str, os.PathLike, bytes)) or _is_frames(videos):
         yield videos
     elif isinstance(videos, (list, tuple)):
         for inner in videos:
@@ -251,11 +251,3 @@ def _read_frames(
         indices = [int(stored[i]) for i in indices]
     total = known.get("total_num_frames") or positive_int("frames", len(video))
     return frames, VideoMetadata(total_num_frames=total, fps=rate, width=width, height=height, frames_indices=indices)
-
-
-def _local(path: Any) -> Path:
-    """The path of a file on this machine; ``file://`` in front of it is allowed."""
-    text = os.fspath(path)
-    if text.startswith(("http://", "https://")):
-        raise StormVideoError(f"{text}: a video must be a file on this machine, not an address; download it first")
-    return Path(text.removeprefix("file://"))

@@ -2,7 +2,8 @@
 that what runs is right.
 
 ``storm-kernels ask VIDEO QUESTION --model DIR`` answers a question about a video. ``storm-kernels
-profile`` times a video through the complete model, ``storm-kernels bench SUBJECT`` one operation.
+check FILE`` decodes a video whole and says what is wrong with it. ``storm-kernels profile`` times a
+video through the complete model, ``storm-kernels bench SUBJECT`` one operation.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _of_package("storm-kernels profile", "storm_benchmarks.e2e.__main__", arguments[1:])
     if arguments[:1] == ["ask"]:
         return _of_package("storm-kernels ask", "storm_model.ask", arguments[1:])
+    if arguments[:1] == ["check"]:
+        return _of_package("storm-kernels check", "storm_model.check", arguments[1:])
     if arguments[:1] == ["bench"]:
         return _bench(arguments[1:])
     parser = argparse.ArgumentParser(
@@ -49,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     info.add_argument("--json", action="store_true", help="as JSON")
     commands.add_parser("verify", help="compare every available backend with the float64 reference, in under 30 s")
     commands.add_parser("ask", help="a question about a video, to a model in a folder: storm-kernels ask --help")
+    commands.add_parser("check", help="what is wrong with a video, all of it: storm-kernels check --help")
     commands.add_parser(
         "profile",
         help="a video through the complete model, timed by stage: storm-kernels profile --help",

@@ -160,7 +160,7 @@ def test_frames_by_the_second_of_a_part(job, tmp_path):
     rows = load_rows(tmp_path / "out" / "results.json")
     (outcome,) = summary.outcomes(rows)
     assert outcome.frames == 2  # of the 0.4 s that are left of six frames, ten a second
-    assert next(row for row in rows if row["stage"] == "decode")["decoded_frames"] == CLIP_FRAMES
+    assert next(row for row in rows if row["stage"] == "decode")["decoded_frames"] >= CLIP_FRAMES
 
 
 def test_each_round_has_every_contender_once(job, tmp_path, monkeypatch):
