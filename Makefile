@@ -23,7 +23,7 @@ GENERATION_5.23.0 :=
 GENERATIONS := 4.57.6 5.3.0 5.14.1 5.23.0
 SOURCES := pyproject.toml setup.py $(wildcard storm_kernels/backends/cpu/src/*)
 
-.PHONY: demo test test-main test-interpreted test-triton test-newest test-oldest test-generations lock FORCE lint nightly sanitize mutants large kernel-mix bench test-ptx gpu gpu-install gpu-peers gpu-smoke gpu-compare gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector gpu-e2e-128 gpu-e2e-256 clean
+.PHONY: demo test test-main test-interpreted test-triton test-newest test-oldest test-generations lock FORCE lint nightly video-cases sanitize mutants large kernel-mix bench test-ptx gpu gpu-install gpu-peers gpu-smoke gpu-compare gpu-test gpu-sanitize gpu-scan gpu-scan-long gpu-kernels gpu-projector gpu-e2e-128 gpu-e2e-256 clean
 
 demo: $(VENV)/.demo
 	$(PY) -m storm_benchmarks.e2e --frames 32,128 --projector both --out $(OUT)
@@ -90,6 +90,11 @@ lint: $(VENV)/.test
 nightly: $(VENV)/.test
 	STORM_KERNELS_FUZZ=10 $(PY) -m pytest tests/backends/test_parity.py tests/backends/test_cuda.py tests/backends/test_cuda_tickets.py tests/backends/test_cuda_code.py tests/backends/test_cuda_backward.py
 	STORM_KERNELS_FUZZ=17 TRITON_INTERPRET=1 $(PY) -m pytest tests/backends/test_parity.py tests/backends/test_triton.py
+
+# The cases of R11: 5,000 random sets of frames, 2,000 damaged files.
+video-cases: $(VENV)/.test
+	STORM_KERNELS_FUZZ=25 $(PY) -m pytest tests/model/test_video_property.py
+	STORM_KERNELS_FUZZ=50 $(PY) -m pytest tests/model/test_video_fuzz.py
 
 sanitize: $(VENV)/.test
 	$(PY) -m tests.support.sanitize_cpu 40

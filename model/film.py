@@ -32,6 +32,10 @@ _DEMUXERS = (
     "vc1,dv,gxf,wtv,rm,yuv4mpegpipe,swf,nuv,nsv,smjpeg,flic,roq,dhav"
 )
 
+# Codecs whose decoders tell damage as an error only where any oddity is one. Elsewhere that would be too much: pictures
+# that play well would be refused.
+_STRICT = {"mjpeg", "hevc"}
+
 # Packets that are decoded at most to see a first frame: its matrix says how large frames are shown.
 _TRIED = 64
 
@@ -103,7 +107,7 @@ class Film:
         except StormVideoError as error:
             yield str(error)
         count, told = 0, ""
-        with self._opened(False) as opened:
+        with self._opened(False, strict=True) as opened:
             for shown in played(opened):
                 if shown.fault and shown.fault != told:
                     at = "" if shown.seconds is None else f", at {shown.seconds:.3f} s in the file"
@@ -144,7 +148,9 @@ class Film:
             given.setdefault(replaced.get(number, number), []).append(number)
         decoded, last = 0, max(given)
         with self._opened(not self._faults) as opened:
-            for place, shown in enumerate(played(opened)):
+            # Where nothing is damaged, every error is one of the pictures that nobody sees before the first.
+            seen = (shown for shown in played(opened) if self._faults or shown.frame is not None)
+            for place, shown in enumerate(seen):
                 decoded += shown.frame is not None
                 for number in given.get(place, ()):
                     store.put(number, shown.frame)
@@ -196,16 +202,18 @@ class Film:
             return None
 
     @contextmanager
-    def _opened(self, threads: bool, **options: str) -> Iterator[Opened]:
-        """The container and its video track, decoded with as many threads as there are processors, or with one."""
-        strict = {"max_pixels": str(limits.MAX_PIXELS), "err_detect": "explode"}
-        options = {"format_whitelist": _DEMUXERS, **options, **strict}
+    def _opened(self, threads: bool, strict: bool = False, **options: str) -> Iterator[Opened]:
+        """The container and its video track, decoded with as many threads as there are processors, or with one.
+        ``strict`` makes every oddity an error.
+        """
+        options = {"format_whitelist": _DEMUXERS, "max_pixels": str(limits.MAX_PIXELS), **options}
         try:
             with av.open(self._source.for_ffmpeg, options=options, **_ANY_TITLE) as container:
                 stream = _video_track(self.name, container, self._track)
                 if stream.codec_context is None:
                     raise StormVideoError(f"{self.name}: this build of FFmpeg has no decoder for its video stream")
-                stream.codec_context.options = strict
+                checks = "crccheck+explode" if strict or stream.codec_context.name in _STRICT else "crccheck"
+                stream.codec_context.options = {"max_pixels": str(limits.MAX_PIXELS), "err_detect": checks}
                 stream.thread_type = "AUTO" if threads else "NONE"
                 if not threads:
                     stream.codec_context.thread_count = 1

@@ -156,11 +156,14 @@ class Groups:
 
     def _quickly(self, container, stream, wanted: list[int]) -> Iterator[av.VideoFrame]:
         """From the first wanted frame on, until a seek is worth it. Raises `_Doubt` at the first sign of damage."""
-        times, done = self._times, 0
+        times, done, last = self._times, 0, -math.inf
         try:
             for frame in self._from(container, stream, times.group(wanted[0])):
                 self.decoded += 1
-                if frame.pts is None or frame.pts > wanted[done]:
+                if frame.pts is None or frame.pts <= last:
+                    raise Untrusted
+                last = frame.pts
+                if frame.pts > wanted[done]:
                     break
                 if frame.pts < wanted[done]:
                     continue
@@ -180,7 +183,7 @@ class Groups:
         """
         key, begun = self._times.keys[group], False
         if group:  # the first group is read as a whole decode begins: nothing was read yet
-            container.seek(key.seek, stream=stream)
+            _seek(container, stream, key)
         for packet in container.demux(stream):
             frames = _decoded(packet)
             if frames is None and (begun or packet.pts is None or packet.pts >= key.pts):
@@ -194,14 +197,11 @@ class Groups:
 
     def _carefully(self, group: int, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame | None]]:
         """Wanted frames of one group, one packet after the other."""
-        left = list(wanted)
+        left = set(wanted)
         for frame in self._whole(group):
-            while left and left[0] < frame.pts:
-                yield left.pop(0), None
-            if left and left[0] == frame.pts:
-                yield left.pop(0), frame
-            if not left:
-                return
+            if frame.pts in left:
+                left.discard(frame.pts)
+                yield frame.pts, frame
         for pts in left:
             yield pts, None
 
@@ -212,12 +212,12 @@ class Groups:
             Untrusted: see :meth:`frames`.
         """
         times, key = self._times, self._times.keys[group]
-        left, place, damaged, begun = set(times.within(group)), {}, math.inf, not group
+        left, place, damaged, begun, last = set(times.within(group)), {}, math.inf, not group, -math.inf
         after = times.keys[group + 1].pts if group + 1 < len(times.keys) else math.inf
         with self._opened(False) as (container, stream):
             try:
                 if group:
-                    container.seek(key.seek, stream=stream)
+                    _seek(container, stream, key)
                 for packet, frame in self._steps(container, stream, place):
                     if frame is None:
                         # What is shown before the key frame may be predicted from what was not decoded.
@@ -227,8 +227,9 @@ class Groups:
                     if frame.pts is not None and frame.pts >= after:
                         break
                     begun = begun or _begins(frame, key) or damaged < math.inf
-                    if not begun and (frame.pts is None or frame.pts >= key.pts):
+                    if frame.pts is None or frame.pts <= last or (not begun and frame.pts >= key.pts):
                         raise Untrusted
+                    last = frame.pts
                     if frame.pts in left:
                         left.discard(frame.pts)
                         damaged = min(damaged, place[frame.pts] if frame.is_corrupt else math.inf)
@@ -257,6 +258,13 @@ class Groups:
 
 class _Doubt(Exception):
     """Something is not as it should be: what follows is read one packet after the other."""
+
+
+def _seek(container: av.container.InputContainer, stream: av.VideoStream, key: Key) -> None:
+    try:
+        container.seek(key.seek, stream=stream)
+    except av.FFmpegError as error:  # some formats cannot
+        raise Untrusted from error
 
 
 def _decoded(packet: av.Packet) -> list[av.VideoFrame] | None:
