@@ -17,13 +17,13 @@ from . import frames as limits
 from .containers import Container, StormVideoError, checked_container
 from .display import Turn
 from .frames import Read, Store, VideoInfo, check_sides, warn
-from .played import Shown, played
+from .played import faults, played
 from .seeking import Groups, Mark, Opened, Times, Untrusted
 from .source import Source
 
 # Titles in another encoding than UTF-8 are no reason to refuse a file. PyAV 19 has no such argument
 # and needs none.
-_ANY_TITLE = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+ANY_TITLE = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
 # FFmpeg's demuxers of files that hold video. Others are left out: playlists, which name other files, devices, and those
 # that take any text or noise for pictures.
@@ -35,6 +35,10 @@ _DEMUXERS = (
 # Codecs whose decoders tell damage as an error only where any oddity is one. Elsewhere that would be too much: pictures
 # that play well would be refused.
 _STRICT = {"mjpeg", "hevc"}
+
+# Codecs that are decoded with one thread: with more, FFmpeg loses the marks of damaged pictures of some, and gives
+# other pictures of VP8 where a reference is missing.
+_ONE_THREAD = {"mpeg1video", "mpeg2video", "mpeg4", "vp8"}
 
 # Packets that are decoded at most to see a first frame: its matrix says how large frames are shown.
 _TRIED = 64
@@ -133,7 +137,7 @@ class Film:
             left = {}
             for number, pts in damaged.items():
                 near = groups.nearest(pts) if self._nearest else None
-                replaced[number] = self._instead(number, near and self._times.pts.index(near))
+                replaced[number] = self._instead(number, None if near is None else times.pts.index(near))
                 left.setdefault(near, []).append(number)
         return Read(store.frames, groups.decoded, replaced)
 
@@ -174,8 +178,8 @@ class Film:
         """Learn from a whole decode which frames are shown, and when."""
         self._times = None
         with self._opened(False) as opened:
-            shown = [Shown(seconds, None, fault) for seconds, _, fault in played(opened)]
-        self._faults = {number: one.fault for number, one in enumerate(shown) if one.fault}
+            shown = [one._replace(frame=None) for one in played(opened)]
+        self._faults = faults(shown)
         if len(self._faults) == len(shown):
             fault = next(iter(self._faults.values()), "the video stream has no frames")
             raise StormVideoError(f"{self.name}: no frame can be decoded: {fault}")
@@ -208,12 +212,13 @@ class Film:
         """
         options = {"format_whitelist": _DEMUXERS, "max_pixels": str(limits.MAX_PIXELS), **options}
         try:
-            with av.open(self._source.for_ffmpeg, options=options, **_ANY_TITLE) as container:
+            with av.open(self._source.for_ffmpeg, options=options, **ANY_TITLE) as container:
                 stream = _video_track(self.name, container, self._track)
                 if stream.codec_context is None:
                     raise StormVideoError(f"{self.name}: this build of FFmpeg has no decoder for its video stream")
                 checks = "crccheck+explode" if strict or stream.codec_context.name in _STRICT else "crccheck"
                 stream.codec_context.options = {"max_pixels": str(limits.MAX_PIXELS), "err_detect": checks}
+                threads = threads and stream.codec_context.name not in _ONE_THREAD
                 stream.thread_type = "AUTO" if threads else "NONE"
                 if not threads:
                     stream.codec_context.thread_count = 1

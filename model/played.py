@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import av
+from av.video.frame import PictureType
 
 from .seeking import Opened
 
@@ -15,7 +16,8 @@ class Shown(NamedTuple):
 
     seconds: float | None  # its time, where it has one
     frame: av.VideoFrame | None  # None where the decoder gives none for a packet, because that is damaged
-    fault: str = ""  # what is wrong with it, or with a frame that it may be predicted from
+    fault: str = ""  # what is wrong with it, or with a frame shown before it that it may be predicted from
+    both_ways: bool = False  # it may be predicted from the next one too
 
 
 def played(opened: Opened) -> Iterator[Shown]:
@@ -45,7 +47,17 @@ def played(opened: Opened) -> Iterator[Shown]:
                 fault = "the decoder marks it as corrupt"
             elif frame.key_frame:
                 fault = ""
-            yield Shown(frame.time, frame, fault)
+            yield Shown(frame.time, frame, fault, frame.pict_type == PictureType.B)
+
+
+def faults(film: list[Shown]) -> dict[int, str]:
+    """What is wrong with each frame, or with one that it may be predicted from, by its number."""
+    found = {number: shown.fault for number, shown in enumerate(film) if shown.fault}
+    for number in sorted(found, reverse=True):
+        while number and film[number - 1].both_ways and number - 1 not in found:
+            number -= 1
+            found[number] = found[number + 1]
+    return found
 
 
 def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet | str]:

@@ -13,6 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from fractions import Fraction
+from itertools import accumulate
 from typing import NamedTuple
 
 import av
@@ -53,6 +54,7 @@ class Times(NamedTuple):
     pts: list[int]
     keys: list[Key]
     unit: Fraction  # seconds
+    settled: dict[int, int]  # of each frame, when the last one is shown that is decoded before it, or it itself
 
     @classmethod
     def of(cls, marks: list[Mark], unit: Fraction) -> Times | None:
@@ -71,7 +73,9 @@ class Times(NamedTuple):
         decoded = [mark.dts for mark in marks if mark.dts is not None]
         if not keys or None in pts or len(pts) < len(marks) or decoded != sorted(decoded):
             return None
-        return cls(sorted(pts), sorted(keys), unit)
+        last = accumulate((mark.pts for mark in marks), max)
+        settled = {mark.pts: latest for mark, latest in zip(marks, last, strict=True)}
+        return cls(sorted(pts), sorted(keys), unit, settled)
 
     @property
     def doubtful(self) -> int:
@@ -99,14 +103,14 @@ class Groups:
     """Frames of a file whose times are trusted.
 
     Args:
-        opened: opens the file: with as many threads as the machine has, or with one, which tells errors at the packet
-            that holds them.
+        opened: opens the file: with as many threads as the machine has (True), or with one (False), which tells errors
+            at the packet that holds them; ``strict`` makes every oddity an error.
         times: of the file.
 
     Attributes: `decoded`, frames decoded so far.
     """
 
-    def __init__(self, opened: Callable[[bool], AbstractContextManager[Opened]], times: Times):
+    def __init__(self, opened: Callable[..., AbstractContextManager[Opened]], times: Times):
         self._opened, self._times = opened, times
         self.decoded = 0
 
@@ -116,7 +120,8 @@ class Groups:
         Raises:
             Untrusted: a seek does not lead to its key frame, or the decoder shows no frame at a wanted time.
         """
-        with self._opened(True) as (container, stream):
+        # Every oddity is an error here: threads lose some of the decoder's marks, and what is odd is read again.
+        with self._opened(True, strict=True) as (container, stream):
             while wanted:
                 given = 0
                 try:
@@ -155,27 +160,36 @@ class Groups:
         return shown
 
     def _quickly(self, container, stream, wanted: list[int]) -> Iterator[av.VideoFrame]:
-        """From the first wanted frame on, until a seek is worth it. Raises `_Doubt` at the first sign of damage."""
-        times, done, last = self._times, 0, -math.inf
+        """From the first wanted frame on, until a seek is worth it. Raises `_Doubt` at the first sign of damage.
+
+        A frame is held back until those are there that are decoded before it: it may be predicted from them, and only
+        then is known whether they are damaged.
+        """
+        times, found, last, held = self._times, 0, -math.inf, []
         try:
             for frame in self._from(container, stream, times.group(wanted[0])):
                 self.decoded += 1
                 if frame.pts is None or frame.pts <= last:
                     raise Untrusted
-                last = frame.pts
-                if frame.pts > wanted[done]:
-                    break
-                if frame.pts < wanted[done]:
-                    continue
-                if frame.is_corrupt:
-                    break
-                yield frame
-                done += 1
-                if done == len(wanted) or times.skipped(wanted[done - 1], wanted[done]) > WORTH_SEEKING:
+                last, leaves = frame.pts, found and self._leaves(wanted, found)
+                if frame.is_corrupt or (not leaves and frame.pts > wanted[found]):
+                    raise _Doubt
+                if not leaves and frame.pts == wanted[found]:
+                    found += 1
+                    held.append(frame)
+                while held and times.settled[held[0].pts] <= last:
+                    yield held.pop(0)
+                if not held and found and self._leaves(wanted, found):
                     return
         except av.FFmpegError as error:
             raise _Doubt from error
-        raise _Doubt
+        yield from held
+        if not found or not self._leaves(wanted, found):
+            raise _Doubt
+
+    def _leaves(self, wanted: list[int], found: int) -> bool:
+        """Whether a seek, or the end, comes after the first ``found`` of the wanted frames."""
+        return found == len(wanted) or self._times.skipped(wanted[found - 1], wanted[found]) > WORTH_SEEKING
 
     def _from(self, container, stream, group: int) -> Iterator[av.VideoFrame]:
         """The frames from the group's key frame on. Those before it are left out, and errors on the way to it: pictures
@@ -212,7 +226,8 @@ class Groups:
             Untrusted: see :meth:`frames`.
         """
         times, key = self._times, self._times.keys[group]
-        left, place, damaged, begun, last = set(times.within(group)), {}, math.inf, not group, -math.inf
+        left, held, place, damaged = set(times.within(group)), [], {}, math.inf
+        begun, last = not group, -math.inf
         after = times.keys[group + 1].pts if group + 1 < len(times.keys) else math.inf
         with self._opened(False) as (container, stream):
             try:
@@ -224,21 +239,24 @@ class Groups:
                         if packet.pts is None or packet.pts >= key.pts:
                             damaged = min(damaged, place[packet.pts])
                         continue
-                    if frame.pts is not None and frame.pts >= after:
-                        break
                     begun = begun or _begins(frame, key) or damaged < math.inf
                     if frame.pts is None or frame.pts <= last or (not begun and frame.pts >= key.pts):
                         raise Untrusted
                     last = frame.pts
-                    if frame.pts in left:
-                        left.discard(frame.pts)
-                        damaged = min(damaged, place[frame.pts] if frame.is_corrupt else math.inf)
-                        if place[frame.pts] < damaged:
-                            yield frame
-                    if not left:
-                        return
+                    if frame.is_corrupt and begun:
+                        damaged = min(damaged, place[last])
+                    if last in left:
+                        left.discard(last)
+                        held.append(frame)
+                    while held and times.settled[held[0].pts] <= last:
+                        if place[held[0].pts] < damaged:
+                            yield held[0]
+                        held.pop(0)
+                    if not held and (not left or last >= after):
+                        break
             except av.FFmpegError:
                 damaged = min(damaged, len(place))
+        yield from (frame for frame in held if place[frame.pts] < damaged)
         if left and damaged == math.inf:
             raise Untrusted
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from storm_model.film import ANY_TITLE
 
 H264 = ("libx264", "yuv420p")
 HEVC = ("libx265", "yuv420p")
@@ -110,14 +111,14 @@ CHANGES = {
 }
 
 
-def shown(path: Path) -> list[tuple[float | None, np.ndarray, bool]]:
+def shown(path: Path, threads: str = "NONE") -> list[tuple[float | None, np.ndarray, bool]]:
     """Seconds and RGB of every frame that a decoder shows that plays the file from its start, and whether it marks it
     as wrong; packets that it cannot decode are passed over, as players do.
     """
     frames = []
-    with av.open(str(path)) as container:
+    with av.open(str(path), **ANY_TITLE) as container:
         stream = container.streams.video[0]
-        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+        stream.thread_type, stream.codec_context.thread_count = threads, int(threads == "NONE")
         for packet in container.demux(stream):
             try:
                 frames += [(f.time, f.to_ndarray(format="rgb24"), f.is_corrupt) for f in packet.decode()]
