@@ -32,22 +32,36 @@ def played(opened: Opened) -> Iterator[Shown]:
     """
     container, stream = opened
     begun, fault = False, ""
+    failed: list[tuple[int, Shown]] = []  # damaged packets, with what is shown if no frame comes of them
     for packet in _packets(container, stream):
-        try:
-            frames = [] if isinstance(packet, str) else packet.decode()
-            error = packet if isinstance(packet, str) else ""
-        except av.FFmpegError as failure:
-            frames, error = [], failure.strerror or str(failure)
+        if isinstance(packet, str):
+            frames, error = [], packet
+        else:
+            try:
+                frames, error = packet.decode(), ""
+            except av.FFmpegError as failure:
+                frames, error = [], failure.strerror or str(failure)
         if error and (begun or isinstance(packet, str) or packet.is_keyframe):
             begun, fault = True, error
-            yield Shown(_seconds(packet), None, fault)
+            lost = Shown(_seconds(packet), None, fault)
+            if isinstance(packet, str) or packet.pts is None:
+                yield lost
+            else:
+                failed = sorted([*failed, (packet.pts, lost)], key=lambda pair: pair[0])
         for frame in frames:
             begun = True
+            own = False
+            while failed and frame.pts is not None and failed[0][0] <= frame.pts:
+                pts, lost = failed.pop(0)
+                own = pts == frame.pts
+                if not own:
+                    yield lost
             if frame.is_corrupt:
                 fault = "the decoder marks it as corrupt"
-            elif frame.key_frame:
+            elif frame.key_frame and not own and not failed:
                 fault = ""
             yield Shown(frame.time, frame, fault, frame.pict_type == PictureType.B)
+    yield from (lost for _, lost in failed)
 
 
 def faults(film: list[Shown]) -> dict[int, str]:

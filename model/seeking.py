@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from fractions import Fraction
 from itertools import accumulate
@@ -198,9 +198,12 @@ class Groups:
         key, begun = self._times.keys[group], False
         if group:  # the first group is read as a whole decode begins: nothing was read yet
             _seek(container, stream, key)
+        fed: list[int | None] = []
         for packet in container.demux(stream):
+            fed.append(packet.pts)
             frames = _decoded(packet)
-            if frames is None and (begun or packet.pts is None or packet.pts >= key.pts):
+            wrong = frames is None or any(frame.is_corrupt for frame in frames)
+            if wrong and (begun or packet.pts is None or packet.pts >= key.pts or _suspect(fed, key)):
                 raise _Doubt
             for frame in frames or ():
                 begun = begun or not group or _begins(frame, key)
@@ -238,6 +241,8 @@ class Groups:
                         # What is shown before the key frame may be predicted from what was not decoded.
                         if packet.pts is None or packet.pts >= key.pts:
                             damaged = min(damaged, place[packet.pts])
+                        elif _suspect(place, key):
+                            damaged = min(damaged, place[key.pts])
                         continue
                     begun = begun or _begins(frame, key) or damaged < math.inf
                     if frame.pts is None or frame.pts <= last or (not begun and frame.pts >= key.pts):
@@ -245,6 +250,8 @@ class Groups:
                     last = frame.pts
                     if frame.is_corrupt and begun:
                         damaged = min(damaged, place[last])
+                    elif frame.is_corrupt and _suspect(place, key):
+                        damaged = min(damaged, place[key.pts])
                     if last in left:
                         left.discard(last)
                         held.append(frame)
@@ -276,6 +283,14 @@ class Groups:
 
 class _Doubt(Exception):
     """Something is not as it should be: what follows is read one packet after the other."""
+
+
+def _suspect(fed: Collection[int | None], key: Key) -> bool:
+    """Whether an error in a picture that is shown before the key frame may be the key frame's own: the decoder of
+    MPEG-4 puts the mark of one on the other. After a seek right to the key frame, such pictures have errors of their
+    own.
+    """
+    return key.pts in fed and next(iter(fed)) != key.pts
 
 
 def _seek(container: av.container.InputContainer, stream: av.VideoStream, key: Key) -> None:
