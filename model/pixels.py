@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from storm_kernels.profiling import stage
@@ -14,16 +16,18 @@ from storm_kernels.tokens import described
 FRAME_BATCH = 16
 
 
-def preprocess(frames: Tensor, image_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def preprocess(frames: Tensor | NDArray[np.uint8], image_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """SigLIP's input: resized to a square (bicubic, antialiased, aspect ratio not kept, as VILA does), -1..1.
 
-    frames (n, H, W, 3) uint8 -> (n, 3, image_size, image_size) in ``dtype``, on the frames' device.
-    Works on a few frames at a time.
+    frames (n, H, W, 3) uint8, of torch or NumPy -> (n, 3, image_size, image_size) in ``dtype``, on the frames'
+    device. Works on a few frames at a time.
 
     Example:
         >>> preprocess(torch.zeros(2, 4, 4, 3, dtype=torch.uint8), 8).shape
         torch.Size([2, 3, 8, 8])
     """
+    if isinstance(frames, np.ndarray) and frames.dtype == np.uint8:
+        frames = torch.from_numpy(np.ascontiguousarray(frames))
     if (
         not isinstance(frames, Tensor)
         or frames.dtype != torch.uint8

@@ -57,7 +57,7 @@ def moving(i: int) -> av.VideoFrame:
     """Noise that moves: every frame is another one, and codecs predict it from several."""
     noise = np.random.default_rng(0).integers(0, 255, (64, 160, 3), np.uint8)
     return av.VideoFrame.from_ndarray(
-        np.ascontiguousarray(np.roll(noise, 2 * i, 1)[:, :96] // 2 + np.uint8(i)), format="rgb24"
+        np.ascontiguousarray(np.roll(noise, 2 * i, 1)[:, :96] // 2 + np.uint8(i % 200)), format="rgb24"
     )
 
 
