@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from .configuration_storm import StormConfig, tower_config
-from .loading import CheckpointError, check_folder, load_part
+from .loading import CheckpointError, check_folder, load_part, not_finite, raise_problems
 from .modeling_storm import StormForConditionalGeneration
 from .processing_storm import IMAGE_TOKEN, VIDEO_TOKEN, StormProcessor, chat_template
 from .projector import build_projector
@@ -36,7 +36,7 @@ _UNUSED_OF_SIGLIP = r"^(text_model\.|logit_scale$|logit_bias$|(vision_model\.)?h
 _VOCABULARY_STEP = 64
 
 
-def load_tower(folder: Path, layer: int, dtype: torch.dtype) -> PreTrainedModel:
+def load_tower(folder: Path, layer: int) -> PreTrainedModel:
     """The SigLIP or SigLIP2 tower of ``folder``, up to the layer whose output the projector reads.
 
     Args:
@@ -55,7 +55,7 @@ def load_tower(folder: Path, layer: int, dtype: torch.dtype) -> PreTrainedModel:
             f"-{config.num_hidden_layers} and -1, got {layer!r}"
         )
     _check_normalisation(folder)
-    model = load_part(SiglipVisionModel, folder, _UNUSED_OF_SIGLIP, config=config, dtype=dtype)
+    model = load_part(SiglipVisionModel, folder, _UNUSED_OF_SIGLIP, config=config, dtype="auto")
     tower = getattr(model, "vision_model", model)  # some releases nest the tower once more
     tower.config.num_hidden_layers += layer + 1
     tower.encoder.layers = tower.encoder.layers[: tower.config.num_hidden_layers]
@@ -104,12 +104,15 @@ def assemble(
     projector: nn.Module | None = None,
     **fields: Any,
 ) -> StormForConditionalGeneration:
-    """The whole model; it holds the parts themselves, no copies of them.
+    """The whole model in the language model's dtype; it holds the parts themselves, no copies of them.
 
     Args:
         tokenizer: of :func:`load_tokenizer`; the language model's embeddings are widened to its placeholders.
         projector: with weights; None for random ones, which the configuration then says.
         fields: of :class:`StormConfig`.
+
+    Raises:
+        CheckpointError: a language model that cannot be loaded as a part, or weights too large for its dtype.
     """
     numbers = {
         "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
@@ -125,9 +128,11 @@ def assemble(
             f"{type(language).__name__} has a {type(language.base_model).__name__} inside, "
             f"where AutoModel makes a {type(model.model.language_model).__name__}: it cannot be loaded again"
         )
-    model.model.vision_tower, model.model.language_model = tower, language.base_model
-    model.lm_head = language.get_output_embeddings()
-    model.model.projector = projector or build_projector(config, device="cpu", dtype=language.dtype)
+    model.model.vision_tower = _in_dtype("vision tower", tower, language.dtype)
+    if projector is None:
+        projector = build_projector(config, device="cpu", dtype=language.dtype)
+    model.model.projector = _in_dtype("projector", projector, language.dtype)
+    model.model.language_model, model.lm_head = language.base_model, language.get_output_embeddings()
     model.generation_config = language.generation_config
     return model.eval()
 
@@ -233,6 +238,13 @@ def _check_head(folder: Path, language: PreTrainedModel) -> None:
             f"{folder}: the logits of {type(language).__name__} are more than its head's product with the last hidden "
             "state (a bias, a scale, a cap): it cannot be taken apart"
         )
+
+
+def _in_dtype(name: str, part: nn.Module, dtype: torch.dtype) -> nn.Module:
+    part.to(dtype)
+    too_large = not_finite(part)
+    raise_problems(f"the {name} in {dtype}", [f"{weight} holds values that are not finite" for weight in too_large])
+    return part
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 
 from .assembling import assemble, load_language, load_tokenizer, load_tower, new_folder, processor_of
 from .command import say, told
-from .configuration_storm import PROJECTOR_TYPES
+from .configuration_storm import PROJECTOR_TYPES, StormConfig
 from .loading import FLOATS
 from .modeling_storm import StormForConditionalGeneration
 from .pretrained_storm import random_notice
@@ -66,22 +66,17 @@ def write(model: StormForConditionalGeneration, processor: StormProcessor, folde
 
 
 def _build(options: argparse.Namespace) -> int:
+    fields = {name: getattr(options, name) for name in ("projector_layers", *REDUCTION)}
+    fields["projector_type"] = options.projector
+    StormConfig(**fields)  # what is wrong in them is said before gigabytes are read
     with new_folder(options.out) as folder:
+        say(f"reading {options.vision} ...")
+        tower = load_tower(options.vision, options.vision_layer)
         say(f"reading {options.language} ...")
         tokenizer = load_tokenizer(options.language)
         language = load_language(options.language, FLOATS.get(options.dtype, "auto"))
-        say(f"reading {options.vision} ...")
-        tower = load_tower(options.vision, options.vision_layer, language.dtype)
         torch.manual_seed(options.seed)
-        reduction = {name: getattr(options, name) for name in REDUCTION}
-        model = assemble(
-            tower,
-            language,
-            tokenizer,
-            projector_type=options.projector,
-            projector_layers=options.projector_layers,
-            **reduction,
-        )
+        model = assemble(tower, language, tokenizer, **fields)
         made = write(model, processor_of(model, tokenizer), folder)
     print(f"{options.out}: {made}")
     say(random_notice(model.config))

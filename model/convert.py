@@ -22,6 +22,7 @@ from .assembling import (
     load_tower,
     new_folder,
     processor_of,
+    read_config,
     read_json,
 )
 from .build import add_out, write
@@ -54,13 +55,13 @@ def cli(arguments: list[str], prog: str = "storm-kernels convert") -> int:
 def _convert(source: Path, out: Path, dtype: torch.dtype | str) -> int:
     known = _known(source)
     with new_folder(out) as folder:
+        say(f"reading {source / 'vision_tower'} ...")
+        tower = load_tower(source / "vision_tower", known["layer"])
+        widths = (tower.config.hidden_size, read_config(source / "llm").hidden_size)
+        projector = _projector(source / "mm_projector", *widths)
         say(f"reading {source / 'llm'} ...")
         tokenizer = load_tokenizer(source / "llm")
         language = load_language(source / "llm", dtype)
-        say(f"reading {source / 'vision_tower'} ...")
-        tower = load_tower(source / "vision_tower", known["layer"], language.dtype)
-        widths = (tower.config.hidden_size, language.config.hidden_size)
-        projector = _projector(source / "mm_projector", widths, language.dtype)
         model = assemble(tower, language, tokenizer, projector, projector_type="vila", **known["reduction"])
         tokenizer.chat_template = _own_template(source, known["template"]) or tokenizer.chat_template
         # VILA puts nothing between a video and the text that follows it.
@@ -136,7 +137,7 @@ def _pooling(path: Path, sizes: Any) -> dict[str, int]:
     return {"temporal_pool": sizes[0][0], "spatial_pool": sizes[0][1]}
 
 
-def _projector(folder: Path, widths: tuple[int, int], dtype: torch.dtype) -> VilaProjector:
+def _projector(folder: Path, vision_width: int, d_model: int) -> VilaProjector:
     """VILA's projector with the weights of ``folder``.
 
     Raises:
@@ -148,7 +149,7 @@ def _projector(folder: Path, widths: tuple[int, int], dtype: torch.dtype) -> Vil
         raise CheckpointError(f"{folder}: mm_projector_type must be {PROJECTOR_TYPE!r}, got {kind!r}{also}")
     stored = {name: tensor for file in check_weights(folder) for name, tensor in load_file(file).items()}
     with torch.device("meta"):
-        projector = VilaProjector(*widths)
+        projector = VilaProjector(vision_width, d_model)
     wanted = projector.state_dict()
     problems = [f"{name} is missing" for name in wanted if name not in stored]
     problems += [f"{name} is not part of VILA's projector" for name in stored if name not in wanted]
@@ -158,7 +159,7 @@ def _projector(folder: Path, widths: tuple[int, int], dtype: torch.dtype) -> Vil
         if name in stored and stored[name].shape != tensor.shape
     ]
     raise_problems(folder, problems)
-    projector.load_state_dict({name: tensor.to(dtype) for name, tensor in stored.items()}, assign=True)
+    projector.load_state_dict(stored, assign=True)
     raise_problems(folder, [f"{name} holds values that are not finite" for name in not_finite(projector)])
     return projector
 

@@ -172,13 +172,25 @@ def test_the_parts_are_held_once(vision, words):
     """What is assembled is the parts, not copies of them."""
     tokenizer = assembling.load_tokenizer(words)
     language = assembling.load_language(words)
-    tower = assembling.load_tower(vision, -2, language.dtype)
+    tower = assembling.load_tower(vision, -2)
     model = assembling.assemble(tower, language, tokenizer, projector_type="vila")
     assert model.model.vision_tower is tower and model.model.language_model is language.base_model
     assert model.lm_head is language.lm_head and not [p for p in model.parameters() if p.is_meta]
 
 
 # --- bad input
+
+
+def test_weights_that_are_too_large_for_the_dtype_are_named(words, tmp_path, capsys):
+    vision = published.siglip(tmp_path / "siglip")
+
+    def grow(tensors):
+        tensors[sorted(tensors)[0]].view(-1)[:1] = 1e6
+
+    published.edit_tensors(vision / "model.safetensors", grow)
+    assert build(vision, words, tmp_path / "out", "--dtype", "float16") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: the vision tower in torch.float16: ") and "not finite" in last
 
 
 def clip_tower(folder):
