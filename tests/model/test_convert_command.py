@@ -132,6 +132,26 @@ def test_vilas_pooling_over_time_is_the_folders_reduction(tmp_path):
     assert (ids == model.config.video_token_id).sum() == len(expected) == 2
 
 
+def test_an_image_ends_with_a_line_break_too(source, tmp_path):
+    assert convert(source, tmp_path / "out") == 0
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    content = [{"type": "image", "image": np.zeros((30, 40, 3), np.uint8)}, {"type": "text", "text": "What?"}]
+    asked = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    ids = processor.apply_chat_template([{"role": "user", "content": content}], **asked)["input_ids"][0]
+    text = processor.tokenizer.decode(ids)
+    assert text == "<|im_start|>user\n" + 4 * "<image>" + "\nWhat?<|im_end|>\n"
+
+
+def test_it_answers_the_ask_command_and_nothing_of_it_is_random(source, tmp_path, capfd):
+    assert convert(source, tmp_path / "out") == 0
+    film = str(ask_model.clip(tmp_path / "clip.mp4"))
+    capfd.readouterr()
+    assert cli.main(["ask", film, "What?", "--model", str(tmp_path / "out"), "--max-new-tokens", "4"]) == 0
+    answer, told = capfd.readouterr()
+    assert answer.strip() and told.splitlines()[-1].startswith("6 frames, 24 video tokens")
+    assert "random" not in told
+
+
 def test_a_storm_projector_on_top_of_it_is_random_and_says_so(source, tmp_path, capsys):
     parts = ("--vision", source / "vision_tower", "--language", source / "llm", "--projector", "storm")
     assert cli.main(["build", *map(str, parts), "--projector-layers", "1", "--out", str(tmp_path / "out")]) == 0
