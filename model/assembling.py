@@ -70,6 +70,8 @@ def load_language(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrained
         CheckpointError: quantised weights, or a model whose logits are more than its head's product.
     """
     config = read_config(folder)
+    if config.get_text_config() is not config:
+        raise CheckpointError(f"{folder}: a {config.model_type} is more than a language model")
     if getattr(config, "quantization_config", None):
         raise CheckpointError(f"{folder}: its weights are quantised; give the model in full precision")
     try:

@@ -1,5 +1,6 @@
 """`storm-kernels build`: the folder holds the parts' own weights, answers, and is whole or not there."""
 
+import json
 import shutil
 
 import pytest
@@ -17,9 +18,11 @@ from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Gemma3Config,
     Siglip2VisionConfig,
     SiglipVisionModel,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from storm_kernels import cli
 from tests.support import ask_model, published
@@ -145,6 +148,28 @@ def test_families_tied_and_untied_sharded_with_extra_keys_come_back_and_write_th
     assert torch.equal(greedy(again, inputs), greedy(model, inputs))
 
 
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 2048, "bos_token_id": 1, "eos_token_id": 2}),
+        ("gemma", {"head_dim": 8}),
+        ("qwen3_moe", {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+        ("mamba", {}),
+    ],
+)
+def test_other_kinds_of_language_models_write_what_they_wrote_alone(family, text, vision, film, tmp_path):
+    """Learned positions, scaled embeddings, experts, states in the place of attention."""
+    if family == "mamba" and "cache" not in CausalLMOutputWithPast.__dataclass_fields__:
+        pytest.skip("this transformers calls the states of a Mamba otherwise than a cache")
+    words = published.language(tmp_path / "words", family, dtype=torch.float32, **text)
+    assert build(vision, words, tmp_path / "model", "--projector-layers", 1) == 0
+    inputs, model = asked(tmp_path / "model", film)
+    question = {"input_ids": inputs["input_ids"][:, -20:].masked_fill(inputs["input_ids"][:, -20:] > 255, 7)}
+    alone = AutoModelForCausalLM.from_pretrained(words).eval()
+    assert torch.equal(greedy(model, question), greedy(alone, question))
+    assert greedy(model, inputs).shape == (1, 6)
+
+
 def test_new_tokens_get_rows_that_no_answer_prefers(words, vision, tmp_path):
     """The tokenizer's new tokens have numbers that the embeddings do not: rows are added, the mean of the others."""
     small = tmp_path / "small"
@@ -236,6 +261,10 @@ def other_pixels(folder):
     published.edit_json(folder / "preprocessor_config.json", image_mean=[0.48, 0.45, 0.4])
 
 
+def with_eyes(folder):
+    (folder / "config.json").write_text(json.dumps(Gemma3Config().to_dict()))
+
+
 def quantised(folder):
     published.edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
 
@@ -277,6 +306,7 @@ def encoder(folder):
         ("language", reshaped, "lm_head.weight has shape (3, 5), the model's has (264, 32)"),
         ("language", spoilt, "lm_head.weight holds values that are not finite"),
         ("language", quantised, "its weights are quantised"),
+        ("language", with_eyes, "a gemma3 is more than a language model"),
         ("language", unknown, "does not name a model of transformers"),
         ("language", own_code, "does not name a model of transformers"),
         ("language", encoder, "not a causal language model"),
