@@ -67,7 +67,9 @@ def _convert(source: Path, out: Path, dtype: torch.dtype | str) -> int:
         # VILA puts nothing between a video and the text that follows it.
         template = chat_template(tokenizer, after_media="")
         frames = {"num_frames": known["frames"]} if known["frames"] else {}
-        made = write(model, processor_of(model, tokenizer, template, known["separator"], **frames), folder)
+        processor = processor_of(model, tokenizer, template, known["separator"], **frames)
+        processor.image_processor.spatial_pool = 1  # VILA pools videos only
+        made = write(model, processor, folder)
     print(f"{out}: {made}")
     if known["tiles"]:
         say("images are taken whole, where VILA also cuts them to tiles")
@@ -87,6 +89,8 @@ def _known(source: Path) -> dict[str, Any]:
     ratio = config.get("image_aspect_ratio")
     if ratio not in _ASPECT_RATIOS:
         problems.append(f"image_aspect_ratio must be 'resize' or 'dynamic', got {ratio!r}")
+    if ratio == "dynamic" and (config.get("video_max_tiles") or 1) != 1:
+        problems.append(f"video_max_tiles {config['video_max_tiles']!r} cuts frames to tiles, which we do not")
     layer, frames = config.get("mm_vision_select_layer"), config.get("num_video_frames")
     if frames is not None and (type(frames) is not int or frames < 1):
         problems.append(f"num_video_frames must be a positive integer, got {frames!r}")

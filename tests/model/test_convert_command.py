@@ -130,6 +130,17 @@ def test_vilas_pooling_over_time_is_the_folders_reduction(tmp_path):
     frames = np.zeros((6, 20, 20, 3), np.uint8)
     ids = processor(text="<video>", videos=[frames], return_tensors="pt")["input_ids"][0]
     assert (ids == model.config.video_token_id).sum() == len(expected) == 2
+    inputs = processor(text="<image>", images=[frames[0]], return_tensors="pt")
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 4
+    (image,) = model.get_image_features(inputs["pixel_values"], inputs["image_reductions"]).pooler_output
+    torch.testing.assert_close(image, projected(source, inputs["pixel_values"])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_images_that_vila_cuts_to_tiles_are_taken_whole_and_that_is_said(source, tmp_path, capsys):
+    shutil.copytree(source, tmp_path / "vila")
+    published.edit_json(tmp_path / "vila" / "config.json", image_aspect_ratio="dynamic", video_max_tiles=1)
+    assert convert(tmp_path / "vila", tmp_path / "out") == 0
+    assert "images are taken whole" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_image_ends_with_a_line_break_too(source, tmp_path):
@@ -232,6 +243,7 @@ def encoder(kind, **fields):
         (changed(mm_vision_select_layer=-9), "between -3 and -1, got -9"),
         (changed(mm_vision_select_layer="last"), "between -3 and -1, got 'last'"),
         (changed(image_aspect_ratio="pad"), "image_aspect_ratio must be 'resize' or 'dynamic', got 'pad'"),
+        (changed(image_aspect_ratio="dynamic", video_max_tiles=8), "video_max_tiles 8 cuts frames to tiles"),
         (changed(chat_template="qwen2"), "chat_template 'qwen2' is named, but there is no qwen2.jinja"),
         (changed(chat_template="../../own"), "is named, but there is no own.jinja"),
         (changed(num_video_frames=0), "num_video_frames must be a positive integer, got 0"),
