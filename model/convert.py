@@ -71,8 +71,8 @@ def _convert(source: Path, out: Path, dtype: torch.dtype | str) -> int:
         processor.image_processor.spatial_pool = 1  # VILA pools videos only
         made = write(model, processor, folder)
     print(f"{out}: {made}")
-    if known["tiles"]:
-        say("images are taken whole, where VILA also cuts them to tiles")
+    for note in known["notes"]:
+        say(note)
     return 0
 
 
@@ -101,9 +101,17 @@ def _known(source: Path) -> dict[str, Any]:
         "separator": separator,
         "reduction": reduction,
         "frames": frames,
-        "tiles": ratio == "dynamic",
         "template": config.get("chat_template"),
+        "notes": _notes(ratio, config.get("fps"), frames),
     }
+
+
+def _notes(ratio: str | None, fps: Any, frames: int | None) -> list[str]:
+    """What a converted folder does otherwise, for whoever compares it with VILA."""
+    notes = ["images are taken whole, where VILA also cuts them to tiles"] if ratio == "dynamic" else []
+    if fps:
+        notes.append(f"VILA takes {fps} frames a second, at most {frames}: here a call says so, by fps and max_frames")
+    return notes
 
 
 def _encoders(source: Path, config: dict[str, Any]) -> tuple[str, dict[str, int]]:

@@ -136,11 +136,12 @@ def test_vilas_pooling_over_time_is_the_folders_reduction(tmp_path):
     torch.testing.assert_close(image, projected(source, inputs["pixel_values"])[0], rtol=1e-4, atol=1e-4)
 
 
-def test_images_that_vila_cuts_to_tiles_are_taken_whole_and_that_is_said(source, tmp_path, capsys):
+def test_what_is_done_otherwise_is_said(source, tmp_path, capsys):
     shutil.copytree(source, tmp_path / "vila")
-    published.edit_json(tmp_path / "vila" / "config.json", image_aspect_ratio="dynamic", video_max_tiles=1)
+    published.edit_json(tmp_path / "vila" / "config.json", image_aspect_ratio="dynamic", video_max_tiles=1, fps=2.0)
     assert convert(tmp_path / "vila", tmp_path / "out") == 0
-    assert "images are taken whole" in capsys.readouterr().err.splitlines()[-1]
+    tiles, rate = capsys.readouterr().err.splitlines()[-2:]
+    assert tiles.startswith("images are taken whole") and rate.startswith("VILA takes 2.0 frames a second, at most 6")
 
 
 def test_an_image_ends_with_a_line_break_too(source, tmp_path):
