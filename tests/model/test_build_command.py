@@ -148,6 +148,27 @@ def test_families_tied_and_untied_sharded_with_extra_keys_come_back_and_write_th
     assert torch.equal(greedy(again, inputs), greedy(model, inputs))
 
 
+def test_names_and_extra_keys_of_older_checkpoints(tmp_path):
+    """A tower by itself with the whole model's prefix, buffers that were saved once, a tied head that is stored too."""
+    vision = published.siglip(tmp_path / "siglip")
+    words = published.language(tmp_path / "words", tie_word_embeddings=True)
+    assert build(vision, words, tmp_path / "new") == 0
+
+    def older(tensors):
+        for name in list(tensors):
+            tensors[f"vision_model.{name.removeprefix('vision_model.')}"] = tensors.pop(name)
+        tensors["vision_model.embeddings.position_ids"] = torch.arange(16)[None]
+
+    def whole(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    published.edit_tensors(vision / "model.safetensors", older)
+    published.edit_tensors(words / "model.safetensors", whole)
+    assert build(vision, words, tmp_path / "old") == 0
+    old, new = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("old", "new"))
+    assert old == new
+
+
 @pytest.mark.parametrize(
     ("family", "text"),
     [
