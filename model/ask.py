@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreame
 
 from storm_kernels.profiling import recording
 
-from .command import say, told
+from .command import add_reduction, say, told
 from .loading import FLOATS
 from .modeling_storm import StormForConditionalGeneration
 
@@ -65,12 +65,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--max-frames", type=int, help="with --fps: at most so many")
     parser.add_argument("--start", type=float, help="seconds; what is shown before is left out")
     parser.add_argument("--end", type=float, help="seconds; what is shown after is left out")
-    for name, what in (
-        ("temporal-pool", "frames averaged"),
-        ("spatial-pool", "tokens averaged a side"),
-        ("temporal-stride", "every so many-th kept"),
-    ):
-        parser.add_argument(f"--{name}", type=int, help=f"{what} (default: the folder's)")
+    add_reduction(parser, None, "default: the folder's")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="the answer's longest length (256)")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .assembling import assemble, load_language, load_tokenizer, load_tower, new_folder, processor_of
-from .command import say, told
+from .command import add_reduction, say, told
 from .configuration_storm import PROJECTOR_TYPES, StormConfig
 from .loading import FLOATS
 from .modeling_storm import StormForConditionalGeneration
@@ -28,26 +28,27 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         prog=prog,
         description="Make a model's folder from published parts. Its projector is random and has to be trained.",
     )
-    parser.add_argument("--vision", required=True, type=Path, help="a folder with a SigLIP or SigLIP2 checkpoint")
-    parser.add_argument("--language", required=True, type=Path, help="a folder with a causal language model")
+    folder = {"required": True, "type": Path, "metavar": "DIR"}
+    parser.add_argument("--vision", **folder, help="a SigLIP or SigLIP2 checkpoint's folder")
+    parser.add_argument("--language", **folder, help="a causal language model's folder, with its tokenizer")
     parser.add_argument("--projector", required=True, choices=PROJECTOR_TYPES, help="storm mixes over time, vila not")
     add_out(parser)
     parser.add_argument(
         "--vision-layer",
         type=int,
         default=-2,
+        metavar="N",
         help="the layer whose output the projector reads, from the end (-2, as NVILA; -1 is the last)",
     )
-    parser.add_argument("--projector-layers", type=int, default=4, help="mixers of storm's projector (4)")
-    for name in REDUCTION:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=1, help="where a call chooses none (1)")
+    parser.add_argument("--projector-layers", type=int, default=4, metavar="M", help="mixers of storm's projector (4)")
+    add_reduction(parser, 1, "1; a call may choose another")
     parser.add_argument("--seed", type=int, default=0, help="of the projector's random weights (0)")
     return parser
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:
     """What build and convert say of the folder they write."""
-    parser.add_argument("--out", required=True, type=Path, help="the folder to write; must not exist yet, or be empty")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write, new or empty")
     parser.add_argument("--dtype", choices=FLOATS, help="of the weights (default: the language model's)")
 
 

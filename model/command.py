@@ -1,7 +1,8 @@
-"""What the commands of this package have in common: bad input is one line, and what is being done is said."""
+"""What the commands of this package have in common: options, one line for bad input, telling what is being done."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -19,6 +20,16 @@ def told(action: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def add_reduction(parser: argparse.ArgumentParser, default: int | None, otherwise: str) -> None:
+    """The options of the token reduction; ``otherwise`` says in the help what holds without them."""
+    for name, what in (
+        ("temporal-pool", "frames averaged"),
+        ("spatial-pool", "tokens averaged a side"),
+        ("temporal-stride", "every so many-th kept"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} ({otherwise})")
 
 
 def say(line: str) -> None:
