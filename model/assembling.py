@@ -23,7 +23,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from .configuration_storm import StormConfig, tower_config
+from .configuration_storm import StormConfig
 from .loading import CheckpointError, check_folder, load_part, not_finite, raise_problems
 from .modeling_storm import StormForConditionalGeneration
 from .processing_storm import IMAGE_TOKEN, VIDEO_TOKEN, StormProcessor, chat_template
@@ -46,7 +46,7 @@ def load_tower(folder: Path, layer: int) -> PreTrainedModel:
         CheckpointError: no such tower, no such layer, or another normalisation of pixels than SigLIP's.
     """
     try:
-        config = tower_config(read_config(folder))
+        config = StormConfig(vision_config=read_config(folder)).vision_config
     except ValueError as error:
         raise CheckpointError(error if str(error).startswith(str(folder)) else f"{folder}: {error}") from error
     if type(layer) is not int or not -config.num_hidden_layers <= layer <= -1:

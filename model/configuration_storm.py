@@ -63,7 +63,7 @@ class StormConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any):
-        self.vision_config = tower_config(self.vision_config)
+        self.vision_config = _vision_config(self.vision_config)
         self.text_config = _sub_config("text_config", self.text_config, "qwen2")
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         _one_of("projector_type", self.projector_type, PROJECTOR_TYPES)
@@ -145,7 +145,7 @@ def _sub_config(name: str, given: object, default: str) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, **content)
 
 
-def tower_config(given: object) -> PreTrainedConfig:
+def _vision_config(given: object) -> PreTrainedConfig:
     """The tower's configuration, without a pooling head; raise unless it is a SigLIP tower of fixed resolution."""
     config = _sub_config("vision_config", given, "siglip_vision_model")
     if config.model_type == "siglip":
