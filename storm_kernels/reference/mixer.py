@@ -165,15 +165,17 @@ class ReferenceMixer(nn.Module):
         return call_dt_proj(dt_proj, dt_raw), None
 
     def mark_parameters(self) -> None:
-        """Mark what optimisers must not decay (``_no_weight_decay``) and initialisers not fill anew (``_no_reinit``);
-        a loader that puts other parameters in their place has to call it again.
+        """Mark what must not decay (``_no_weight_decay``), and what must not be initialised anew (``_no_reinit``).
+
+        Optimisers' set-ups and mamba_ssm's initialisers read the marks. A loader that puts other
+        parameters in the place of these has to call it again.
         """
         for parameter in self._float32_parameters():
-            parameter._no_weight_decay = True
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
         for suffix in self.suffixes:
             bias = getattr(self._modules.get(f"dt_proj{suffix}"), "bias", None)
             if isinstance(bias, nn.Parameter):
-                bias._no_reinit = True
+                bias._no_reinit = True  # type: ignore[attr-defined]
 
     def _float32_parameters(self) -> list[nn.Parameter]:
         """Those that there are: a replaced dt_proj may have no bias, or one that is no parameter."""
