@@ -171,6 +171,7 @@ def chat_template(tokenizer: Any, after_media: str = "\n") -> str:
     placeholders; the language model's own template does the rest, or a plain one where it has none.
 
     Args:
+        tokenizer: of the language model, whose own template is taken.
         after_media: text between an image or a video and what follows it.
 
     Example:
