@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from storm_kernels.ops.flops import SCAN_PER_STATE
 
 from .configuration_storm import StormConfig
+from .modeling_storm import StormForConditionalGeneration
 from .pixels import FRAME_BATCH
 
 
@@ -70,8 +71,6 @@ def memory(
 
 
 def _parameters(config: StormConfig) -> int:
-    from .modeling_storm import StormForConditionalGeneration
-
     with torch.device("meta"):
         model = StormForConditionalGeneration(config)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -5,7 +5,6 @@ and how long it took, beside it.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +12,12 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
-from transformers.utils import logging
 
 from storm_kernels.profiling import recording
 
-from .loading import FLOATS, CheckpointError
+from .command import add_reduction, say, told
+from .loading import FLOATS
 from .modeling_storm import StormForConditionalGeneration
-from .video import StormVideoError
 
 # What one sees happen, in its order; the stages inside these are left out.
 _SHOWN = {
@@ -41,7 +39,7 @@ class Clock:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         if name in _SHOWN and name not in self.seconds:
-            print(f"{_SHOWN[name]} ...", file=sys.stderr, flush=True)
+            say(f"{_SHOWN[name]} ...")
         start = time.perf_counter()
         yield
         if self._device.type == "cuda" and name in _SHOWN | {"token": ""}:
@@ -54,15 +52,7 @@ class Clock:
 def cli(arguments: list[str], prog: str = "storm-kernels ask") -> int:
     """Exit status: 0; 2 bad input, told in one line; 130 Ctrl-C."""
     options = _parser(prog).parse_args(arguments)
-    logging.set_verbosity_error()
-    try:
-        return _ask(options)
-    except (StormVideoError, CheckpointError, ValueError, TypeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return told(lambda: _ask(options))
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -75,12 +65,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--max-frames", type=int, help="with --fps: at most so many")
     parser.add_argument("--start", type=float, help="seconds; what is shown before is left out")
     parser.add_argument("--end", type=float, help="seconds; what is shown after is left out")
-    for name, what in (
-        ("temporal-pool", "frames averaged"),
-        ("spatial-pool", "tokens averaged a side"),
-        ("temporal-stride", "every so many-th kept"),
-    ):
-        parser.add_argument(f"--{name}", type=int, help=f"{what} (default: the folder's)")
+    add_reduction(parser, None, "default: the folder's")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="the answer's longest length (256)")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
@@ -94,7 +79,7 @@ def _ask(options: argparse.Namespace) -> int:
         raise ValueError(f"--model: {options.model} is not a folder")
     if "://" not in options.video and not Path(options.video).exists():
         raise ValueError(f"{options.video}: no such file")
-    print("loading the model ...", file=sys.stderr, flush=True)
+    say("loading the model ...")
     dtype = FLOATS.get(options.dtype, "auto")
     processor = AutoProcessor.from_pretrained(options.model)
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
@@ -120,7 +105,7 @@ def _ask(options: argparse.Namespace) -> int:
         int((inputs["input_ids"] == model.config.video_token_id).sum()),
     )
     stages = ", ".join(f"{name} {clock.seconds[name]:.2f}" for name in (*_SHOWN, "token") if name in clock.seconds)
-    print(f"{frames} frames, {tokens} video tokens, {time.perf_counter() - begun:.2f} s: {stages}", file=sys.stderr)
+    say(f"{frames} frames, {tokens} video tokens, {time.perf_counter() - begun:.2f} s: {stages}")
     return 0
 
 

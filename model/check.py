@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
-from .containers import StormVideoError
+from .command import say, told
 from .video import Video
 
 # Seconds between two lines of progress.
@@ -20,31 +20,23 @@ def cli(arguments: Sequence[str] | None = None, prog: str = "storm-kernels check
     parser.add_argument("video", nargs="+", help="a file, an address or a folder of images")
     parser.add_argument("--track", type=int, help="which video track, from 0 (default: the one that a player shows)")
     options = parser.parse_args(arguments)
-    try:
-        return max(_check(name, options.track) for name in options.video)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return max(told(partial(_check, name, options.track)) for name in options.video)
 
 
 def _check(name: str, track: int | None) -> int:
-    try:
-        video = Video(name, track=track)
-    except (StormVideoError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    video = Video(name, track=track)
     info = video.info
     print(
         f"{name}: {info.width}x{info.height}, {info.frames} frames, {info.fps:.3f} a second, {info.duration_s:.3f} s",
         flush=True,
     )
-    told = time.monotonic()
+    last = time.monotonic()
 
     def progress(decoded: int) -> None:
-        nonlocal told
-        if time.monotonic() - told > EVERY:
-            told = time.monotonic()
-            print(f"{decoded} of {info.frames} frames decoded", file=sys.stderr, flush=True)
+        nonlocal last
+        if time.monotonic() - last > EVERY:
+            last = time.monotonic()
+            say(f"{decoded} of {info.frames} frames decoded")
 
     findings = video.check(progress)
     for finding in findings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -97,11 +98,13 @@ class StormConfig(PreTrainedConfig):
 
     @property
     def context_length(self) -> int:
-        """Tokens that the language model can read, rope scaling included."""
-        text = self.text_config
-        rope = getattr(text, "rope_parameters", None) or {}
-        trained = rope.get("original_max_position_embeddings") or text.max_position_embeddings
-        return max(text.max_position_embeddings, int(trained * (rope.get("factor") or 1)))
+        """Tokens that the language model can read, rope scaling included; one without positions has no end."""
+        limit = getattr(self.text_config, "max_position_embeddings", None)
+        if limit is None:
+            return sys.maxsize
+        rope = getattr(self.text_config, "rope_parameters", None) or {}
+        trained = rope.get("original_max_position_embeddings") or limit
+        return max(limit, int(trained * (rope.get("factor") or 1)))
 
 
 def token_grid(frames: int, image_size: int, patch_size: int) -> TokenGrid:

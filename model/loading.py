@@ -5,12 +5,14 @@ finite, no pickles.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 # What a command line calls the dtypes that weights come in.
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,10 +53,11 @@ def check_folder(
     if config is None and not adapter and not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json, which says what model it is")
     if state_dict is None:
-        _check_files(path, ADAPTER if adapter else WEIGHTS)
+        check_weights(path, ADAPTER if adapter else WEIGHTS)
 
 
-def _check_files(path: Path, weights: str) -> None:
+def check_weights(path: Path, weights: str = WEIGHTS) -> list[Path]:
+    """The safetensors files in ``path``; raise unless there are some and each is whole."""
     if not (path / weights).is_file() and (path / INDEX).is_file():
         files = _indexed(path / INDEX)
     else:
@@ -67,6 +70,7 @@ def _check_files(path: Path, weights: str) -> None:
     raise_problems(path, missing)
     for file in files:
         _check_header(file)
+    return files
 
 
 def _indexed(index: Path) -> list[Path]:
@@ -96,6 +100,25 @@ def check_loaded(folder: Any, info: dict[str, Any], model: nn.Module) -> None:
         problems.append(f"{name} has shape {tuple(stored)}, the model's has {tuple(wanted)}")
     raise_problems(folder, problems)
     raise_problems(folder, [f"{name} holds values that are not finite" for name in not_finite(model)])
+
+
+def load_part(cls: Any, folder: Path, spare: str | None = None, **options: Any) -> PreTrainedModel:
+    """A published part of a model by transformers' class ``cls``, as strictly as a whole model.
+
+    Args:
+        spare: a regular expression of the stored tensors that are left out, as a second half that is not used.
+        options: of ``from_pretrained``.
+
+    Raises:
+        CheckpointError: the folder, or the tensors that do not fit.
+    """
+    check_folder(folder)
+    strict = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = cls.from_pretrained(folder, trust_remote_code=False, **strict, **options)
+    left = info.get("unexpected_keys", ())
+    info["unexpected_keys"] = [name for name in left if spare is None or not re.search(spare, name)]
+    check_loaded(folder, info, model)
+    return model
 
 
 def not_finite(model: nn.Module) -> list[str]:

@@ -312,9 +312,7 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **{CACHE: outputs.get(CACHE)},
+            **{name: outputs.get(name) for name in ("hidden_states", "attentions", CACHE)},
         )
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any):

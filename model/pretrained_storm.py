@@ -70,6 +70,10 @@ class StormPreTrainedModel(PreTrainedModel):
         kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = super().from_pretrained(folder, *args, **kwargs)
         check_loaded(folder, info, model)
+        for mixer in (module for module in model.modules() if isinstance(module, ReferenceMixer)):
+            mixer.mark_parameters()  # transformers put the loaded parameters in the place of those that had the marks
+        if getattr(model, "_weight_conversions", None) == []:
+            model._weight_conversions = None  # a list, even an empty one, has the tensors sorted into other shards
         if model.config.random_parts:
             logger.warning(random_notice(model.config))
         return (model, info) if wants_info else model

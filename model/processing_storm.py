@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +166,13 @@ class StormProcessor(ProcessorMixin):
                 )
 
 
-def chat_template(tokenizer: Any) -> str:
+def chat_template(tokenizer: Any, after_media: str = "\n") -> str:
     """The template of a processor: contents of several parts are brought to one text each, with the
     placeholders; the language model's own template does the rest, or a plain one where it has none.
+
+    Args:
+        tokenizer: of the language model, whose own template is taken.
+        after_media: text between an image or a video and what follows it.
 
     Example:
         >>> # processor.chat_template = chat_template(processor.tokenizer)
@@ -176,6 +181,7 @@ def chat_template(tokenizer: Any) -> str:
     if isinstance(own, dict):
         own = own["default"]
     flatten = (_TEMPLATES / "flatten.jinja").read_text(encoding="utf-8")
+    flatten = f"{{%- set after_media = {json.dumps(after_media)} -%}}\n{flatten}"
     return flatten + (own or (_TEMPLATES / "plain.jinja").read_text(encoding="utf-8"))
 
 

@@ -1,9 +1,10 @@
 """``storm-kernels info [--json]``: which backend runs what here, and why. ``storm-kernels verify``:
 that what runs is right.
 
-``storm-kernels ask VIDEO QUESTION --model DIR`` answers a question about a video. ``storm-kernels
-check FILE`` decodes a video whole and says what is wrong with it. ``storm-kernels profile`` times a
-video through the complete model, ``storm-kernels bench SUBJECT`` one operation.
+``storm-kernels ask VIDEO QUESTION --model DIR`` answers a question about a video; ``build`` and
+``convert`` make such a DIR out of published weights. ``storm-kernels check FILE`` decodes a video
+whole and says what is wrong with it. ``storm-kernels profile`` times a video through the complete
+model, ``storm-kernels bench SUBJECT`` one operation.
 """
 
 from __future__ import annotations
@@ -25,18 +26,22 @@ from .backends import dispatch
 # Of storm_benchmarks, which is imported when one of them is asked for.
 SUBJECTS = ("scan", "conv", "reduce", "projector", "prefill", "decode")
 EXTRAS = "storm-kernels[model,bench]"
+# Commands of the other packages: the module whose cli() has the options, and a line of help.
+_COMMANDS = {
+    "ask": ("storm_model.ask", "a question about a video, to a model in a folder"),
+    "build": ("storm_model.build", "a model's folder out of a SigLIP tower's and a language model's"),
+    "convert": ("storm_model.convert", "a model's folder out of a VILA or NVILA folder"),
+    "check": ("storm_model.check", "what is wrong with a video, all of it"),
+    "profile": ("storm_benchmarks.e2e.__main__", "a video through the complete model, timed by stage"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 1 when `verify` finds a result out of
     bounds or nobody reads the output to its end."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["profile"]:
-        return _of_package("storm-kernels profile", "storm_benchmarks.e2e.__main__", arguments[1:])
-    if arguments[:1] == ["ask"]:
-        return _of_package("storm-kernels ask", "storm_model.ask", arguments[1:])
-    if arguments[:1] == ["check"]:
-        return _of_package("storm-kernels check", "storm_model.check", arguments[1:])
+    if arguments and arguments[0] in _COMMANDS:
+        return _of_package(f"storm-kernels {arguments[0]}", _COMMANDS[arguments[0]][0], arguments[1:])
     if arguments[:1] == ["bench"]:
         return _bench(arguments[1:])
     parser = argparse.ArgumentParser(
@@ -51,12 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     info.add_argument("--json", action="store_true", help="as JSON")
     commands.add_parser("verify", help="compare every available backend with the float64 reference, in under 30 s")
-    commands.add_parser("ask", help="a question about a video, to a model in a folder: storm-kernels ask --help")
-    commands.add_parser("check", help="what is wrong with a video, all of it: storm-kernels check --help")
-    commands.add_parser(
-        "profile",
-        help="a video through the complete model, timed by stage: storm-kernels profile --help",
-    )
+    for name, (_, line) in _COMMANDS.items():
+        commands.add_parser(name, help=f"{line}: storm-kernels {name} --help")
     commands.add_parser(
         "bench",
         help=f"time {', '.join(SUBJECTS)} against limits and peers: storm-kernels bench scan --help",

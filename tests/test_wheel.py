@@ -64,13 +64,43 @@ def test_models_and_benchmarks_are_imported_from_it(installed):
 
 
 def test_the_command_has_its_subcommands(installed):
-    script = installed / "bin" / "storm-kernels"
-    done = run(installed, script, "--help")
+    done = run(installed, installed / "bin" / "storm-kernels", "--help")
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("info", "verify", "profile", "bench"))
-    done = run(installed, script, "profile", "--help")
+    assert all(name in done.stdout for name in ("info", "verify", "ask", "build", "convert", "profile", "bench"))
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("ask", "--temporal-pool"),
+        ("build", "--vision"),
+        ("convert", "--out"),
+        ("profile", "--preset"),
+        ("bench scan", "--lengths"),
+    ],
+)
+def test_each_subcommand_says_what_it_takes(installed, command, option):
+    done = run(installed, installed / "bin" / "storm-kernels", *command.split(), "--help")
     assert done.returncode == 0, done.stderr
-    assert "storm-kernels profile" in done.stdout and "--preset" in done.stdout
+    assert f"storm-kernels {command}" in done.stdout and option in done.stdout
+
+
+def test_a_model_is_built_and_asked(installed, tmp_path):
+    """The chat template's parts are in the wheel too."""
+    pytest.importorskip("av", reason="the extra `model` is not installed")
+    from tests.support import ask_model, published
+
+    vision, words = published.siglip(tmp_path / "siglip"), published.language(tmp_path / "words")
+    script, folder = installed / "bin" / "storm-kernels", tmp_path / "model"
+    parts = ("--vision", vision, "--language", words, "--projector", "storm")
+    done = run(installed, script, "build", *parts, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    film = ask_model.clip(tmp_path / "clip.mp4")
+    done = run(installed, script, "ask", film, "Why?", "--model", folder, "--frames", 4, "--max-new-tokens", 3)
+    assert done.returncode == 0, done.stderr
+    assert "random weights in projector" in done.stderr and done.stderr.splitlines()[-1].startswith(
+        "4 frames, 16 video"
+    )
 
 
 def test_a_benchmark_runs(installed):
@@ -97,7 +127,10 @@ def test_a_benchmark_runs(installed):
     assert rows.exists()
 
 
-@pytest.mark.parametrize(("command", "missing"), [("profile", "typer"), ("bench scan", "rich"), ("bench decode", "av")])
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [("profile", "typer"), ("bench scan", "rich"), ("bench decode", "av"), ("build", "transformers")],
+)
 def test_what_is_not_installed_is_one_line_that_names_the_extra(installed, command, missing):
     done = run(installed, installed / "bin" / "storm-kernels", *command.split(), without=[missing])
     assert done.returncode == 2

@@ -93,6 +93,18 @@ def test_save_load_save_gives_the_same_bytes(tmp_path, changes, dtype):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_shards_give_the_same_bytes_too(tmp_path, tied):
+    shards = {"max_shard_size": "100KB"}
+    model = ask_model.model(text={"tie_word_embeddings": tied}).bfloat16()
+    model.save_pretrained(tmp_path / "one", **shards)
+    loaded = StormForConditionalGeneration.from_pretrained(tmp_path / "one", dtype="auto")
+    loaded.save_pretrained(tmp_path / "two", **shards)
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert len([name for name in files[0] if name.endswith(".safetensors")]) > 2
+    assert files[0] == files[1]
+
+
 def test_processor_comes_back(tmp_path):
     ask_model.processor(temporal_pool=4).save_pretrained(tmp_path / "one")
     shutil.copyfile(ask_model.save(tmp_path / "model") / "config.json", tmp_path / "one" / "config.json")
@@ -112,6 +124,19 @@ def test_what_has_to_stay_float32_stays(tmp_path, dtype):
     }
     names = ("A_log", "A_b_log", "D", "D_b", "dt_proj.bias", "dt_proj_b.bias")
     assert whole == {f"{layer}.mixer.{name}" for layer in (0, 1) for name in names}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_must_not_decay_says_so_after_loading_too(tmp_path, dtype):
+    """transformers puts other parameters in the place of those that the mixer marked."""
+    made = ask_model.model()
+    made.save_pretrained(tmp_path)
+    for model in (made, StormForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)):
+        for layer in model.model.projector.layers:
+            marked = {name for name, p in layer.mixer.named_parameters() if getattr(p, "_no_weight_decay", False)}
+            assert marked == {"A_log", "A_b_log", "D", "D_b", "dt_proj.bias", "dt_proj_b.bias"}
+            kept = {name for name, p in layer.mixer.named_parameters() if getattr(p, "_no_reinit", False)}
+            assert kept == {"dt_proj.bias", "dt_proj_b.bias"}
 
 
 def test_the_start_of_the_projector_is_the_librarys_own():

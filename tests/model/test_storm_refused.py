@@ -9,7 +9,7 @@ pytest.importorskip("transformers", reason="the extra `model` is not installed")
 
 from safetensors.torch import load_file, save_file
 from storm_model import CheckpointError, StormConfig, StormForConditionalGeneration, StormModel
-from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, MambaConfig
 
 from tests.support import ask_model
 from tests.support.ask_model import inputs
@@ -86,6 +86,8 @@ def test_the_context_counts_rope_scaling():
     assert ask_model.config(text={"max_position_embeddings": 100, "rope_parameters": rope}).context_length == 400
     assert ask_model.config(text={"max_position_embeddings": 500, "rope_parameters": rope}).context_length == 500
     assert ask_model.config().context_length == 2048
+    endless = StormConfig(text_config=MambaConfig(), image_token_id=1, video_token_id=2)
+    assert endless.context_length > 10**9
 
 
 def drop(tensors):

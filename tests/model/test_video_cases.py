@@ -9,6 +9,7 @@ pytest.importorskip("av", reason="the extra `model` is not installed")
 
 import av
 from PIL import Image
+from storm_model import check
 from storm_model.film import Film
 from storm_model.pixels import preprocess
 from storm_model.video import StormVideoError, Video, sample_frames
@@ -206,3 +207,19 @@ def test_a_film_of_one_frame(tmp_path):
 def test_a_track_without_frames_beside_one_with(tmp_path):
     """An empty video track that stands first is no film."""
     assert isinstance(Video(corners(tmp_path / "plain.mkv"))._film, Film)
+
+
+def test_the_check_command(tmp_path, capsys):
+    """All that is wrong is listed: status 1; what cannot be read is one line: status 2."""
+    path = write_film(tmp_path / "film.avi", *FILMS["mjpeg.avi"])
+    assert check.cli([str(path)]) == 0
+    assert "96x64, 60 frames, 25.000 a second, 2.400 s\n" in capsys.readouterr().out
+    content = bytearray(path.read_bytes())
+    for place in (len(content) // 3, len(content) // 2):
+        content[place : place + 300] = bytes(300)
+    path.write_bytes(content)
+    assert check.cli([str(path)]) == 1
+    out = capsys.readouterr().out
+    assert out.count("is damaged:") == 2 and "film.avi: 2 found" in out
+    assert check.cli([str(tmp_path / "gone.mp4")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
