@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
-import sys
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .. import context
+from ..callers import warn_caller
 from ..tokens import described
 from .contract import Backend
 
@@ -54,9 +51,6 @@ _ran: Counter[tuple[str, str]] = Counter()
 _warned: set[str] = set()
 _lock = threading.Lock()  # of both
 _uncounted = threading.local()
-# Files whose lines are no caller's: this library's, and PyTorch's between the caller and an
-# operator.
-_INSIDE = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
 
 
 class BackendError(RuntimeError):
@@ -215,7 +209,7 @@ def slow_path(message: str) -> None:
     if context.current("strict"):
         raise BackendError(f"strict mode: {message}")
     if _first_time(message):
-        warnings.warn(message, SlowPathWarning, stacklevel=_callers_level())
+        warn_caller(message, SlowPathWarning)
 
 
 def _first_time(message: str) -> bool:
@@ -226,14 +220,6 @@ def _first_time(message: str) -> bool:
         _warned.add(message)
     logger.info(message)
     return True
-
-
-def _callers_level() -> int:
-    """The ``stacklevel``, for the function that asks, of the innermost line outside this library and PyTorch."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_code.co_filename.startswith(_INSIDE) and frame.f_back is not None:
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def run_plain(op: str, backend: str, reason: str) -> None:

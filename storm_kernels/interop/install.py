@@ -12,11 +12,11 @@ import importlib.machinery
 import importlib.util
 import inspect
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType, ModuleType
 
+from ..callers import warn_caller
 from .packages import PACKAGES, Absent
 
 # Per installed package, the modules that it displaced.
@@ -55,7 +55,7 @@ def install(*, replace: bool = False) -> InstallReport:
             skipped[package] = f"the original is there ({origin}); install(replace=True) takes its place"
             continue
         if origin:
-            warnings.warn(f"storm_kernels takes the place of {package} at {origin}", stacklevel=2)
+            warn_caller(f"storm_kernels takes the place of {package} at {origin}")
         _displaced[package] = {
             name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == package
         }
