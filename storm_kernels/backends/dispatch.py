@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import context
 from ..callers import warn_caller
-from ..tokens import described
+from ..tokens import described, integer
 from .contract import Backend
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ def why_not(
         d_conv: K of a convolution, taps; 4 by default.
 
     Raises:
-        TypeError: a device that is no device at all.
+        TypeError: a device, dtypes or a size of the wrong type, named.
         ValueError: there is no such operation, backend or device.
 
     Example:
@@ -189,9 +189,16 @@ def why_not(
     op = FUNCTIONS.get(op, op) if isinstance(op, str) else op
     if not isinstance(op, str) or op not in OPS:
         raise ValueError(f"op must be one of {', '.join(map(repr, (*OPS, *FUNCTIONS)))}, got {described(op)}")
-    return _why_not(
-        op, _known(backend), None if device is None else _device_type(device), frozenset(dtypes), d_state, d_conv
-    )
+    where = None if device is None else _device_type(device)
+    sizes = integer("d_state", d_state), integer("d_conv", d_conv)
+    return _why_not(op, _known(backend), where, _dtypes(dtypes), *sizes)
+
+
+def _dtypes(dtypes: object) -> frozenset[torch.dtype]:
+    found = tuple(dtypes) if isinstance(dtypes, Iterable) else ()
+    if not found or not all(isinstance(dtype, torch.dtype) for dtype in found):
+        raise TypeError(f"dtypes must be a sequence of torch.dtype, got {described(dtypes)}")
+    return frozenset(found)
 
 
 def _device_type(device: object) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import dispatch
+from ..tokens import described
 from . import checks
 from .autograd import refuse_forward_mode, register, vjp
 from .normalise import accumulator, parameter, unit_innermost
@@ -64,6 +65,8 @@ def residual_layer_norm(
         checks.tensor("residual", residual, x.dim(), x)
         checks.shape("residual", residual, tuple(x.shape), "x's")
         residual = residual.to(x.dtype).reshape(-1, channels)
+    if isinstance(eps, bool) or not isinstance(eps, (int, float, torch.SymFloat)):
+        raise TypeError(f"eps must be a number, got {described(eps)}")
     acc = accumulator(x)
     weight = parameter(weight, acc)
     bias = torch.zeros_like(weight) if bias is None else parameter(bias, acc)
