@@ -15,6 +15,7 @@ from torch import nn
 import storm_kernels as sk
 from storm_kernels import cli, reference
 from storm_kernels.backends import cpu, dispatch
+from storm_kernels.backends.cpu import threads
 from storm_kernels.interop import patching
 
 U, A, B = torch.ones(1, 8, 4), -torch.ones(4, 16), torch.ones(1, 8, 16)
@@ -312,6 +313,16 @@ def test_a_slow_path_warns_at_the_callers_line():
         warnings.simplefilter("always")
         scan(U.double())
     assert {(one.category, one.filename) for one in caught} == {(sk.SlowPathWarning, __file__)}
+
+
+def test_a_forked_worker_warns_at_the_callers_line(monkeypatch):
+    if reason := sk.why_not("scan", "cpu"):
+        pytest.skip(reason)
+    monkeypatch.setattr(threads, "_lost_in_fork", True)
+    torch.set_num_threads(2)
+    with pytest.warns(RuntimeWarning, match="which a fork does not copy") as told:
+        scan(backend="cpu")
+    assert {one.filename for one in told} == {__file__}
 
 
 def test_the_package_runs_as_the_command_line():
