@@ -112,7 +112,6 @@ class ReferenceMixer(nn.Module):
             dt_proj.bias = nn.Parameter(
                 initial_dt_bias(self.d_inner, dt_min, dt_max, dt_init_floor, dt_proj.weight.device)
             )
-            dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]  # a mark that mamba_ssm's initialisers read
             rows = torch.arange(1, d_state + 1, dtype=torch.float32, device=device).expand(self.d_inner, -1)
             self.add_module(f"conv1d{suffix}", conv)
             self.add_module(
@@ -123,9 +122,8 @@ class ReferenceMixer(nn.Module):
             self.register_parameter(
                 f"D{suffix}", nn.Parameter(torch.ones(self.d_inner, dtype=torch.float32, device=device))
             )
-        for parameter in self._float32_parameters():
-            parameter._no_weight_decay = True  # type: ignore[attr-defined]  # a mark that optimisers' set-ups read
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
+        self.mark_parameters()
 
     def forward(
         self,
@@ -211,6 +209,19 @@ class ReferenceMixer(nn.Module):
         if is_plain(dt_proj) or dt_raw.is_meta:
             return F.linear(dt_raw, dt_proj.weight), dt_proj.bias  # type: ignore[arg-type, return-value]  # shapes alone
         return call_dt_proj(dt_proj, dt_raw), None
+
+    def mark_parameters(self) -> None:
+        """Mark what must not decay (``_no_weight_decay``), and what must not be initialised anew (``_no_reinit``).
+
+        Optimisers' set-ups and mamba_ssm's initialisers read the marks. A loader that puts other
+        parameters in the place of these has to call it again.
+        """
+        for parameter in self._float32_parameters():
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+        for suffix in self.suffixes:
+            bias = getattr(self._modules.get(f"dt_proj{suffix}"), "bias", None)
+            if isinstance(bias, nn.Parameter):
+                bias._no_reinit = True  # type: ignore[attr-defined]
 
     def _float32_parameters(self) -> list[nn.Parameter]:
         """Those that there are: a replaced dt_proj may have no bias, or one that is no parameter."""
