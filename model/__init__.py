@@ -1,6 +1,7 @@
-"""The complete STORM (arXiv 2503.04130) and its VILA baseline as transformers models: a video and a
-question in, an answer out. Importing this package registers them with transformers' Auto classes.
-Needs the extra ``model``.
+"""The complete STORM (arXiv 2503.04130) and its VILA baseline as transformers models.
+
+A video and a question in, an answer out. Importing this package registers them with transformers'
+Auto classes. Needs the extra ``model``.
 
 Example:
     >>> import storm_model

@@ -15,6 +15,8 @@ from .configuration_storm import StormConfig
 from .modeling_storm import StormForConditionalGeneration
 from .pixels import FRAME_BATCH
 
+__all__ = ["arithmetic", "memory"]
+
 
 def arithmetic(config: StormConfig, frames: int, prompt_tokens: int = 0) -> dict[str, int]:
     """FLOPs to the first token by "vision", "projector" and "language": matrix products, convolutions and the scan.
@@ -22,6 +24,11 @@ def arithmetic(config: StormConfig, frames: int, prompt_tokens: int = 0) -> dict
     A multiplication with its addition counts as two. Causal attention counts the pairs it needs,
     half of the square. The projector is counted in its plain form, every token through every step
     whatever the reduction; a fused projector needs less.
+
+    Args:
+        config: of the model.
+        frames: of the video.
+        prompt_tokens: of the text beside it; 0 by default.
 
     Example:
         >>> from storm_model.presets import preset
@@ -40,12 +47,23 @@ def arithmetic(config: StormConfig, frames: int, prompt_tokens: int = 0) -> dict
 def memory(
     config: StormConfig, frames: int, prompt_tokens: int = 0, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, int]:
-    """Bytes at the peak of each step to the first token, by "vision", "projector" and "prefill"; weights included.
+    """Bytes at the peak of each step to the first token, weights included.
 
-    Counted are the weights, what the step was given, and the tensors that live together in its
-    widest moment: a layer's residual, normed input and intermediates; in the projector both
-    directions; for the language model the whole cache. ``weights`` alone are in the answer too.
-    Workspaces of libraries and the fragmentation of an allocator are not.
+    By "vision", "projector" and "prefill". Counted are the weights, what the step was given, and the
+    tensors that live together in its widest moment: a layer's residual, normed input and
+    intermediates; in the projector both directions; for the language model the whole cache.
+    ``weights`` alone are in the answer too. Workspaces of libraries and the fragmentation of an allocator are not.
+
+    Args:
+        config: of the model.
+        frames: of the video.
+        prompt_tokens: of the text beside it; 0 by default.
+        dtype: of weights and activations; bfloat16 by default.
+
+    Example:
+        >>> from storm_model.presets import preset
+        >>> sorted(memory(preset("storm-mini"), 8))
+        ['prefill', 'projector', 'vision', 'weights']
     """
     vision, text = config.vision_config, config.text_config
     grid, size = config.token_grid(frames), dtype.itemsize

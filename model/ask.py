@@ -32,12 +32,13 @@ _SHOWN |= {"prefill": "reading the prompt"}
 class Clock:
     """A recorder of stages: says on standard error what begins, and keeps the seconds of each."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
         self._device = device
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Around the stage ``name``."""
         if name in _SHOWN and name not in self.seconds:
             say(f"{_SHOWN[name]} ...")
         start = time.perf_counter()

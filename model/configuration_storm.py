@@ -18,24 +18,37 @@ MAX_REDUCTION = 65_536
 
 
 class StormConfig(PreTrainedConfig):
-    """A SigLIP tower, a projector and a causal language model (STORM, arXiv 2503.04130; VILA, arXiv 2412.04468).
+    """A SigLIP tower, a projector and a causal language model, as a transformers configuration.
 
     Args:
         vision_config: of a SigLIP tower of fixed resolution ("siglip_vision_model", or "siglip", whose text half is
-            left out). ``num_hidden_layers`` counts the layers that are kept: the projector reads the last one's output,
-            before the final norm. VILA reads the last but one of the published tower.
-        text_config: of any causal language model of transformers.
-        projector_type: "storm", which mixes over time, or "vila", which does not.
-        projector_layers: M, the mixers of "storm".
-        projector_state, projector_conv, projector_expand: S, K and E / D of each mixer.
-        projector_bidirectional: False for the streaming, forward-only form.
-        projector_implementation: "fused" (the kernels) or "reference" (plain PyTorch); the same weights and results.
-        temporal_pool, spatial_pool, temporal_stride: the token reduction where a call chooses none (k, p, s).
-        image_token_id, video_token_id: the placeholders in the prompt.
-        random_parts: parts whose weights are random still ("projector"), which is said wherever the model is loaded.
+            left out), or the dictionary of one. ``num_hidden_layers`` counts the layers that are kept: the projector
+            reads the last one's output, before the final norm. VILA reads the last but one of the published tower.
+            None for that class's defaults.
+        text_config: of any causal language model of transformers, or the dictionary of one; None for Qwen2's defaults.
+        projector_type: "storm", which mixes over time and is the default, or "vila", which does not.
+        projector_layers: M, the mixers of "storm"; 4 by default.
+        projector_state: S of each mixer; 16 by default.
+        projector_conv: K of each mixer, taps in tokens; 4 by default.
+        projector_expand: E / D of each mixer; 2 by default.
+        projector_bidirectional: False for the streaming, forward-only form; True by default.
+        projector_implementation: "fused", the kernels and the default, or "reference", plain PyTorch; the same weights
+            and results.
+        temporal_pool: k in frames, where a call chooses none; 1 by default.
+        spatial_pool: p in tokens a side, where a call chooses none; 1 by default.
+        temporal_stride: s in pooled frames, where a call chooses none; 1 by default.
+        image_token_id: the placeholder of images in the prompt; 0 by default.
+        video_token_id: the placeholder of videos in the prompt; 1 by default.
+        random_parts: parts whose weights are random still ("projector"), which is said wherever the model is loaded;
+            None for none.
+        tie_word_embeddings: the language model's; what is given here does not count.
 
     Raises:
-        TypeError, ValueError: a field that cannot be; named.
+        TypeError: a field of the wrong type, named.
+        ValueError: a field out of range, named.
+
+    Source:
+        STORM, arXiv 2503.04130; VILA, arXiv 2412.04468.
 
     Example:
         >>> StormConfig(projector_layers=2, temporal_pool=4).reduction
@@ -45,8 +58,8 @@ class StormConfig(PreTrainedConfig):
     model_type = "storm"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None  # once made, a PreTrainedConfig
+    text_config: Any = None
     projector_type: str = "storm"
     projector_layers: int = 4
     projector_state: int = 16
@@ -62,7 +75,7 @@ class StormConfig(PreTrainedConfig):
     random_parts: list[str] | None = None
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.vision_config = _vision_config(self.vision_config)
         self.text_config = _sub_config("text_config", self.text_config, "qwen2")
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))

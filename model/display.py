@@ -4,12 +4,13 @@ header (tkhd box, Matroska's projection) or of the frame itself (SEI), whichever
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import av
 import numpy as np
 from numpy.typing import NDArray
+
+from storm_kernels.callers import warn_caller
 
 # A matrix whose axes are this near to quarter turns is one: its numbers are rounded.
 _NEAR = 0.0175  # tangent of one degree
@@ -54,9 +55,8 @@ class Turn(NamedTuple):
         if b and c and abs(a) <= _NEAR * abs(b) and abs(d) <= _NEAR * abs(c):
             return cls(True, c < 0, b < 0)
         if a * d != b * c:
-            warnings.warn(
-                f"the display matrix ({a}, {b}, {c}, {d}) / 65536 is no quarter turn: frames are given as stored",
-                stacklevel=2,
+            warn_caller(
+                f"the display matrix ({a}, {b}, {c}, {d}) / 65536 is no quarter turn: frames are given as stored"
             )
         return cls()
 

@@ -23,7 +23,15 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class CheckpointError(ValueError):
-    """A saved model that cannot be used; the message names the file or folder and the tensor or field."""
+    """A saved model that cannot be used; the message names the file or folder and the tensor or field.
+
+    Example:
+        >>> try:
+        ...     check_folder("/no/such/folder")
+        ... except CheckpointError as error:
+        ...     print(error)
+        /no/such/folder: no such folder
+    """
 
 
 def check_folder(

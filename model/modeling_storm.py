@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -36,14 +37,25 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 class StormModel(StormPreTrainedModel):
     """Vision tower, projector and language model without its head.
 
+    Args:
+        config: what it is made of; the weights are random.
+
+    Source:
+        STORM, arXiv 2503.04130 (docs/spec.md, "The models to compare").
+
     Example:
-        >>> # model = StormModel(StormConfig(vision_config=..., text_config=...))
-        >>> # model.get_video_features(pixels)["pooler_output"][0].shape  # (tokens, D) of the first video
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> vision = {**sizes, "image_size": 28, "patch_size": 14}
+        >>> text = {**sizes, "num_key_value_heads": 1, "vocab_size": 16}
+        >>> model = StormModel(StormConfig(vision_config=vision, text_config=text, projector_layers=1))
+        >>> features = model.get_video_features(torch.zeros(1, 4, 3, 28, 28))  # 4 frames of one token
+        >>> features.pooler_output[0].shape  # of the first video
+        torch.Size([4, 8])
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
-    def __init__(self, config: StormConfig):
+    def __init__(self, config: StormConfig) -> None:
         super().__init__(config)
         tower = AutoModel.from_config(config.vision_config)
         self.vision_tower = getattr(tower, "vision_model", tower)  # some releases nest the tower once more
@@ -56,9 +68,11 @@ class StormModel(StormPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The language model's embedding of tokens."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put ``value`` in the place of the language model's embedding of tokens."""
         self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
@@ -73,14 +87,17 @@ class StormModel(StormPreTrainedModel):
         Args:
             pixel_values_videos: (n, T, 3, S, S), (T, 3, S, S) for one video, or a list of n tensors (T, 3, S, S).
             video_reductions: (n, 3): temporal_pool, spatial_pool, temporal_stride of each; by default the config's.
+            kwargs: transformers' own (``return_dict``).
 
         Raises:
-            TypeError, ValueError: pixels of another shape, or as many reductions as there are not videos; named.
+            TypeError: pixels that are no tensors, named.
+            ValueError: pixels of another shape, or as many reductions as there are not videos; named.
         """
         videos = self._checked("pixel_values_videos", pixel_values_videos)
         reductions = self._reductions("video_reductions", video_reductions, len(videos))
         features = self.encode(videos[0] if len(videos) == 1 else torch.cat(videos))
-        return BaseModelOutputWithPooling(pooler_output=self.project(features, [len(v) for v in videos], reductions))
+        tokens: Any = self.project(features, [len(v) for v in videos], reductions)  # a list, as of other video models
+        return BaseModelOutputWithPooling(pooler_output=tokens)
 
     @can_return_tuple
     def get_image_features(
@@ -89,9 +106,8 @@ class StormModel(StormPreTrainedModel):
         """As :meth:`get_video_features`, for images (n, 3, S, S): each is a video of one frame."""
         images = self._checked("pixel_values", pixel_values.unsqueeze(1))
         reductions = self._reductions("image_reductions", image_reductions, len(images))
-        return BaseModelOutputWithPooling(
-            pooler_output=self.project(self.encode(pixel_values), [1] * len(images), reductions)
-        )
+        tokens: Any = self.project(self.encode(pixel_values), [1] * len(images), reductions)
+        return BaseModelOutputWithPooling(pooler_output=tokens)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels (T, 3, S, S) -> image tokens (T, h, w, Dv), a few frames at a time so that activations do not grow."""
@@ -103,10 +119,12 @@ class StormModel(StormPreTrainedModel):
             return tokens.unflatten(1, (side, side))
 
     def project(self, features: Tensor, frames: list[int], reductions: list[TokenReduction]) -> list[Tensor]:
-        """Image tokens of all videos (sum of ``frames``, h, w, Dv) -> (tokens, D) of each. Those
-        with one reduction go through the projector in one packed call."""
-        videos: list[Tensor | None] = [None] * len(frames)
+        """Image tokens ``features`` of all videos (sum of ``frames``, h, w, Dv) -> (tokens, D) of each.
+
+        Those with one and the same of the ``reductions`` go through the projector in one packed call.
+        """
         parts = features.split(frames)
+        videos: list[Tensor] = list(parts)  # each is replaced by its tokens
         for reduction in dict.fromkeys(reductions):
             places = [i for i, own in enumerate(reductions) if own == reduction]
             packed = features if len(places) == len(frames) else torch.cat([parts[i] for i in places])
@@ -144,7 +162,7 @@ class StormModel(StormPreTrainedModel):
         pixel_values_videos: Tensor | list[Tensor] | None = None,
         image_reductions: Tensor | None = None,
         video_reductions: Tensor | None = None,
-        attention_mask: Tensor | dict | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -153,7 +171,14 @@ class StormModel(StormPreTrainedModel):
         """The language model over the prompt, whose placeholders the videos' tokens replace.
 
         Args:
-            input_ids (batch, length); pixels and reductions as :meth:`get_video_features` takes them.
+            input_ids: (batch, length), the prompt; None where ``inputs_embeds`` are given.
+            pixel_values: (n, 3, S, S), the images; None for none.
+            pixel_values_videos: as :meth:`get_video_features` takes them; None for none.
+            image_reductions: (n, 3), as the videos'.
+            video_reductions: (n, 3): temporal_pool, spatial_pool, temporal_stride of each; None for the config's.
+            attention_mask: (batch, length), or masks by kind of layer, as the language model takes it.
+            position_ids: (batch, length), as the language model takes them.
+            inputs_embeds: (batch, length, D) in place of ``input_ids``; then without pixels.
             mm_encoder_outputs: {"video": ..., "image": ...} of :meth:`get_video_features`, instead of pixels: what was
                 encoded once serves further questions.
             kwargs: the language model's own (its cache, use_cache, output_hidden_states, ...).
@@ -164,21 +189,23 @@ class StormModel(StormPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
         pixels = {"image": (pixel_values, image_reductions), "video": (pixel_values_videos, video_reductions)}
+        prompt = input_ids if inputs_embeds is None else inputs_embeds
+        assert prompt is not None, "one of the two is there"
         if inputs_embeds is None:
             if any(given is not None for given, _ in pixels.values()):
-                check_context(self.config, input_ids, pixel_values_videos, video_reductions)
-            features = self._features(input_ids, pixels, mm_encoder_outputs or {})
+                check_context(self.config, prompt, pixel_values_videos, video_reductions)
+            features = self._features(prompt, pixels, mm_encoder_outputs or {})
         elif mm_encoder_outputs or any(given is not None for given, _ in pixels.values()):
             raise ValueError("pixels and their features need input_ids, which say where they go, not inputs_embeds")
-        with reading(input_ids if inputs_embeds is None else inputs_embeds):
+        with reading(prompt):
             if inputs_embeds is None:
-                inputs_embeds = self._filled(input_ids, features)
+                inputs_embeds = self._filled(prompt, features)
             return self.language_model(
                 inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
             )
 
     def _features(
-        self, input_ids: Tensor, pixels: dict[str, tuple], known: dict[str, BaseModelOutputWithPooling]
+        self, input_ids: Tensor, pixels: dict[str, tuple[Any, Any]], known: dict[str, BaseModelOutputWithPooling]
     ) -> dict[str, list[Tensor]]:
         """The tokens of images and videos by modality, (tokens, D) of each, made of pixels or known already."""
         found: dict[str, list[Tensor]] = {}
@@ -189,7 +216,8 @@ class StormModel(StormPreTrainedModel):
                 get = self.get_video_features if modality == "video" else self.get_image_features
                 found[modality] = list(get(given, reductions, return_dict=True).pooler_output)
             elif known.get(modality) is not None:
-                found[modality] = [own.flatten(0, -2) for own in known[modality].pooler_output]
+                stored: Any = known[modality].pooler_output
+                found[modality] = [own.flatten(0, -2) for own in stored]
             elif input_ids.shape[1] > 1:  # a token that was just written has nothing to fill
                 found[modality] = []
         return found
@@ -228,14 +256,27 @@ class StormModel(StormPreTrainedModel):
 class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
     """STORM or VILA with the language model's head: videos and a question in, an answer out.
 
+    Args:
+        config: what it is made of; the weights are random. ``from_pretrained(folder)`` takes them from a folder.
+
+    Source:
+        STORM, arXiv 2503.04130; VILA, arXiv 2412.04468 (docs/spec.md, "The models to compare").
+
     Example:
-        >>> # model = StormForConditionalGeneration.from_pretrained(folder, dtype="auto")
-        >>> # model.generate(**inputs, max_new_tokens=64)
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> vision = {**sizes, "image_size": 28, "patch_size": 14}
+        >>> text = {**sizes, "num_key_value_heads": 1, "vocab_size": 16, "eos_token_id": None}
+        >>> config = StormConfig(vision_config=vision, text_config=text, projector_layers=1, video_token_id=15)
+        >>> model = StormForConditionalGeneration(config).eval()
+        >>> prompt = torch.tensor([[15, 15, 3, 4]])  # 2 frames of one token, then the question
+        >>> video = torch.zeros(1, 2, 3, 28, 28)
+        >>> model.generate(input_ids=prompt, pixel_values_videos=video, max_new_tokens=5, pad_token_id=2).shape
+        torch.Size([1, 9])
     """
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
-    def __init__(self, config: StormConfig):
+    def __init__(self, config: StormConfig) -> None:
         super().__init__(config)
         self.model = StormModel(config)
         text = config.text_config
@@ -246,15 +287,19 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The language model's embedding of tokens."""
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put ``value`` in the place of the language model's embedding of tokens."""
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
+        """The head."""
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
+        """Put ``value`` in the place of the head."""
         self.lm_head = value
 
     def get_video_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -273,7 +318,7 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         pixel_values_videos: Tensor | list[Tensor] | None = None,
         image_reductions: Tensor | None = None,
         video_reductions: Tensor | None = None,
-        attention_mask: Tensor | dict | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -281,11 +326,21 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """See :meth:`StormModel.forward`.
+        """The logits; for the other arguments see :meth:`StormModel.forward`.
 
         Args:
-            labels (batch, length): what to predict, -100 where nothing is; gives ``loss``.
+            input_ids: as there.
+            pixel_values: as there.
+            pixel_values_videos: as there.
+            image_reductions: as there.
+            video_reductions: as there.
+            attention_mask: as there.
+            position_ids: as there.
+            inputs_embeds: as there.
+            labels: (batch, length): what to predict, -100 where nothing is; gives ``loss``.
             logits_to_keep: the last so many positions' logits are made (0: all), or those of these indices.
+            mm_encoder_outputs: as there.
+            kwargs: as there.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -315,17 +370,18 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
             **{name: outputs.get(name) for name in ("hidden_states", "attentions", CACHE)},
         )
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any):
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As every transformers model; a prompt longer than the context is an error before anything is encoded."""
         input_ids = kwargs.get("input_ids", inputs)
         if input_ids is not None:
             check_context(self.config, input_ids, kwargs.get("pixel_values_videos"), kwargs.get("video_reductions"))
         return super().generate(inputs, *args, **kwargs)
 
-    def _expand_multimodal_outputs(self, input_ids: Tensor, mm_encoder_output: dict, *args: Any, **kwargs: Any) -> dict:
+    def _expand_multimodal_outputs(self, input_ids: Any, mm_encoder_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Beams repeat a video's features in place: in a copy, so that the caller's serve the next question too."""
         copied = {modality: copy.copy(output) for modality, output in mm_encoder_output.items()}
-        return super()._expand_multimodal_outputs(input_ids, copied, *args, **kwargs)
+        expand: Any = super()._expand_multimodal_outputs  # type: ignore[misc]  # the mixin asks for a class of stubs
+        return expand(input_ids, copied, *args, **kwargs)
 
     def _note_training(self) -> None:
         """Parts whose weights a training step is about to change are random no longer."""
@@ -334,7 +390,7 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
             self.config.random_parts = frozen or None
 
 
-def reading(prompt: Tensor):
+def reading(prompt: Tensor) -> AbstractContextManager[object]:
     """The stage of a call on ``prompt`` (batch, length, ...): the first reads it, those after it write a token each."""
     return stage("prefill" if prompt.shape[1] > 1 else "token")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from transformers import LlamaConfig, Qwen2Config, SiglipVisionConfig
 
@@ -13,24 +14,28 @@ from storm_kernels.tokens import TokenReduction
 
 from .configuration_storm import StormConfig, checked_reduction
 
+__all__ = ["PRESETS", "VARIANTS", "Variant", "preset", "variant"]
+
+Entry = TypeVar("Entry")
+
 # The SigLIP towers: huggingface.co google/siglip-so400m-patch14-384 and google/paligemma-3b-pt-448,
 # config.json. Of their 27 layers the last is left out: published NVILA training reads the output of
 # the last but one (github.com/NVlabs/VILA, scripts/NVILA-Lite/sft.sh: mm_vision_select_layer -2),
 # and STORM is trained from VILA.
-_SO400M = {
+_SO400M: dict[str, Any] = {
     "patch_size": 14,
     "hidden_size": 1152,
     "num_hidden_layers": 26,
     "num_attention_heads": 16,
     "intermediate_size": 4304,
 }
-_QWEN2 = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rms_norm_eps": 1e-6}
+_QWEN2: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rms_norm_eps": 1e-6}
 
 
 def _preset(name: str, vision: SiglipVisionConfig, text: Qwen2Config | LlamaConfig, layers: int) -> StormConfig:
     """The placeholders are the vocabulary's last two, which the published tokenizers leave unused."""
     return StormConfig(
-        name_or_path=name,
+        name_or_path=name,  # type: ignore[call-arg]  # transformers takes it among its own
         vision_config=vision,
         text_config=text,
         projector_layers=layers,
@@ -122,11 +127,20 @@ _PRESETS = (
         layers=1,
     ),
 )
-PRESETS: dict[str, StormConfig] = {config.name_or_path: config for config in _PRESETS}
+PRESETS: dict[str, StormConfig] = {str(config.name_or_path): config for config in _PRESETS}
 
 
 def preset(name: str) -> StormConfig:
-    """A copy of the preset of that name, which its ``name_or_path`` repeats; a ValueError lists those that exist.
+    """A copy of the preset of that name, which its ``name_or_path`` repeats.
+
+    Args:
+        name: "storm-7b", "storm-8b", "storm-1.5b" or "storm-mini".
+
+    Raises:
+        ValueError: there is no such preset; it lists those that exist.
+
+    Source:
+        The files of each part's sizes stand beside it in this module.
 
     Example:
         >>> preset("storm-mini").text_config.hidden_size
@@ -137,18 +151,38 @@ def preset(name: str) -> StormConfig:
 
 @dataclass(frozen=True)
 class Variant:
-    """A projector and a token reduction. ``paper_*`` are the paper's figures at 128 frames on an
-    A100-80G (docs/spec.md, "The models to compare").
+    """A projector and a token reduction.
+
+    Args:
+        name: such as "storm-tp-ts".
+        title: for tables and plots.
+        temporal: True for STORM's temporal projector, False for the VILA baseline's, which mixes nothing over time.
+        reduction: of the tokens; none by default.
+        paper_latency_s: the paper's time to first token at 128 frames on an A100-80G, in seconds; None where it has
+            none.
+        paper_kept_percent: the tokens that are left there, in percent; None where it has none.
+
+    Raises:
+        TypeError: a reduction that is none.
+        ValueError: a reduction that is out of range.
+
+    Source:
+        STORM, arXiv 2503.04130 (docs/spec.md, "The models to compare").
+
+    Example:
+        >>> pairs = Variant("mine", "pairs of frames", temporal=True, reduction=TokenReduction(2))
+        >>> pairs.of(preset("storm-mini")).reduction
+        TokenReduction(temporal_pool=2, spatial_pool=1, temporal_stride=1)
     """
 
     name: str
     title: str
-    temporal: bool  # True: STORM's temporal projector; False: the VILA baseline's, which mixes nothing over time
+    temporal: bool
     reduction: TokenReduction = TokenReduction()
     paper_latency_s: float | None = None
     paper_kept_percent: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.reduction, TokenReduction):
             raise TypeError(f"Variant.reduction must be a TokenReduction, got {self.reduction!r}")
         checked_reduction(*vars(self.reduction).values())
@@ -194,11 +228,22 @@ VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _VARIANTS}
 
 
 def variant(name: str) -> Variant:
-    """The variant of that name; a ValueError lists those that exist."""
+    """The variant of that name.
+
+    Args:
+        name: "vila", "storm", or "storm" with "-tp", "-sp", "-ts" in this order, as :data:`VARIANTS` has them.
+
+    Raises:
+        ValueError: there is no such variant; it lists those that exist.
+
+    Example:
+        >>> variant("storm-tp").reduction.temporal_pool
+        4
+    """
     return _look_up("variant", name, VARIANTS)
 
 
-def _look_up(what: str, name: object, table: dict):
+def _look_up(what: str, name: object, table: dict[str, Entry]) -> Entry:
     if not isinstance(name, str) or name not in table:
         raise ValueError(f"{what} {name!r} does not exist; there are: {', '.join(table)}")
     return table[name]

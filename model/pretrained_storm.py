@@ -23,7 +23,17 @@ logger = logging.get_logger(__name__)
 
 
 class StormPreTrainedModel(PreTrainedModel):
-    """What both classes tell transformers about themselves."""
+    """What both classes tell transformers about themselves.
+
+    Args:
+        config: of the model.
+        inputs: transformers' own.
+        kwargs: transformers' own.
+
+    Example:
+        >>> StormPreTrainedModel.config_class.__name__, StormPreTrainedModel.input_modalities
+        ('StormConfig', ('image', 'video', 'text'))
+    """
 
     config: StormConfig
     config_class = StormConfig

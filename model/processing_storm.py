@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.video_processing_utils import VideoProcessorMixin
 
@@ -29,17 +29,28 @@ class StormProcessor(ProcessorMixin):
     """Text, images and videos to ``input_ids``, ``attention_mask`` and pixels; every placeholder stands for one token.
 
     Args:
-        image_processor, tokenizer, video_processor: what it is made of. The tokenizer has to have ``<image>`` and
-            ``<video>`` as one token each.
-        chat_template: Jinja; see :func:`chat_template`.
-        frame_separator: text after each frame's tokens that are left, such as VILA's line break. STORM has none.
+        image_processor: of the same sizes and reduction as the videos'.
+        tokenizer: of the language model; it has to have ``<image>`` and ``<video>`` as one token each.
+        video_processor: reads and scales the videos.
+        chat_template: Jinja, see :func:`chat_template`; None for none.
+        frame_separator: text after each frame's tokens that are left, such as VILA's line break; by default none, as
+            STORM has it.
 
     Raises:
         ValueError: the tokenizer does not have the placeholders.
 
     Example:
-        >>> # processor = StormProcessor.from_pretrained(folder)
-        >>> # processor("<video>\\nWhat happens?", videos="clip.mp4", num_frames=8, return_tensors="pt")
+        >>> import numpy
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"<image>": 0, "<video>": 1, "why": 2, "-": 3}, unk_token="-"))
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="-", pad_token="-")
+        >>> _ = tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]})
+        >>> sizes = {"image_size": 28, "patch_size": 14, "temporal_pool": 2}
+        >>> processor = StormProcessor(StormImageProcessor(**sizes), tokenizer, StormVideoProcessor(**sizes))
+        >>> video = numpy.zeros((4, 32, 32, 3), numpy.uint8)  # 4 frames of one token, of which two are left
+        >>> processor(text="<video>why", videos=[video], return_tensors="pt")["input_ids"]
+        tensor([[1, 1, 2]])
     """
 
     # Videos of different lengths stay a list of tensors.
@@ -53,14 +64,17 @@ class StormProcessor(ProcessorMixin):
         video_processor: StormVideoProcessor | None = None,
         chat_template: str | None = None,
         frame_separator: str = "",
-    ):
+    ) -> None:
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template)
         self.image_token, self.video_token, self.frame_separator = IMAGE_TOKEN, VIDEO_TOKEN, frame_separator
         self.image_token_id, self.video_token_id = (_token_id(tokenizer, t) for t in (IMAGE_TOKEN, VIDEO_TOKEN))
 
     @classmethod
-    def _get_arguments_from_pretrained(cls, folder: str, processor_dict: dict | None = None, **kwargs: Any) -> list:
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: Any = None, **kwargs: Any
+    ) -> list[Any]:
         """The three parts, each by its own class: transformers' AutoVideoProcessor asks for torchvision."""
+        folder = pretrained_model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
         parts = (
             StormImageProcessor.from_pretrained(folder, **kwargs),
@@ -76,29 +90,32 @@ class StormProcessor(ProcessorMixin):
             raise TypeError(f"video_processor must be a video processor, got {described(argument)}")
         return VideoProcessorMixin
 
-    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any):
+    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
         """One text or a list of them, with as many images and videos as they have placeholders, in their order.
 
         Args:
-            images, videos: see :class:`StormImageProcessor` and :class:`StormVideoProcessor`; lists of lists are taken
-                one after the other.
+            images: see :class:`StormImageProcessor`; lists of lists are taken one after the other. None for none.
+            text: a text or a list of them; None for images or videos alone.
+            videos: see :class:`StormVideoProcessor`; lists of lists are taken one after the other. None for none.
             kwargs: transformers' own (``return_tensors``, ``padding``, ...) and those of :class:`StormVideosKwargs`.
 
         Raises:
-            StormVideoError, TypeError, ValueError: a bad video or argument; placeholders that do not fit the videos.
+            StormVideoError: a video that cannot be read.
+            TypeError: an argument of the wrong type, named.
+            ValueError: an argument out of range, named; placeholders that do not fit the videos.
         """
         self._check_counts(text, images, videos)
         nested = kwargs.get("text_kwargs", {})  # transformers 5.19 has no defaults by class
         kwargs |= {name: value for name, value in self.text_kwargs.items() if name not in {*kwargs, *nested}}
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
 
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The placeholders of one image."""
         return self._placeholders(
             self.image_token, 1, image_inputs["image_reductions"][image_idx].tolist(), self.image_processor
         )
 
-    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs: Any) -> str:
+    def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
         """The placeholders of one video, with ``frame_separator`` after each frame that is left."""
         frames = len(video_inputs["pixel_values_videos"][video_idx])
         return self._placeholders(
@@ -111,7 +128,7 @@ class StormProcessor(ProcessorMixin):
         """How many tokens images (height, width) and videos (frames, height, width) of these sizes
         become; for engines.
         """
-        counted = {}
+        counted: dict[str, list[int]] = {}
         if image_sizes is not None:
             one = self._reduced(1, self._chosen(self.image_processor, kwargs), self.image_processor).tokens
             counted |= {"num_image_tokens": [one] * len(image_sizes), "num_image_patches": [1] * len(image_sizes)}
@@ -149,7 +166,7 @@ class StormProcessor(ProcessorMixin):
             raise ValueError(f"the text has {wanted} {self.video_token}, but {given} videos were given")
         self._check_own_videos(texts, videos)
 
-    def _check_own_videos(self, texts: list, videos: Any) -> None:
+    def _check_own_videos(self, texts: list[Any], videos: Any) -> None:
         """Where each text of a batch has its own list of videos, its placeholders are theirs, not its neighbour's."""
         if (
             not isinstance(videos, (list, tuple))

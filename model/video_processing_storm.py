@@ -167,6 +167,11 @@ class StormImageProcessor(_Sizes, BaseImageProcessor):
 
     Args:
         image_size, patch_size, temporal_pool, spatial_pool, temporal_stride: see :class:`StormVideoProcessor`.
+
+    Example:
+        >>> image = Image.new("RGB", (40, 30))
+        >>> StormImageProcessor(image_size=28)(image)["pixel_values"].shape
+        torch.Size([1, 3, 28, 28])
     """
 
     model_input_names = ["pixel_values", "image_reductions"]

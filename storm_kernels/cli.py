@@ -17,6 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -37,8 +38,14 @@ _COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 1 when `verify` finds a result out of
-    bounds or nobody reads the output to its end."""
+    """Run the command line.
+
+    Args:
+        arguments: in place of the process's own, None for those.
+
+    Returns:
+        The exit code: 0; 1 when `verify` finds a result out of bounds or nobody reads the output to its end.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in _COMMANDS:
         return _of_package(f"storm-kernels {arguments[0]}", _COMMANDS[arguments[0]][0], arguments[1:])
@@ -74,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def describe() -> dict:
+def describe() -> dict[str, Any]:
     """The machine, and one row for each device, operation and backend: available, chosen, reason against it."""
     rows = []
     for device in verify.available_devices():
@@ -117,7 +124,8 @@ def _info(as_json: bool) -> int:
 
 
 def _verify() -> int:
-    start, failed, groups = time.perf_counter(), 0, {}
+    start, failed = time.perf_counter(), 0
+    groups: dict[tuple[str, str, str], list[str]] = {}
     for check in verify.run():
         failures = groups.setdefault((check.op, check.backend, check.device), [])
         if check.failure:

@@ -59,7 +59,7 @@ class Setting:
 
     _idle = False
 
-    def __init__(self, name: str, value: Any, call: str, instead: str = ""):
+    def __init__(self, name: str, value: Any, call: str, instead: str = "") -> None:
         self._name, self._value, self._call, self._instead = name, value, call, instead
         self._before: list[tuple[bool, Any]] = []  # (whether while compiling, what held) of each time it was entered
         self._idle = True
@@ -80,11 +80,12 @@ class Setting:
         else:  # not ContextVar.reset, which refuses where a generator is left in another context than it was entered in
             _VARIABLES[self._name].set(before)
 
-    def __call__(self, function: Callable) -> Callable:
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, run within the setting."""
         self._idle = False
 
         @wraps(function)
-        def within(*args, **kwargs):
+        def within(*args: Any, **kwargs: Any) -> Any:
             with Setting(self._name, self._value, self._call):
                 return function(*args, **kwargs)
 

@@ -8,6 +8,9 @@ answer is no.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeGuard, TypeVar, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +21,13 @@ from torch.nn.modules import module as _module
 # A tensor of any other class (quantised, sharded) multiplies in its own way. The last two stand for
 # plain ones while a program is traced.
 _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+Kind = TypeVar("Kind", bound=nn.Module)
+
+
+@overload
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]: ...
+@overload
+def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]: ...
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
@@ -54,7 +64,7 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(own or _module._has_any_global_hook())
 
 
-def is_plain_convolution(conv: nn.Module) -> bool:
+def is_plain_convolution(conv: nn.Module) -> TypeGuard[nn.Conv1d]:
     """Whether ``conv`` is a plain ``nn.Conv1d`` whose result, cut to the length, is the causal
     depthwise convolution with its weight (E, 1, K).
     """
@@ -190,5 +200,5 @@ def unfused(module: nn.Module) -> tuple[str, ...]:
 
 
 def _is_fused(role: str, module: nn.Module) -> bool:
-    checks = {"act": is_silu, "conv1d": is_plain_convolution}
+    checks: dict[str, Callable[[nn.Module], bool]] = {"act": is_silu, "conv1d": is_plain_convolution}
     return checks.get(role, is_plain)(module)

@@ -23,7 +23,7 @@ def positive_int(name: str, value: object) -> int:
     bool. The symbol that stands for a size while a program is traced stays one.
     """
     if isinstance(value, torch.SymInt):
-        return value
+        return value  # type: ignore[return-value]  # stands for an int
     if type(value) is not int:
         value = integer(name, value)
     if not 1 <= value <= _LARGEST:
@@ -36,7 +36,7 @@ def integer(name: str, value: object) -> int:
     try:
         if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
             raise TypeError
-        return operator.index(value)
+        return operator.index(value)  # type: ignore[arg-type]  # TypeError is what is asked for
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {described(value)}") from None
 
@@ -66,7 +66,7 @@ def described(value: object) -> str:
     )
 
 
-def _sides_as_int(record: object) -> None:
+def _sides_as_int(record: TokenGrid | TokenReduction) -> None:
     """Bring the fields of a frozen record to `int`, or raise."""
     for field in fields(record):
         given = getattr(record, field.name)
@@ -77,43 +77,75 @@ def _sides_as_int(record: object) -> None:
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """A video's tokens: ``frames`` x ``height`` x ``width``. An image is a video of one frame."""
+    """A video's tokens: ``frames`` x ``height`` x ``width``. An image is a video of one frame.
+
+    Args:
+        frames: T, a positive integer.
+        height: H, tokens of a column of a frame.
+        width: W, tokens of a row of a frame.
+
+    Raises:
+        TypeError: a side that is no integer, named.
+        ValueError: a side that is not between 1 and 2^31 - 1, named.
+
+    Example:
+        >>> TokenGrid(frames=8, height=14, width=14).tokens
+        1568
+    """
 
     frames: int
     height: int
     width: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _sides_as_int(self)
 
     @property
     def tokens_per_frame(self) -> int:
+        """H * W."""
         return self.height * self.width
 
     @property
     def tokens(self) -> int:
+        """L = T * H * W."""
         return self.frames * self.height * self.width
 
 
 @dataclass(frozen=True)
 class TokenReduction:
-    """Average over blocks of ``temporal_pool`` frames and ``spatial_pool`` x ``spatial_pool``
-    tokens, then keep every ``temporal_stride``-th pooled frame, the first included (docs/spec.md,
-    Token reduction).
+    """Which of a video's tokens survive (docs/spec.md, Token reduction).
 
-    A last block that is not full averages what it has: nothing is dropped, nothing padded. All ones
-    changes nothing.
+    Blocks of ``temporal_pool`` frames and ``spatial_pool`` x ``spatial_pool`` tokens are averaged; then
+    every ``temporal_stride``-th pooled frame is kept, the first included. A last block that is not full
+    averages what it has: nothing is dropped, nothing padded. All ones changes nothing.
+
+    Args:
+        temporal_pool: k, frames; 1 by default.
+        spatial_pool: p, tokens a side; 1 by default.
+        temporal_stride: s, pooled frames; 1 by default.
+
+    Raises:
+        TypeError: a size that is no integer, named.
+        ValueError: a size that is not between 1 and 2^31 - 1, named.
+
+    Source:
+        STORM, arXiv 2503.04130, eqs. 6-8.
+
+    Example:
+        >>> TokenReduction(temporal_pool=4, spatial_pool=2, temporal_stride=2).reduced(TokenGrid(32, 14, 14))
+        TokenGrid(frames=4, height=7, width=7)
     """
 
     temporal_pool: int = 1
     spatial_pool: int = 1
     temporal_stride: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _sides_as_int(self)
 
     @property
     def is_identity(self) -> bool:
+        """Whether every token survives as it is."""
         return self.temporal_pool == self.spatial_pool == self.temporal_stride == 1
 
     def reduced(self, grid: TokenGrid) -> TokenGrid:

@@ -1,9 +1,8 @@
-"""Parity of every backend on this machine with the float64 reference, forward and backward, in
-seconds; `storm-kernels verify` prints it.
+"""Parity of every backend on this machine with the float64 reference, forward and backward, in seconds.
 
-A result passes when its rms error is at most 1.25x (gradients 1.5x) that of the plain reference in
-the same precision plus half an ulp, and its largest error at most 2x plus 2 ulp:
-docs/reliability.md's bound, taken over the whole result.
+`storm-kernels verify` prints it. A result passes when its rms error is at most 1.25x (gradients
+1.5x) that of the plain reference in the same precision plus half an ulp, and its largest error at
+most 2x plus 2 ulp: docs/reliability.md's bound, taken over the whole result.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +21,32 @@ from .backends.cpu.loader import ISA_VARIABLE
 from .reference import Direction
 from .tokens import TokenGrid, TokenReduction
 
+__all__ = ["Check", "available_devices", "exceeds", "run"]
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRID, _REDUCTION = TokenGrid(11, 3, 2), TokenReduction(4, 2, 2)  # 66 tokens, ragged in every axis
 _BATCH, _CHANNELS, _STATES, _TAPS = 2, 37, 16, 4
 
 Operands = dict[str, Tensor]
+Call = Callable[[Any, Operands], Operands]  # on a room of functions: the public ones, or the reference's
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: what was run, and the first result that is out of bounds ("" when none is)."""
+    """One comparison: what was run, and the first result that is out of bounds.
+
+    Args:
+        op: "scan", "conv", "reduce" or "norm".
+        backend: who ran it: "torch", "cpu", "triton" or "cuda".
+        device: where: "cpu" or "cuda".
+        dtype: of the activations, such as "float32".
+        case: which call, such as "both, reduced".
+        failure: what is out of bounds and by how much; "" when nothing is.
+
+    Example:
+        >>> Check("scan", "cpu", "cpu", "float32", "forward", failure="").failure == ""
+        True
+    """
 
     op: str
     backend: str
@@ -41,9 +57,21 @@ class Check:
 
 
 def run(devices: tuple[str, ...] | None = None) -> Iterator[Check]:
-    """Check each operation on each backend that can run it, on the CPU and, where there is one, on
-    the GPU. The cpu backend fails each operation where STORM_KERNELS_CPU_ISA asks for a variant of
-    it that cannot run."""
+    """Check each operation on each backend that can run it.
+
+    The cpu backend fails each operation where STORM_KERNELS_CPU_ISA asks for a variant of it that
+    cannot run.
+
+    Args:
+        devices: "cpu", "cuda"; None, the default, for :func:`available_devices`.
+
+    Returns:
+        The checks, one after the other as they are made.
+
+    Example:
+        >>> next(run(("cpu",))).op
+        'scan'
+    """
     yield from _refused(devices or available_devices())
     for op, cases in _CASES.items():
         for dtype in _DTYPES:
@@ -63,7 +91,12 @@ def run(devices: tuple[str, ...] | None = None) -> Iterator[Check]:
 
 
 def available_devices() -> tuple[str, ...]:
-    """ "cpu", and "cuda" where torch sees a GPU."""
+    """The devices that :func:`run` checks: "cpu", and "cuda" where torch sees a GPU.
+
+    Example:
+        >>> available_devices()[0]
+        'cpu'
+    """
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
@@ -77,7 +110,7 @@ def _refused(devices: tuple[str, ...]) -> Iterator[Check]:
             yield Check(op, "cpu", "cpu", "any dtype", f"asked for by {ISA_VARIABLE}={asked}", reason)
 
 
-def _compare(operands: Operands, call: Callable, truth: Operands, plain: Operands, backend: str, device: str) -> str:
+def _compare(operands: Operands, call: Call, truth: Operands, plain: Operands, backend: str, device: str) -> str:
     try:
         with dispatch.use_backend(backend):
             got = _evaluate(call, ops, {name: t.to(device) for name, t in operands.items()})
@@ -92,11 +125,11 @@ def _compare(operands: Operands, call: Callable, truth: Operands, plain: Operand
     return ""
 
 
-def _evaluate(call: Callable, room, operands: Operands) -> Operands:
+def _evaluate(call: Call, room: Any, operands: Operands) -> Operands:
     leaves = {name: t.detach().clone().requires_grad_() for name, t in operands.items()}
     results = call(room, leaves)
     generator = torch.Generator().manual_seed(1)
-    drawn = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    drawn: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
     incoming = [torch.randn(r.shape, **drawn).bfloat16().to(r.device, r.dtype) for r in results.values()]
     grads = torch.autograd.grad(list(results.values()), list(leaves.values()), incoming)
     return {name: r.detach() for name, r in results.items()} | {
@@ -105,10 +138,20 @@ def _evaluate(call: Callable, room, operands: Operands) -> Operands:
 
 
 def exceeds(value: Tensor, truth: Tensor, plain: Tensor, ratio: float) -> str:
-    """How ``value`` breaks docs/reliability.md's bound, judged as a whole; "" if it keeps it.
+    """How a result breaks docs/reliability.md's bound, judged as a whole; "" if it keeps it.
 
-    ``truth`` is float64, ``plain`` the reference in the precision of ``value``; ``ratio`` is 1.25,
-    of gradients 1.5.
+    Args:
+        value: the result, any shape and floating-point dtype.
+        truth: the right one, of the same shape, float64.
+        plain: the reference's, of the same shape, in the precision of ``value``.
+        ratio: how many times the rms error of ``plain`` is allowed: 1.25, of gradients 1.5.
+
+    Example:
+        >>> truth = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        >>> exceeds(truth.float(), truth, truth.float(), ratio=1.25)
+        ''
+        >>> exceeds(1.01 * truth.float(), truth, truth.float(), ratio=1.25)
+        'rms error 0.0158, allowed 9.42e-08'
     """
     if not torch.isfinite(value).all():
         return "not finite"
@@ -160,8 +203,8 @@ def _direction(t: Operands, suffix: str = "") -> Direction:
     return Direction(*(t[name + suffix] for name in Direction._fields))
 
 
-def _scan_one(reverse: bool) -> Callable:
-    def call(room, t: Operands) -> Operands:
+def _scan_one(reverse: bool) -> Call:
+    def call(room: Any, t: Operands) -> Operands:
         d = _direction(t)
         options = {
             "delta_softplus": True,
@@ -175,8 +218,8 @@ def _scan_one(reverse: bool) -> Callable:
     return call
 
 
-def _scan_both(reduction: TokenReduction | None) -> Callable:
-    def call(room, t: Operands) -> Operands:
+def _scan_both(reduction: TokenReduction | None) -> Call:
+    def call(room: Any, t: Operands) -> Operands:
         options = {"delta_softplus": True, "grid": _GRID, "reduction": reduction}
         return {"result": room.bidirectional_selective_scan(_direction(t), _direction(t, "_b"), t["z"], **options)}
 
@@ -194,7 +237,7 @@ def _conv_operands(dtype: torch.dtype) -> Operands:
     return found | {"x": found["x"].to(dtype)}
 
 
-def _conv(room, t: Operands) -> Operands:
+def _conv(room: Any, t: Operands) -> Operands:
     outs = room.bidirectional_causal_conv1d(
         t["x"], t["weight"], t["bias"], t["weight_b"], t["bias_b"], activation="silu"
     )
@@ -211,7 +254,7 @@ def _norm_operands(dtype: torch.dtype) -> Operands:
     return found | {name: found[name].to(dtype) for name in ("x", "residual")}
 
 
-def _norm(room, t: Operands) -> Operands:
+def _norm(room: Any, t: Operands) -> Operands:
     normed, summed = room.residual_layer_norm(t["x"], t["residual"], t["weight"], t["bias"], 1e-5)
     return {"norm": normed, "sum": summed}
 
@@ -225,7 +268,7 @@ def _scan_pair(dtype: torch.dtype) -> Operands:
 
 
 # By operation: case -> (operands from a dtype, the call on a room of functions).
-_CASES = {
+_CASES: dict[str, dict[str, tuple[Callable[[torch.dtype], Operands], Call]]] = {
     "scan": {
         "forward": (_scan_with_state, _scan_one(False)),
         "reverse": (_scan_with_state, _scan_one(True)),

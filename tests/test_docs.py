@@ -2,6 +2,7 @@
 example in them runs.
 """
 
+import contextlib
 import doctest
 import importlib.util
 import inspect
@@ -68,11 +69,21 @@ def test_made_tables_are_up_to_date(path):
 
 
 @each_document
-def test_examples_run(path):
-    """One program a document; those that show a file of examples/ are run as files, in test_patch_examples.py."""
-    names: dict = {}
-    for block in code(path, "python"):
-        if not block.startswith("# examples/"):
+def test_examples_run(path, tmp_path):
+    """One program a document; those that show a file of examples/ are run as files, in test_patch_examples.py.
+
+    ``folder`` is a small model's, "film.mp4" a short clip.
+    """
+    blocks = [block for block in code(path, "python") if not block.startswith("# examples/")]
+    names: dict = {"folder": tmp_path / "model"}
+    if any("film.mp4" in block for block in blocks):
+        pytest.importorskip("av", reason="the extra `model` is not installed")
+        from tests.support import ask_model
+
+        ask_model.save(names["folder"])
+        ask_model.clip(tmp_path / "film.mp4")
+    with contextlib.chdir(tmp_path):
+        for block in blocks:
             exec(compile(block, str(path), "exec"), names)
 
 

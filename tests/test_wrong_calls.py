@@ -15,6 +15,7 @@ from torch import nn
 import storm_kernels as sk
 from storm_kernels import cli, reference
 from storm_kernels.backends import cpu, dispatch
+from storm_kernels.backends.cpu import threads
 from storm_kernels.interop import patching
 
 U, A, B = torch.ones(1, 8, 4), -torch.ones(4, 16), torch.ones(1, 8, 16)
@@ -176,6 +177,8 @@ FUNCTIONS = {
     ),
     "patch(text)": (lambda: sk.patch("x"), TypeError, "model must be a torch.nn.Module, got 'x'"),
     "patch(class)": (lambda: sk.patch(nn.Linear), TypeError, "model must be a torch.nn.Module, got the class Linear"),
+    "patch(without mixers)": (lambda: sk.patch(nn.Linear(2, 2)), sk.PatchError,
+        "^patch: this Linear has no Mamba-1 mixer, nothing to patch$"),
     "patch(list)": (lambda: sk.patch(LONG), TypeError, "model must be a torch.nn.Module, got list$"),
     "use_backend": (lambda: sk.use_backend("cudaa"), ValueError, "backend must be one of .*, got 'cudaa'"),
     "why_not's op": (lambda: sk.why_not("attention", "cpu"), ValueError,
@@ -186,6 +189,17 @@ FUNCTIONS = {
         lambda: sk.why_not("scan", "cuda", device="gpu"), ValueError,
         "^device must be a torch.device or name one, such as .*, got 'gpu'$"
     ),
+    "why_not's d_conv": (lambda: sk.why_not("conv", "cuda", d_conv=None), TypeError,
+        "^d_conv must be an integer, got None$"),
+    "why_not's dtypes": (lambda: sk.why_not("scan", "cpu", dtypes=torch.float32), TypeError,
+        "^dtypes must be a sequence of torch.dtype, got dtype$"),
+    "why_not's dtypes=names": (lambda: sk.why_not("scan", "cpu", dtypes=["float32"]), TypeError,
+        "^dtypes must be a sequence of torch.dtype, got list$"),
+    "eps": (lambda: sk.residual_layer_norm(U, None, torch.ones(4), None, eps="small"), TypeError,
+        "^eps must be a number, got 'small'$"),
+    "no forward": (lambda: sk.bidirectional_selective_scan(backward=ONE), TypeError,
+        "missing 1 required positional argument: 'forward'"),
+    "u and all others=list": (lambda: sk.selective_scan(*[LONG] * 5), TypeError, "^u must be a tensor, got list$"),
     "why_not's device=list": (lambda: sk.why_not("scan", "cuda", device=[0]), TypeError,
         "^device must be a torch.device or .*, got list$"),
 }  # fmt: skip
@@ -299,6 +313,16 @@ def test_a_slow_path_warns_at_the_callers_line():
         warnings.simplefilter("always")
         scan(U.double())
     assert {(one.category, one.filename) for one in caught} == {(sk.SlowPathWarning, __file__)}
+
+
+def test_a_forked_worker_warns_at_the_callers_line(monkeypatch):
+    if reason := sk.why_not("scan", "cpu"):
+        pytest.skip(reason)
+    monkeypatch.setattr(threads, "_lost_in_fork", True)
+    torch.set_num_threads(2)
+    with pytest.warns(RuntimeWarning, match="which a fork does not copy") as told:
+        scan(backend="cpu")
+    assert {one.filename for one in told} == {__file__}
 
 
 def test_the_package_runs_as_the_command_line():

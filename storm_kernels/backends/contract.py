@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ..tokens import TokenGrid, TokenReduction
@@ -121,7 +122,7 @@ class Backend(Protocol):
     def own_device(self) -> str:
         """The device type whose tensors it is made for, "cpu" or "cuda"."""
 
-    def why_not(self, op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: int) -> str | None:
+    def why_not(self, op: str, *, device: str, dtypes: frozenset[torch.dtype], d_state: int, d_conv: int) -> str | None:
         """None if it can run ``op`` on such tensors here and now; else the reason, one sentence,
         with how to fix it where there is a way.
 

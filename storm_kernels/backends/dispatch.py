@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
-import sys
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .. import context
-from ..tokens import described
+from ..callers import warn_caller
+from ..tokens import described, integer
 from .contract import Backend
 
 logger = logging.getLogger(__name__)
@@ -54,53 +51,91 @@ _ran: Counter[tuple[str, str]] = Counter()
 _warned: set[str] = set()
 _lock = threading.Lock()  # of both
 _uncounted = threading.local()
-# Files whose lines are no caller's: this library's, and PyTorch's between the caller and an
-# operator.
-_INSIDE = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
 
 
 class BackendError(RuntimeError):
-    """A backend asked for by name cannot run this, or strict mode forbids the slow path that would."""
+    """A backend asked for by name cannot run this, or strict mode forbids the slow path that would.
+
+    Example:
+        >>> from storm_kernels import reduce_tokens, TokenGrid, TokenReduction
+        >>> x, grid, pairs = torch.ones(1, 4, 2, dtype=torch.float64), TokenGrid(4, 1, 1), TokenReduction(2)
+        >>> try:
+        ...     reduce_tokens(x, grid, pairs, backend="cuda")
+        ... except BackendError as error:
+        ...     print(str(error).split(":")[0])
+        backend='cuda' cannot run reduce
+    """
 
 
 class SlowPathWarning(UserWarning):
-    """A fast backend refused; plain PyTorch runs instead. Said once for each reason."""
+    """A fast backend refused; plain PyTorch runs instead. Said once for each reason.
+
+    Example:
+        >>> import warnings
+        >>> from storm_kernels import causal_conv1d
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore", SlowPathWarning)  # `with strict():` raises instead
+        ...     out = causal_conv1d(torch.ones(1, 4, 2, dtype=torch.float64), torch.ones(2, 3))
+    """
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
-    """``with use_backend(name):`` every operation runs on backend ``name`` ("torch", "cpu",
-    "triton", "cuda"), unless its own ``backend=`` says otherwise; its backward pass runs there too,
-    wherever that is started. A decorator too.
+    """``with use_backend(name):`` every operation runs on this backend, unless its own ``backend=`` says otherwise.
 
-    It holds for the thread or asyncio task that is inside. Threads started within, such as
-    nn.DataParallel's, do not see it:
-    :func:`set_default_backend` is for those.
+    Its backward pass runs there too, wherever that is started. A decorator too. It holds for the
+    thread or asyncio task that is inside. Threads started within, such as nn.DataParallel's, do not
+    see it: :func:`set_default_backend` is for those.
+
+    Args:
+        name: "torch", "cpu", "triton" or "cuda".
 
     Raises:
         ValueError: ``name`` is none of them; at once.
 
-    >>> with use_backend("torch"):
-    ...     y = selective_scan(u, delta, A, B, C)
+    Example:
+        >>> from storm_kernels import causal_conv1d
+        >>> with use_backend("torch"):
+        ...     out = causal_conv1d(torch.ones(1, 4, 2), torch.ones(2, 3))
     """
     return context.Setting("backend", _known(name), f"use_backend({name!r})", f", or set_default_backend({name!r})")
 
 
 def set_default_backend(name: str | None) -> None:
-    """From here on every operation, in every thread, runs on backend ``name`` unless `use_backend`
-    or ``backend=`` says otherwise; None undoes it.
+    """From here on every operation, in every thread, runs on this backend.
+
+    :func:`use_backend` and ``backend=`` say otherwise where they are.
+
+    Args:
+        name: "torch", "cpu", "triton" or "cuda"; None undoes it.
 
     Raises:
         ValueError: ``name`` is no backend.
+
+    Example:
+        >>> set_default_backend("torch")
+        >>> set_default_backend(None)
     """
     context.defaults["backend"] = "" if name is None else _known(name)
 
 
 def strict(enabled: bool = True) -> AbstractContextManager[None]:
-    """``with strict():`` an operation that would fall back to plain PyTorch raises
-    :class:`BackendError`. A thread's own, like :func:`use_backend`.
+    """``with strict():`` an operation that would fall back to plain PyTorch raises :class:`BackendError`.
 
-    STORM_KERNELS_STRICT=1 does so everywhere. A backward pass falls back where its forward pass
-    did, and nowhere else.
+    A thread's own, like :func:`use_backend`. STORM_KERNELS_STRICT=1 does so everywhere. A backward
+    pass falls back where its forward pass did, and nowhere else.
+
+    Args:
+        enabled: False allows the fall within an outer ``strict()``; True by default.
+
+    Example:
+        >>> from storm_kernels import causal_conv1d
+        >>> x, weight = torch.ones(1, 4, 2, dtype=torch.float64), torch.ones(2, 3)
+        >>> with strict():
+        ...     try:
+        ...         causal_conv1d(x, weight)
+        ...     except BackendError as error:
+        ...         print(str(error).split(",")[0])
+        strict mode: conv runs on the torch backend
     """
     return context.Setting("strict", bool(enabled), f"strict({enabled!r})")
 
@@ -136,27 +171,39 @@ def why_not(
     Args:
         op: "scan", "conv", "reduce" or "norm", or the name of the public function, such as "selective_scan".
         backend: "torch", "cpu", "triton" or "cuda".
-        device: where the tensors lie; None for the device that the backend is made for.
-        dtypes: those of the activations.
-        d_state, d_conv: S of a scan, K of a convolution.
+        device: where the tensors lie; None, the default, for the device that the backend is made for.
+        dtypes: those of the activations; float32 by default.
+        d_state: S of a scan; 16 by default.
+        d_conv: K of a convolution, taps; 4 by default.
 
     Raises:
-        TypeError, ValueError: there is no such operation, backend or device.
+        TypeError: a device, dtypes or a size of the wrong type, named.
+        ValueError: there is no such operation, backend or device.
 
-    >>> why_not("selective_scan", "torch") is None
-    True
+    Example:
+        >>> why_not("selective_scan", "torch") is None
+        True
+        >>> why_not("residual_layer_norm", "cpu")
+        'a LayerNorm on a CPU is bound by memory and vectorised in PyTorch: the cpu backend leaves it to torch'
     """
     op = FUNCTIONS.get(op, op) if isinstance(op, str) else op
     if not isinstance(op, str) or op not in OPS:
         raise ValueError(f"op must be one of {', '.join(map(repr, (*OPS, *FUNCTIONS)))}, got {described(op)}")
-    return _why_not(
-        op, _known(backend), None if device is None else _device_type(device), frozenset(dtypes), d_state, d_conv
-    )
+    where = None if device is None else _device_type(device)
+    sizes = integer("d_state", d_state), integer("d_conv", d_conv)
+    return _why_not(op, _known(backend), where, _dtypes(dtypes), *sizes)
+
+
+def _dtypes(dtypes: object) -> frozenset[torch.dtype]:
+    found = tuple(dtypes) if isinstance(dtypes, Iterable) else ()
+    if not found or not all(isinstance(dtype, torch.dtype) for dtype in found):
+        raise TypeError(f"dtypes must be a sequence of torch.dtype, got {described(dtypes)}")
+    return frozenset(found)
 
 
 def _device_type(device: object) -> str:
     try:
-        return torch.device(device).type
+        return torch.device(device).type  # type: ignore[call-overload]  # TypeError is what is asked for
     except (RuntimeError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(
@@ -164,7 +211,9 @@ def _device_type(device: object) -> str:
         ) from None
 
 
-def _why_not(op: str, backend: str, device: str | None, dtypes: frozenset, d_state: int, d_conv: int) -> str | None:
+def _why_not(
+    op: str, backend: str, device: str | None, dtypes: frozenset[torch.dtype], d_state: int, d_conv: int
+) -> str | None:
     try:
         module = load(backend)
     except ImportError as error:
@@ -190,7 +239,7 @@ def choose(op: str, backend: str, *activations: Tensor | None, d_state: int = 0,
         if reason is not None:
             raise BackendError(f"backend={backend!r} cannot run {op}: {reason}")
         return load(backend)
-    refused = {}
+    refused: dict[str, str] = {}
     for name in ORDER.get(device, {}).get(op, ("torch",)):
         reason = _why_not(op, name, device, dtypes, d_state, d_conv)
         if reason is None:
@@ -215,7 +264,7 @@ def slow_path(message: str) -> None:
     if context.current("strict"):
         raise BackendError(f"strict mode: {message}")
     if _first_time(message):
-        warnings.warn(message, SlowPathWarning, stacklevel=_callers_level())
+        warn_caller(message, SlowPathWarning)
 
 
 def _first_time(message: str) -> bool:
@@ -226,14 +275,6 @@ def _first_time(message: str) -> bool:
         _warned.add(message)
     logger.info(message)
     return True
-
-
-def _callers_level() -> int:
-    """The ``stacklevel``, for the function that asks, of the innermost line outside this library and PyTorch."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_code.co_filename.startswith(_INSIDE) and frame.f_back is not None:
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def run_plain(op: str, backend: str, reason: str) -> None:
@@ -270,8 +311,20 @@ def uncounted() -> Iterator[None]:
 
 
 def stats(*, reset: bool = False) -> dict[str, dict[str, int]]:
-    """How often each operation has run on each backend, in all threads together, for example
-    ``{"scan": {"cpu": 12}}``.
+    """How often each operation has run on each backend, in all threads together.
+
+    Args:
+        reset: start again from nothing; not by default.
+
+    Returns:
+        Operation -> backend -> calls; a backward pass counts apart, as "scan_backward".
+
+    Example:
+        >>> from storm_kernels import causal_conv1d
+        >>> _ = stats(reset=True)
+        >>> _ = causal_conv1d(torch.ones(1, 4, 2), torch.ones(2, 3), backend="torch")
+        >>> stats()
+        {'conv': {'torch': 1}}
     """
     with _lock:
         ran = sorted(_ran.items())

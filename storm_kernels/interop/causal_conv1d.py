@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,22 +20,43 @@ __all__ = ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_ref", "cau
 
 
 def causal_conv1d_fn(
-    x,
-    weight,
-    bias=None,
-    seq_idx=None,
-    initial_states=None,
-    return_final_states=False,
-    final_states_out=None,
-    activation=None,
-):
-    """Depthwise causal convolution: x (b, d, l), weight (d, w), bias (d,) -> (b, d, l) in x's dtype and memory layout.
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | str | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Depthwise causal convolution.
 
-    ``seq_idx`` (b, l) integer: a token meets those of the w - 1 before it that have its index; a
-    negative index marks padding, whose result is zero. ``initial_states`` (b, d, w - 1): the inputs
-    before the first. With ``return_final_states`` the last w - 1 inputs (b, d, w - 1) come second,
-    written to ``final_states_out`` where that is given. ``activation`` None, "silu" or "swish";
-    older callers pass it fourth: so may you.
+    Older callers pass the activation fourth: so may you.
+
+    Args:
+        x: (b, d, l).
+        weight: (d, w), the taps in tokens; the last meets the token itself.
+        bias: (d,); None for none.
+        seq_idx: (b, l) integers: a token meets those of the w - 1 before it that have its index; a negative index
+            marks padding, whose result is zero. None: all tokens are of one sequence.
+        initial_states: (b, d, w - 1), the inputs before the first; None for zeros. Not with ``seq_idx``.
+        return_final_states: also return the last w - 1 inputs; not by default. Not with ``seq_idx``.
+        final_states_out: (b, d, w - 1), where they are written to; None for a new tensor.
+        activation: None, "silu" or "swish", or any name of transformers' ACT2FN where that is imported. Default: none.
+
+    Returns:
+        (b, d, l) in x's dtype and memory layout. With ``return_final_states`` also (b, d, w - 1).
+
+    Raises:
+        ValueError: an operand of another shape, or ``seq_idx`` with states; named.
+        NotImplementedError: another activation.
+
+    Source:
+        causal_conv1d.causal_conv1d_fn, github.com/Dao-AILab/causal-conv1d.
+
+    Example:
+        >>> causal_conv1d_fn(torch.ones(1, 1, 4), torch.tensor([[1.0, 1.0]])).flatten()
+        tensor([1., 2., 2., 2.])
     """
     if isinstance(seq_idx, str):
         seq_idx, activation = None, seq_idx
@@ -48,7 +70,7 @@ def causal_conv1d_fn(
             )
         out = after(_packed(x, weight, bias, seq_idx, fused))
         return channel_major(out.masked_fill((seq_idx < 0).unsqueeze(-1), 0), x)
-    out = ops.causal_conv1d(
+    result: Any = ops.causal_conv1d(
         token_major(x),
         weight,
         bias,
@@ -57,8 +79,8 @@ def causal_conv1d_fn(
         return_final_state=return_final_states,
     )
     if not return_final_states:
-        return channel_major(after(out), x)
-    out, final_states = out
+        return channel_major(after(result), x)
+    out, final_states = result
     final_states = final_states.to(x.dtype)
     if final_states_out is not None:
         final_states = final_states_out.copy_(final_states)
@@ -116,9 +138,8 @@ def _packed(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, act
     bounds = starts.flatten().nonzero().flatten()
     cu_seqlens = torch.cat([bounds, bounds.new_tensor([batch * length])]).to(torch.int32)
     flat = token_major(x).reshape(1, batch * length, channels)
-    return ops.causal_conv1d(flat, weight, bias, activation=activation, cu_seqlens=cu_seqlens).view(
-        batch, length, channels
-    )
+    out: Any = ops.causal_conv1d(flat, weight, bias, activation=activation, cu_seqlens=cu_seqlens)
+    return out.view(batch, length, channels)
 
 
 def _comes_back(seq_idx: Tensor, starts: Tensor, taps: int) -> bool:
@@ -147,15 +168,41 @@ def _by_tap(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, act
 
 
 def causal_conv1d_update(
-    x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None
-):
-    """The next token or tokens of a running convolution: x (b, d) or (b, d, l) -> the same shape;
-    ``conv_state`` is updated in place.
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    """The next token or tokens of a running convolution; its state is updated in place.
 
-    conv_state (b, d, m), m >= w - 1: the inputs so far, oldest first. With ``cache_seqlens`` (b,)
-    integer it is a ring buffer whose next entry is ``cache_seqlens % m``. ``conv_state_indices``
-    (b,) names the rows of a larger ``conv_state`` that belong to the batch; a negative one is
-    padding: the result is zero there, and no row is touched.
+    Args:
+        x: (b, d) or (b, d, l).
+        conv_state: (b, d, m), m >= w - 1: the inputs so far, oldest first.
+        weight: (d, w), the taps in tokens; the last meets the token itself.
+        bias: (d,); None for none.
+        activation: as :func:`causal_conv1d_fn` takes it; none by default.
+        cache_seqlens: (b,) integers: ``conv_state`` is a ring buffer whose next entry is ``cache_seqlens % m``. None:
+            it is moved along.
+        conv_state_indices: (b,) integers, the rows of a larger ``conv_state`` that belong to the batch; a negative one
+            is padding: the result is zero there, and no row is touched. None: row i to element i.
+
+    Returns:
+        The shape of x, in its dtype.
+
+    Raises:
+        ValueError: an operand of another shape, named.
+        NotImplementedError: another activation.
+
+    Source:
+        causal_conv1d.causal_conv1d_update, github.com/Dao-AILab/causal-conv1d.
+
+    Example:
+        >>> state, taps = torch.zeros(1, 1, 1), torch.tensor([[1.0, 1.0]])
+        >>> [causal_conv1d_update(torch.ones(1, 1), state, taps).item() for _ in range(3)]
+        [1.0, 2.0, 2.0]
     """
     fused, after = _activation(activation)
     squeeze = x.dim() == 2
@@ -173,7 +220,7 @@ def causal_conv1d_update(
     else:
         history, rows = _ring(rows, x, cache_seqlens, taps)
     write_slots(conv_state, conv_state_indices, rows)
-    out = ops.causal_conv1d(token_major(x), weight, bias, activation=fused, initial_state=history)
+    out: Any = ops.causal_conv1d(token_major(x), weight, bias, activation=fused, initial_state=history)
     out = channel_major(zero_padding(after(out), conv_state_indices), x)
     return out.squeeze(-1) if squeeze else out
 
@@ -194,10 +241,21 @@ def _ring(rows: Tensor, x: Tensor, cache_seqlens: Tensor, taps: int) -> tuple[Te
 
 
 def causal_conv1d_ref(
-    x, weight, bias=None, initial_states=None, return_final_states=False, final_states_out=None, activation=None
-):
-    """:func:`causal_conv1d_fn` in plain PyTorch, whatever backend is chosen; no ``seq_idx``. Older
-    callers pass the activation fourth.
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_states: Tensor | str | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Plain twin of :func:`storm_kernels.interop.causal_conv1d.causal_conv1d_fn`, whatever backend is chosen.
+
+    It has no ``seq_idx``; older callers pass the activation fourth.
+
+    Example:
+        >>> causal_conv1d_ref(torch.ones(1, 1, 4), torch.tensor([[1.0, 1.0]])).flatten()
+        tensor([1., 2., 2., 2.])
     """
     if isinstance(initial_states, str):
         initial_states, activation = None, initial_states
@@ -207,8 +265,23 @@ def causal_conv1d_ref(
         )
 
 
-def causal_conv1d_update_ref(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None):
-    """:func:`causal_conv1d_update` in plain PyTorch, whatever backend is chosen."""
+def causal_conv1d_update_ref(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Plain twin of :func:`storm_kernels.interop.causal_conv1d.causal_conv1d_update`, whatever backend is chosen.
+
+    It has no ``conv_state_indices``.
+
+    Example:
+        >>> state = torch.zeros(1, 1, 1)
+        >>> causal_conv1d_update_ref(torch.ones(1, 1), state, torch.tensor([[1.0, 1.0]])), state.item()
+        (tensor([[1.]]), 1.0)
+    """
     with dispatch.use_backend("torch"):
         return causal_conv1d_update(x, conv_state, weight, bias, activation, cache_seqlens)
 

@@ -12,11 +12,12 @@ import importlib.machinery
 import importlib.util
 import inspect
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType, ModuleType
+from typing import Any
 
+from ..callers import warn_caller
 from .packages import PACKAGES, Absent
 
 # Per installed package, the modules that it displaced.
@@ -25,25 +26,48 @@ _displaced: dict[str, dict[str, ModuleType]] = {}
 
 @dataclass(frozen=True)
 class InstallReport:
-    """Which packages now resolve to storm_kernels, and which do not and why; printing it gives one line each."""
+    """Which packages now resolve to storm_kernels, and which do not; printing it gives one line each.
+
+    Args:
+        installed: names of those that do.
+        skipped: name -> why not.
+
+    Example:
+        >>> print(InstallReport(installed=("mamba_ssm",), skipped={}))
+        mamba_ssm: resolves to storm_kernels
+    """
 
     installed: tuple[str, ...]
     skipped: dict[str, str]
 
     def __str__(self) -> str:
+        """One line a package."""
         lines = [f"{name}: resolves to storm_kernels" for name in self.installed]
         return "\n".join(lines + [f"{name}: left alone, {why}" for name, why in self.skipped.items()])
 
 
 def install(*, replace: bool = False) -> InstallReport:
-    """Make ``import mamba_ssm`` and ``import causal_conv1d`` resolve to storm_kernels, in this
-    process, until :func:`uninstall`.
+    """Make ``import mamba_ssm`` and ``import causal_conv1d`` resolve to storm_kernels.
 
-    So do the compiled modules behind them, which some models import themselves:
+    In this process, until :func:`uninstall`. So do the compiled modules behind them, which some models
+    import themselves:
     ``selective_scan_cuda``, VMamba's ``selective_scan_cuda_core`` and
     ``selective_scan_cuda_oflex``, and ``causal_conv1d_cuda``. A package that is really there is
     left alone, and the report says so; ``replace=True`` puts ours in its place and warns. What was
     imported from it before keeps what it has.
+
+    Args:
+        replace: take the place of a package that is really there; not by default.
+
+    Returns:
+        Which packages resolve to storm_kernels now, and which were left alone and why.
+
+    Example:
+        >>> report = install()
+        >>> from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+        >>> selective_scan_fn.__module__
+        'storm_kernels.interop.mamba_ssm'
+        >>> _ = uninstall()
     """
     installed, skipped = [], {}
     for package, modules in PACKAGES.items():
@@ -55,7 +79,7 @@ def install(*, replace: bool = False) -> InstallReport:
             skipped[package] = f"the original is there ({origin}); install(replace=True) takes its place"
             continue
         if origin:
-            warnings.warn(f"storm_kernels takes the place of {package} at {origin}", stacklevel=2)
+            warn_caller(f"storm_kernels takes the place of {package} at {origin}")
         _displaced[package] = {
             name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == package
         }
@@ -65,8 +89,18 @@ def install(*, replace: bool = False) -> InstallReport:
 
 
 def uninstall() -> tuple[str, ...]:
-    """Undo :func:`install`; returns the packages that no longer resolve to storm_kernels. Raises
-    RuntimeError if none did.
+    """Undo :func:`install`.
+
+    Returns:
+        The packages that no longer resolve to storm_kernels.
+
+    Raises:
+        RuntimeError: none did.
+
+    Example:
+        >>> _ = install()
+        >>> "mamba_ssm" in uninstall()
+        True
     """
     if not _displaced:
         raise RuntimeError("uninstall: neither mamba_ssm nor causal_conv1d resolves to storm_kernels")
@@ -86,7 +120,7 @@ def _original(package: str) -> str:
     return "" if spec is None else spec.origin or str(spec.submodule_search_locations)
 
 
-def _add(modules: dict[str, dict]) -> None:
+def _add(modules: dict[str, dict[str, object]]) -> None:
     for name, names in modules.items():
         module = ModuleType(name, f"{name}, provided by storm_kernels.interop.")
         is_package = any(other.startswith(f"{name}.") for other in modules)
@@ -103,8 +137,8 @@ def _add(modules: dict[str, dict]) -> None:
         }
         vars(module).update({key: value for key, value in names.items() if key not in looked_up})
         if looked_up:
-            module.__all__ = [key for key in names if not key.startswith("_")]
-            module.__getattr__ = _lookup(name, looked_up)
+            vars(module)["__all__"] = [key for key in names if not key.startswith("_")]
+            vars(module)["__getattr__"] = _lookup(name, looked_up)
         sys.modules[name] = module
         parent, _, child = name.rpartition(".")
         if parent:
@@ -144,13 +178,13 @@ def _of_transformers(frame: FrameType | None) -> bool:
     return frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "transformers"
 
 
-def _fallback_of(frame: FrameType | None) -> Callable | None:
+def _fallback_of(frame: FrameType | None) -> Callable[..., Any] | None:
     """The function of one of transformers' models that it is about to replace by ours, or None.
 
     Its decorator holds it in a local variable. A module's own frame is not asked: its locals are
     all that the module has.
     """
-    while _of_transformers(frame) and frame.f_code.co_name != "<module>":
+    while frame is not None and _of_transformers(frame) and frame.f_code.co_name != "<module>":
         for value in frame.f_locals.values():
             if inspect.isfunction(value) and str(value.__module__).startswith("transformers.models."):
                 return value
@@ -158,13 +192,13 @@ def _fallback_of(frame: FrameType | None) -> Callable | None:
     return None
 
 
-def _stand_in(fallback: Callable) -> Callable:
+def _stand_in(fallback: Callable[..., Any]) -> Callable[..., Any]:
     """``fallback`` under another identity, for transformers takes the same function as "nothing is
     installed" and says so.
     """
 
     @functools.wraps(fallback)
-    def call(*args, **kwargs):
+    def call(*args: Any, **kwargs: Any) -> Any:
         return fallback(*args, **kwargs)
 
     return call

@@ -7,8 +7,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.normalise import MaybeTensor
 
-def token_major(x: Tensor | None) -> Tensor | None:
+
+def token_major(x: MaybeTensor) -> MaybeTensor:
     """(b, d, l) -> (b, l, d) with the channels innermost in memory, as the kernels read: a view, or
     a copy where x has the length innermost.
     """

@@ -8,6 +8,9 @@ docs/compat.md, Call signatures.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +18,7 @@ from torch import Tensor
 from .. import ops, reference
 from ..backends import dispatch
 from ..nn.linear import linear
+from .inner import inner_operands
 from .layout import (
     accumulate,
     channel_major,
@@ -43,26 +47,85 @@ __all__ = [
 
 
 def selective_scan_fn(
-    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
-):
-    """Mamba's selective scan (arXiv 2312.00752, algorithm 2).
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mamba's selective scan.
 
-    u, delta, z (b, d, l); A (d, n) real; B, C (d, n), (b, n, l) or (b, g, n, l); D, delta_bias
-    (d,). Returns (b, d, l) in u's dtype, contiguous where u's last axis is, and, with
-    ``return_last_state``, the state after the last token (b, d, n) in float32, which gets
-    gradients.
+    Args:
+        u: (b, d, l), what is scanned.
+        delta: (b, d, l), step sizes in tokens, before bias and softplus.
+        A: (d, n), real, per token.
+        B: (d, n), (b, n, l) or (b, g, n, l).
+        C: (d, n), (b, n, l) or (b, g, n, l).
+        D: (d,); None for nothing.
+        z: (b, d, l), the gate; None for none.
+        delta_bias: (d,); None for none.
+        delta_softplus: whether delta is softplus(delta + delta_bias); not by default.
+        return_last_state: also return the state after the last token; not by default.
+
+    Returns:
+        (b, d, l) in u's dtype, contiguous where u's last axis is. With ``return_last_state`` also the
+        state (b, d, n) in float32, which gets gradients.
+
+    Raises:
+        TypeError: a complex operand, named.
+        ValueError: an operand of another shape, named.
+
+    Source:
+        mamba_ssm.ops.selective_scan_interface; arXiv 2312.00752, algorithm 2.
+
+    Example:
+        >>> one = torch.ones(1, 1, 3)  # u = delta = B = C = 1 and A = 0: the running sum
+        >>> selective_scan_fn(one, one, torch.zeros(1, 1), one, one).flatten()
+        tensor([1., 2., 3.])
     """
     return _scan(ops.selective_scan, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 
 def selective_scan_ref(
-    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
-):
-    """:func:`selective_scan_fn` in plain PyTorch, one token after the other, whatever backend is chosen."""
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Plain twin of :func:`storm_kernels.interop.mamba_ssm.selective_scan_fn`, whatever backend is chosen.
+
+    Example:
+        >>> one = torch.ones(1, 1, 3)
+        >>> selective_scan_ref(one, one, torch.zeros(1, 1), one, one).flatten()
+        tensor([1., 2., 3.])
+    """
     return _scan(reference.selective_scan, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 
-def _scan(scan, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state):
+def _scan(
+    scan: Callable[..., Any],
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    return_last_state: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     check_scan_layout(u, delta, A, B, C, z)
     batch, channels, length = u.shape
     B, C = scan_operands(B, C, batch, channels, length)
@@ -85,37 +148,67 @@ def _scan(scan, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last
 
 
 def mamba_inner_fn(
-    xz,
-    conv1d_weight,
-    conv1d_bias,
-    x_proj_weight,
-    delta_proj_weight,
-    out_proj_weight,
-    out_proj_bias,
-    A,
-    B=None,
-    C=None,
-    D=None,
-    delta_bias=None,
-    B_proj_bias=None,
-    C_proj_bias=None,
-    delta_softplus=True,
-    checkpoint_lvl=1,
-    b_rms_weight=None,
-    c_rms_weight=None,
-    dt_rms_weight=None,
-    b_c_dt_rms_eps=1e-6,
-):
-    """A Mamba mixer after its in_proj: convolution, projections, scan, gate, out_proj. xz (b, 2d,
-    l) -> (b, l, d_model).
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    checkpoint_lvl: int = 1,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
+) -> Tensor:
+    """A Mamba mixer after its in_proj: convolution, projections, scan, gate, out_proj.
 
-    conv1d_weight (d, 1, w); x_proj_weight (r + 2n, d); delta_proj_weight (d, r); A (d, n). B or C,
-    where given (as in :func:`selective_scan_fn`), replace the projected ones, and x_proj_weight
-    need not have their n rows; otherwise ``B_proj_bias`` (n,) and ``C_proj_bias`` (n,) are added to
-    those. ``b_rms_weight`` (n,), ``c_rms_weight`` (n,) and ``dt_rms_weight`` switch on RMS norms: of
-    B, of C, and of delta after its projection, if that weight is (d,) as mamba_ssm has it, or
-    before it, if it is (r,); where r = d it is after. ``checkpoint_lvl`` (0 or 1) is accepted and
-    changes nothing: what is recomputed in the backward pass is the kernels' affair.
+    Args:
+        xz: (b, 2d, l), what in_proj gives: the scan's channels, then the gate's.
+        conv1d_weight: (d, 1, w).
+        conv1d_bias: (d,), or None.
+        x_proj_weight: (r + 2n, d); without the n rows of a B or C that is given.
+        delta_proj_weight: (d, r).
+        out_proj_weight: (d_model, d).
+        out_proj_bias: (d_model,), or None.
+        A: (d, n), real, per token.
+        B: in place of the projected one, as :func:`selective_scan_fn` takes it; None, the default, projects.
+        C: the same.
+        D: (d,); None for nothing.
+        delta_bias: (d,); None for none.
+        B_proj_bias: (n,), added to a projected B; None for none.
+        C_proj_bias: (n,), added to a projected C; None for none.
+        delta_softplus: whether delta is softplus(delta + delta_bias); it is by default.
+        checkpoint_lvl: 0 or 1; changes nothing: what is recomputed in the backward pass is the kernels' affair.
+        b_rms_weight: (n,), switches on an RMS norm of B; None for none.
+        c_rms_weight: (n,), of C; None for none.
+        dt_rms_weight: of delta: after its projection if it is (d,) as mamba_ssm has it, before it if it is (r,), after
+            it where r = d; None for none.
+        b_c_dt_rms_eps: of these norms, 1e-6 by default.
+
+    Returns:
+        (b, l, d_model).
+
+    Raises:
+        TypeError: a complex A.
+        ValueError: an operand of another shape, another ``checkpoint_lvl``; named.
+
+    Source:
+        mamba_ssm.ops.selective_scan_interface.
+
+    Example:
+        >>> b, d, l, n, r, w = 1, 2, 3, 2, 1, 2
+        >>> weights = torch.ones(d, 1, w), None, torch.ones(r + 2 * n, d), torch.ones(d, r), torch.ones(4, d), None
+        >>> mamba_inner_fn(torch.ones(b, 2 * d, l), *weights, A=-torch.ones(d, n)).shape
+        torch.Size([1, 3, 4])
     """
     if checkpoint_lvl not in (0, 1):
         raise ValueError(f"checkpoint_lvl must be 0 or 1, got {checkpoint_lvl!r}")
@@ -125,114 +218,33 @@ def mamba_inner_fn(
     )  # fmt: skip
     delta, B, C = operands
     y = ops.selective_scan(u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus)
-    return linear(y, out_proj_weight, out_proj_bias)
+    return linear(y, out_proj_weight, out_proj_bias)  # type: ignore[arg-type]  # y alone, without a final state
 
 
-def inner_operands(
+def mamba_inner_ref(
     xz: Tensor,
     conv1d_weight: Tensor,
     conv1d_bias: Tensor | None,
     x_proj_weight: Tensor,
     delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
     A: Tensor,
-    B: Tensor | None,
-    C: Tensor | None,
-    B_proj_bias: Tensor | None,
-    C_proj_bias: Tensor | None,
-    rms: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """From xz (b, 2d, l) all that the scan needs, token-major: u, z (b, l, d) and delta (b, l, d),
-    B, C (b, l, g, n).
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+) -> Tensor:
+    """Plain twin of :func:`storm_kernels.interop.mamba_ssm.mamba_inner_fn`, whatever backend is chosen.
+
+    Example:
+        >>> weights = torch.ones(2, 1, 2), None, torch.ones(5, 2), torch.ones(2, 1), torch.ones(4, 2), None
+        >>> mamba_inner_ref(torch.ones(1, 4, 3), *weights, A=-torch.ones(2, 2)).shape
+        torch.Size([1, 3, 4])
     """
-    if A.is_complex():
-        raise TypeError(f"A is {A.dtype}: complex state spaces are not supported; only real A is")
-    if xz.dim() != 3 or xz.shape[1] != 2 * A.shape[0]:
-        raise ValueError(
-            f"xz must be (batch, 2 * channels, length) with the {A.shape[0]} channels of A, got shape {tuple(xz.shape)}"
-        )
-    batch, _, length = xz.shape
-    channels, states = A.shape
-    x, z = token_major(xz).chunk(2, dim=-1)
-    u = ops.causal_conv1d(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
-    dt_raw, own_B, own_C = _projected(u, x_proj_weight, delta_proj_weight.shape[1], states, B, C)
-    dt_rms_weight, b_rms_weight, c_rms_weight = rms
-    before = _norms_before(dt_rms_weight, channels, dt_raw.shape[-1])
-    dt_raw = _rms(dt_raw, dt_rms_weight, eps) if before else dt_raw
-    delta = linear(dt_raw, delta_proj_weight)
-    delta = delta if before else _rms(delta, dt_rms_weight, eps)
-    B = _given_or_projected(B, own_B, B_proj_bias)
-    C = _given_or_projected(C, own_C, C_proj_bias)
-    B, C = scan_operands(B, C, batch, channels, length)
-    return u, z, (delta, _rms(B, b_rms_weight, eps), _rms(C, c_rms_weight, eps))
-
-
-def _projected(
-    u: Tensor, x_proj_weight: Tensor, rank: int, states: int, B: Tensor | None, C: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dt (b, l, r), and B and C (b, l, n) where they are not given. x_proj_weight has the rows of
-    what is projected, or all r + 2n.
-    """
-    needed, rows = rank + states * ((B is None) + (C is None)), x_proj_weight.shape[0]
-    if rows not in (needed, rank + 2 * states):
-        raise ValueError(
-            f"x_proj_weight must have {needed} rows, rank {rank} of delta_proj_weight and the {states} states of A "
-            f"for each of B and C that is not given, got shape {tuple(x_proj_weight.shape)}"
-        )
-    projected = linear(u, x_proj_weight)
-    return (
-        projected[..., :rank],
-        projected[..., rank : rank + states] if B is None else None,
-        projected[..., rows - states :] if C is None else None,
-    )
-
-
-def _given_or_projected(given: Tensor | None, projected: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``given``, or the projected (b, l, n) with its bias as (b, n, l)."""
-    if given is not None:
-        return given
-    return (projected if bias is None else projected + bias.to(projected.dtype)).transpose(1, 2)
-
-
-def _norms_before(dt_rms_weight: Tensor | None, channels: int, rank: int) -> bool:
-    """Whether delta's norm comes before delta_proj, read off the weight's length; (d,) means after
-    it, as in mamba_ssm.
-    """
-    if dt_rms_weight is None or dt_rms_weight.shape == (channels,):
-        return False
-    if dt_rms_weight.shape != (rank,):
-        raise ValueError(
-            f"dt_rms_weight must be ({channels},) for a norm after delta_proj or ({rank},) for one before it, "
-            f"got shape {tuple(dt_rms_weight.shape)}"
-        )
-    return True
-
-
-def _rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    if weight is None:
-        return x
-    acc = accumulate(x, weight)
-    return F.rms_norm(x.to(acc), weight.shape, weight.to(acc), eps).to(x.dtype)
-
-
-def mamba_inner_ref(
-    xz,
-    conv1d_weight,
-    conv1d_bias,
-    x_proj_weight,
-    delta_proj_weight,
-    out_proj_weight,
-    out_proj_bias,
-    A,
-    B=None,
-    C=None,
-    D=None,
-    delta_bias=None,
-    B_proj_bias=None,
-    C_proj_bias=None,
-    delta_softplus=True,
-):
-    """:func:`mamba_inner_fn` in plain PyTorch, whatever backend is chosen."""
     with dispatch.use_backend("torch"):
         return mamba_inner_fn(
             xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B, C,
@@ -241,15 +253,51 @@ def mamba_inner_ref(
 
 
 def selective_state_update(
-    state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, state_batch_indices=None
-):
-    """One token of the recurrence: ``state`` (b, d, n) is updated in place, (b, d) in x's dtype is returned.
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+) -> Tensor:
+    """One token of the recurrence; the state is updated in place.
 
-    x, dt, z (b, d); A (d, n); B, C (b, n) or (b, g, n); D, dt_bias (d,). With heads every d becomes
-    (h, d), as in state (b, h, d, n). ``state_batch_indices`` (b,) names the rows of a larger
-    ``state`` that belong to the batch; a negative one is padding: the result is zero there, and no
-    row is touched. Gradients reach every argument of this step, the state before it included; the
-    updated state carries none to the next step.
+    With heads every d becomes (h, d), as in state (b, h, d, n). Gradients reach every argument of
+    this step, the state before it included; the updated state carries none to the next step.
+
+    Args:
+        state: (b, d, n), the state before the token; after it when this returns.
+        x: (b, d), the token.
+        dt: (b, d), its step size, before bias and softplus.
+        A: (d, n), real, per token.
+        B: (b, n) or (b, g, n).
+        C: (b, n) or (b, g, n).
+        D: (d,); None for nothing.
+        z: (b, d), the gate; None for none.
+        dt_bias: (d,); None for none.
+        dt_softplus: whether dt is softplus(dt + dt_bias); not by default.
+        state_batch_indices: (b,) integers, the rows of a larger ``state`` that belong to the batch; a negative one is
+            padding: the result is zero there, and no row is touched. None: row i to element i.
+
+    Returns:
+        (b, d) in x's dtype.
+
+    Raises:
+        TypeError: a complex A.
+        ValueError: a state whose axes are not one more than those of x.
+
+    Source:
+        mamba_ssm.ops.triton.selective_state_update.
+
+    Example:
+        >>> state, one = torch.zeros(1, 1, 1), torch.ones(1, 1)
+        >>> [selective_state_update(state, one, one, torch.zeros(1, 1), one, one).item() for _ in range(3)]
+        [1.0, 2.0, 3.0]
     """
     if A.is_complex():
         raise TypeError(f"A is {A.dtype}: complex state spaces are not supported; only real A is")
@@ -273,8 +321,27 @@ def selective_state_update(
     return zero_padding(out.to(x.dtype), state_batch_indices)
 
 
-def selective_state_update_ref(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False):
-    """:func:`selective_state_update`, which is plain PyTorch itself, without ``state_batch_indices``."""
+def selective_state_update_ref(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """Plain twin of :func:`storm_kernels.interop.mamba_ssm.selective_state_update`, which is plain PyTorch itself.
+
+    It has no ``state_batch_indices``.
+
+    Example:
+        >>> state, one = torch.zeros(1, 1, 1), torch.ones(1, 1)
+        >>> selective_state_update_ref(state, one, one, torch.zeros(1, 1), one, one)
+        tensor([[1.]])
+    """
     return selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 

@@ -6,6 +6,8 @@ Shapes: hidden states (b, l, d_model), d = d_inner channels, n states, w taps.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ def check_bimamba_type(bimamba_type: str | None) -> str:
 
 
 def bidirectional_kind(mixer: nn.Module) -> str:
-    """ "none", "v1" (own A_b_log only) or "v2" (own convolution and projections too), read off a mixer's parameters."""
+    """Read off a mixer's parameters: "none", "v1" (own A_b_log only) or "v2" (own convolution and projections too)."""
     if hasattr(mixer, "conv1d_b"):
         return "v2"
     return "v1" if hasattr(mixer, "A_b_log") else "none"
@@ -43,7 +45,24 @@ def bidirectional_kind(mixer: nn.Module) -> str:
 class MambaForward(nn.Module):
     """What ``Mamba`` does with its parameters; expects the attribute names of the original class."""
 
-    def forward(self, hidden_states: Tensor, inference_params=None, T: int = 1) -> Tensor:
+    in_proj: nn.Linear
+    conv1d: nn.Conv1d
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
+    A_log: nn.Parameter
+    D: nn.Parameter
+    conv1d_b: nn.Conv1d
+    x_proj_b: nn.Linear
+    dt_proj_b: nn.Linear
+    A_b_log: nn.Parameter
+    D_b: nn.Parameter
+    out_proj: nn.Linear
+    gamma: nn.Parameter
+    d_conv: int
+    d_state: int
+    layer_idx: int | None
+
+    def forward(self, hidden_states: Tensor, inference_params: Any = None, T: int = 1) -> Tensor:
         """hidden_states (b, l, d_model) -> the same shape.
 
         ``inference_params`` (an object with ``seqlen_offset`` and ``key_value_memory_dict``) makes
@@ -118,7 +137,7 @@ class MambaForward(nn.Module):
         return self._out(y), conv_state, ssm_state
 
     def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Zero states (b, d, w) and (b, d, n), in the convolution's dtype unless told; they do not
         grow with ``max_seqlen``.
@@ -129,7 +148,7 @@ class MambaForward(nn.Module):
         return conv_state, self.D.new_zeros(batch_size, self.D.shape[0], self.d_state, dtype=dtype)
 
     def _get_states_from_cache(
-        self, inference_params, batch_size: int, initialize_states: bool = False
+        self, inference_params: Any, batch_size: int, initialize_states: bool = False
     ) -> tuple[Tensor, Tensor]:
         if self.layer_idx is None:
             raise ValueError("inference_params needs a mixer with a layer_idx: construct Mamba(..., layer_idx=i)")
@@ -148,18 +167,37 @@ def _activation(mixer: nn.Module) -> object:
     return getattr(mixer, "act", None)
 
 
-class Mamba(MambaForward, ReferenceMixer):
+class Mamba(MambaForward, ReferenceMixer):  # type: ignore[misc]  # another forward than the reference's
     """mamba_ssm's ``Mamba``, with the bidirectional options of Vim, VideoMamba and BIMBA in every spelling.
 
     Args:
-        d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max, dt_init, dt_scale, dt_init_floor,
-        conv_bias, bias, layer_idx, device, dtype:
-            as in mamba_ssm. ``dt_rank`` "auto" is ceil(d_model / 16); ``dt_init`` "random" or "constant".
+        d_model: width of the input and the output.
+        d_state: states of a channel; 16 by default.
+        d_conv: taps of the convolutions in tokens; 4 by default.
+        expand: channels of the scan by d_model; 2 by default.
+        dt_rank: the width from which step sizes are made; "auto", the default, is ceil(d_model / 16).
+        dt_min: the least step size that softplus(dt_proj.bias) starts with, log-uniform; 0.001 by default.
+        dt_max: the largest, 0.1 by default.
+        dt_init: how dt_proj.weight starts, "random", the default, or "constant".
+        dt_scale: a factor on that; 1 by default.
+        dt_init_floor: what a step size that starts below is raised to, 1e-4 by default.
+        conv_bias: whether the convolutions have a bias; they have by default.
+        bias: whether in_proj and out_proj have one; not by default.
         use_fast_path: accepted and changes nothing; a bidirectional mixer is bidirectional with
             either value (Vim's own is not).
-        bimamba_type: "none", "v1" or "v2" (Vim); ``bimamba=True`` (VideoMamba, BIMBA) is "v2".
-        if_divide_out, if_devide_out: halve the sum of the two directions of "v2".
+        layer_idx: where an inference cache keeps the states; None for nowhere.
+        device: of the parameters; None for torch's default.
+        dtype: of the parameters that do not stay float32; None for torch's default.
+        bimamba_type: "none", the default, "v1" or "v2" (Vim).
+        if_divide_out: halve the sum of the two directions of "v2"; not by default.
         init_layer_scale: start of a learned factor ``gamma`` (d_model,) on the output, none if None.
+        bimamba: True is "v2" (VideoMamba, BIMBA); None, the default, leaves it to ``bimamba_type``.
+        if_devide_out: as ``if_divide_out``, in the spelling of some.
+        unknown: anything else is a TypeError that names it.
+
+    Example:
+        >>> Mamba(d_model=8, d_state=4, bimamba_type="v2")(torch.randn(1, 6, 8)).shape
+        torch.Size([1, 6, 8])
 
     ``A_log``, ``D``, the bias of ``dt_proj`` and their backward twins stay float32 when the module
     is moved to a half precision.
@@ -167,29 +205,29 @@ class Mamba(MambaForward, ReferenceMixer):
 
     def __init__(
         self,
-        d_model,
-        d_state=16,
-        d_conv=4,
-        expand=2,
-        dt_rank="auto",
-        dt_min=0.001,
-        dt_max=0.1,
-        dt_init="random",
-        dt_scale=1.0,
-        dt_init_floor=1e-4,
-        conv_bias=True,
-        bias=False,
-        use_fast_path=True,
-        layer_idx=None,
-        device=None,
-        dtype=None,
-        bimamba_type="none",
-        if_divide_out=False,
-        init_layer_scale=None,
-        bimamba=None,
-        if_devide_out=None,
-        **unknown,
-    ):
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        bimamba_type: str | None = "none",
+        if_divide_out: bool = False,
+        init_layer_scale: float | None = None,
+        bimamba: bool | None = None,
+        if_devide_out: bool | None = None,
+        **unknown: Any,
+    ) -> None:
         kind = check_bimamba_type(bimamba_type)
         if unknown:
             raise TypeError(f"Mamba got unknown arguments: {', '.join(f'{k}={v!r}' for k, v in unknown.items())}")
@@ -210,7 +248,7 @@ class Mamba(MambaForward, ReferenceMixer):
             _init_dt_weight(getattr(self, f"dt_proj{suffix}").weight, dt_init, self.dt_rank**-0.5 * dt_scale)
         if kind == "v1":
             self.A_b_log = nn.Parameter(self.A_log.detach().clone())
-            self.A_b_log._no_weight_decay = True
+            self.A_b_log._no_weight_decay = True  # type: ignore[attr-defined]  # a mark for optimisers
         if init_layer_scale is not None:
             self.gamma = nn.Parameter(
                 torch.full((d_model,), float(init_layer_scale), dtype=torch.get_default_dtype(), device=device)

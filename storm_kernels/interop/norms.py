@@ -9,6 +9,7 @@ number in that place is read so, a tensor or None as ``x1``.
 from __future__ import annotations
 
 from numbers import Number
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,28 +20,50 @@ from .layout import accumulate
 
 
 def layer_norm_fn(
-    x,
-    weight,
-    bias,
-    residual=None,
-    x1=None,
-    weight1=None,
-    bias1=None,
-    eps=1e-6,
-    dropout_p=0.0,
-    rowscale=None,
-    prenorm=False,
-    residual_in_fp32=False,
-    is_rms_norm=False,
-    return_dropout_mask=False,
-):
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    x1: Any = None,
+    weight1: Any = None,
+    bias1: Any = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+    return_dropout_mask: bool = False,
+) -> Any:
     """Norm over the last axis of ``dropout(x * rowscale) + dropout(x1) + residual``, in x's dtype.
 
-    x, x1, residual (..., n); weight, bias, weight1, bias1 (n,); rowscale (...), not with ``x1``.
-    ``dropout_p`` always acts: pass 0 to infer. Returns the norm; with ``weight1`` also the norm
-    with weight1 and bias1; with ``prenorm`` also the sum, in the residual's dtype, or where there
-    is no residual in x's, or float32 with ``residual_in_fp32``; with ``return_dropout_mask`` also
-    what was kept of x and of x1, boolean, or None.
+    Args:
+        x: (..., n).
+        weight: (n,), the scale.
+        bias: (n,), the shift, or None.
+        residual: (..., n), added before the norm; None for none.
+        x1: (..., n), added too; None for none.
+        weight1: (n,), of a second norm of the sum; None for none.
+        bias1: (n,), of that; None for none.
+        eps: added to the variance, 1e-6 by default.
+        dropout_p: the probability at which elements of x and x1 are dropped; it always acts: 0, the default, to infer.
+        rowscale: (...), a factor on each row of x, not with ``x1``; None for none.
+        prenorm: also return the sum; not by default.
+        residual_in_fp32: the sum in float32 where there is no residual; in x's dtype by default.
+        is_rms_norm: the root mean square in place of mean and variance; not by default.
+        return_dropout_mask: also return what was kept; not by default.
+
+    Returns:
+        The norm; with ``weight1`` also the norm with weight1 and bias1; with ``prenorm`` also the sum,
+        in the residual's dtype where there is one; with ``return_dropout_mask`` also what was kept of
+        x and of x1, boolean, or None.
+
+    Source:
+        mamba_ssm.ops.triton.layer_norm.
+
+    Example:
+        >>> layer_norm_fn(torch.tensor([[1.0, 3.0]]), torch.ones(2), None).round(decimals=3)
+        tensor([[-1.,  1.]])
     """
     if _is_number(x1):  # version 1.x: eps, prenorm, residual_in_fp32, is_rms_norm
         is_rms_norm = eps if isinstance(eps, bool) else is_rms_norm
@@ -54,7 +77,7 @@ def layer_norm_fn(
         more, kept1 = _drop(x1.to(acc), dropout_p)
         summed = summed + more
     summed = summed if residual is None else summed + residual.to(acc)
-    results = [_norm(summed, weight, bias, eps, is_rms_norm).to(x.dtype)]
+    results: list[Any] = [_norm(summed, weight, bias, eps, is_rms_norm).to(x.dtype)]
     if weight1 is not None:
         results.append(_norm(summed, weight1, bias1, eps, is_rms_norm).to(x.dtype))
     if prenorm:
@@ -66,21 +89,26 @@ def layer_norm_fn(
 
 
 def rms_norm_fn(
-    x,
-    weight,
-    bias,
-    residual=None,
-    x1=None,
-    weight1=None,
-    bias1=None,
-    eps=1e-6,
-    dropout_p=0.0,
-    rowscale=None,
-    prenorm=False,
-    residual_in_fp32=False,
-    return_dropout_mask=False,
-):
-    """:func:`layer_norm_fn` with the root mean square in place of mean and variance."""
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    x1: Any = None,
+    weight1: Any = None,
+    bias1: Any = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+) -> Any:
+    """:func:`storm_kernels.interop.mamba_ssm.layer_norm_fn` of ``is_rms_norm``, with the same arguments.
+
+    Example:
+        >>> rms_norm_fn(torch.tensor([[3.0, 4.0]]), torch.ones(2), None).round(decimals=2)
+        tensor([[0.8500, 1.1300]])
+    """
     if _is_number(x1):  # version 1.x: prenorm, residual_in_fp32, eps
         prenorm, x1, residual_in_fp32, weight1 = x1, None, residual_in_fp32 if weight1 is None else weight1, None
         eps, bias1 = eps if bias1 is None else bias1, None
@@ -90,7 +118,7 @@ def rms_norm_fn(
     )  # fmt: skip
 
 
-def _is_number(x) -> bool:
+def _is_number(x: object) -> bool:
     return isinstance(x, Number)
 
 
@@ -134,22 +162,22 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, is_rms_nor
 
 
 def layer_norm_ref(
-    x,
-    weight,
-    bias,
-    residual=None,
-    x1=None,
-    weight1=None,
-    bias1=None,
-    eps=1e-6,
-    dropout_p=0.0,
-    rowscale=None,
-    prenorm=False,
-    dropout_mask=None,
-    dropout_mask1=None,
-    upcast=False,
-    is_rms_norm=False,
-):
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    x1: Any = None,
+    weight1: Any = None,
+    bias1: Any = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    prenorm: bool = False,
+    dropout_mask: Tensor | None = None,
+    dropout_mask1: Tensor | None = None,
+    upcast: bool = False,
+    is_rms_norm: bool = False,
+) -> Any:
     """:func:`layer_norm_fn` with the masks of its dropout given (True keeps); the sum comes in x's
     dtype, or float32 with ``upcast``.
     """
@@ -167,18 +195,36 @@ def layer_norm_ref(
     )
 
 
-def rms_norm_ref(x, weight, bias, residual=None, *args, **options):
+def rms_norm_ref(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, *args: Any, **options: Any
+) -> Any:
     """:func:`layer_norm_ref` with the root mean square in place of mean and variance."""
-    return layer_norm_ref(x, weight, bias, residual, *args, is_rms_norm=True, **options)
+    return layer_norm_ref(x, weight, bias, residual, *args, **options | {"is_rms_norm": True})
 
 
 class RMSNorm(nn.Module):
     """RMS norm over the last axis of ``hidden_size`` entries, with the residual arguments of :func:`rms_norm_fn`.
 
-    ``dropout_p`` drops elements of x in training, before the residual is added.
+    Args:
+        hidden_size: n, the entries of the last axis.
+        eps: added to the mean square, 1e-5 by default.
+        dropout_p: drops elements of x in training, before the residual is added; 0 by default.
+        device: of the weight; None for torch's default.
+        dtype: of the weight; None for torch's default.
+
+    Source:
+        mamba_ssm.ops.triton.layer_norm.
+
+    Example:
+        >>> RMSNorm(2)(torch.tensor([[3.0, 4.0]])).round(decimals=2)
+        tensor([[0.8500, 1.1300]], grad_fn=<RoundBackward1>)
     """
 
-    def __init__(self, hidden_size, eps=1e-5, dropout_p=0.0, device=None, dtype=None):
+    bias: None
+
+    def __init__(
+        self, hidden_size: int, eps: float = 1e-5, dropout_p: Any = 0.0, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__()
         if not _is_number(dropout_p):  # version 1.x: hidden_size, eps, device, dtype
             dropout_p, device, dtype = 0.0, dropout_p, dtype if device is None else device
@@ -192,7 +238,9 @@ class RMSNorm(nn.Module):
         """The weight to ones."""
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False):
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False
+    ) -> Any:
         """x (..., hidden_size) -> the same shape; with ``prenorm`` the pair of the norm and the sum."""
         drop = getattr(self, "drop", None)  # a module pickled before mamba_ssm 2.0 has none
         dropout_p = drop.p if drop is not None and self.training else 0.0

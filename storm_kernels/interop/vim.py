@@ -8,8 +8,8 @@ from .. import ops
 from ..backends import dispatch
 from ..nn.linear import linear
 from ..reference import Direction
+from .inner import inner_operands
 from .layout import channel_major
-from .mamba_ssm import inner_operands
 
 
 def bimamba_inner_fn(

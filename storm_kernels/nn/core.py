@@ -7,7 +7,7 @@ so :func:`mixer_core` is also there in its parts, :func:`operands` and :func:`sc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -35,8 +35,8 @@ def mixer_core(
     *,
     history: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    **options,
-) -> Tensor | tuple[Tensor, Tensor]:
+    **options: Any,
+) -> Any:
     """Convolved, scanned in each direction, gated: x (batch, L, E) -> (batch, L', E).
 
     Args:
@@ -85,7 +85,7 @@ def operands(
     return Direction(u, delta, A, B, C, D, delta_bias)
 
 
-def scan(directions: Sequence[Direction], z: Tensor | None, **options) -> Tensor | tuple[Tensor, Tensor]:
+def scan(directions: Sequence[Direction], z: Tensor | None, **options: Any) -> Any:
     """The scan of one direction, or of a forward and a backward one, with ``delta_softplus``."""
     with stage("scan"):
         if len(directions) == 2:

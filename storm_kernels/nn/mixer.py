@@ -27,7 +27,15 @@ for _kind in (TokenGrid, TokenReduction):
 
 
 class BiMambaMixer(ReferenceMixer):
-    """:class:`storm_kernels.reference.ReferenceMixer` on the kernels: same arguments, parameters and results."""
+    """:class:`storm_kernels.reference.ReferenceMixer` on the kernels: same arguments, parameters and results.
+
+    Example:
+        >>> from storm_kernels import BiMambaMixer, TokenGrid, TokenReduction
+        >>> mixer = BiMambaMixer(d_model=8, d_state=4)
+        >>> x = torch.randn(1, 12, 8)  # 3 frames of 2 x 2 tokens
+        >>> mixer(x, TokenGrid(3, 2, 2), TokenReduction(temporal_pool=3)).shape
+        torch.Size([1, 4, 8])
+    """
 
     _project = staticmethod(project)
 
@@ -38,7 +46,21 @@ class BiMambaMixer(ReferenceMixer):
         reduction: TokenReduction | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """x (batch, L, D) -> (batch, L', D) in x's dtype; with a reduction, ``grid`` says where the tokens sit."""
+        """Mix x over its tokens, and reduce them where a reduction is given.
+
+        Args:
+            x: (batch, L, D), a floating-point dtype.
+            grid: where the tokens sit; needed only with a reduction.
+            reduction: how they are averaged and sampled; None for all tokens.
+            cu_seqlens: (n + 1,) int32 or int64: bounds of sequences packed in a batch of 1; not with a reduction.
+
+        Returns:
+            (batch, L', D) in x's dtype.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype, named.
+            ValueError: an argument of the wrong shape, a grid that does not hold the tokens; named.
+        """
         grid, reduction = self._checked(x, grid, reduction, cu_seqlens)
         if reduction is not None and cu_seqlens is None and not is_plain(self.out_proj):
             return reduce_tokens(BiMambaMixer.forward(self, x, cu_seqlens=cu_seqlens), grid, reduction)
@@ -52,8 +74,9 @@ class BiMambaMixer(ReferenceMixer):
 
     def _in_proj(self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction | None) -> tuple[Tensor, Tensor]:
         """The scan's input for every token, the gate for the surviving frames' tokens only."""
-        if reduction is None or not reduction.leaves_out(grid) or not is_plain(self.in_proj):
-            return self._project(x, self.in_proj).chunk(2, dim=-1)
+        if grid is None or reduction is None or not reduction.leaves_out(grid) or not is_plain(self.in_proj):
+            inner, z = self._project(x, self.in_proj).chunk(2, dim=-1)
+            return inner, z
         kept = kept_tokens(x, grid, reduction)
         half = self.d_inner
         weight, bias = self.in_proj.weight, self.in_proj.bias

@@ -7,6 +7,8 @@ layer is called on every token and the reduction follows.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from torch import Tensor, nn
 
 from ..ops import reduce_tokens
@@ -18,8 +20,17 @@ from .mixer import BiMambaMixer
 
 
 class TemporalProjector(ReferenceTemporalProjector):
-    """:class:`storm_kernels.reference.ReferenceTemporalProjector` on the kernels: same arguments,
-    parameters and results.
+    """:class:`storm_kernels.reference.ReferenceTemporalProjector` on the kernels: same arguments and results.
+
+    The parameters are the same too, so a ``state_dict`` of either loads into the other.
+
+    Example:
+        >>> import torch
+        >>> from storm_kernels import TemporalProjector, TokenReduction
+        >>> projector = TemporalProjector(vision_width=8, d_model=16, layers=2)
+        >>> features = torch.randn(1, 4, 6, 6, 8)  # batch, frames, height, width, channels
+        >>> projector(features, TokenReduction(temporal_pool=4)).shape  # 9 tokens of 36
+        torch.Size([1, 9, 16])
     """
 
     mixer_class = BiMambaMixer
@@ -27,24 +38,29 @@ class TemporalProjector(ReferenceTemporalProjector):
     def mix(
         self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction | None, cu_seqlens: Tensor | None
     ) -> Tensor:
-        """The layers and the reduction; the last layer writes reduced tokens only: ``reduce(X) +
-        Mixer(LayerNorm(X), reduction)``.
+        """The layers and the reduction: (batch, L, D) -> (batch, L', D).
+
+        The last layer writes reduced tokens only: ``reduce(X) + Mixer(LayerNorm(X), reduction)``.
+        ``x``, ``grid``, ``reduction`` and ``cu_seqlens`` are the reference's.
         """
-        *others, last = self.layers or (None,)
-        reduces = last is not None and reduction is not None and not reduction.is_identity and _reduces(last)
-        for layer in others if reduces else self.layers:
-            x = layer(x, cu_seqlens=cu_seqlens)
-        if not reduces:
+        layers = list(self.layers)
+        last = layers.pop() if layers and reduction is not None and not reduction.is_identity else None
+        if last is None or not _reduces(last):
+            for layer in self.layers:
+                x = layer(x, cu_seqlens=cu_seqlens)
             with stage("reduce"):
                 return reduce_tokens(x, grid, reduction)
+        for layer in layers:
+            x = layer(x, cu_seqlens=cu_seqlens)
         with stage("norm"):
             normed = last.norm(x)
         with stage("reduce"):
             x = reduce_tokens(x, grid, reduction)
-        return x + last.mixer(normed, grid, reduction)
+        out: Tensor = x + last.mixer(normed, grid, reduction)
+        return out
 
 
-def _reduces(layer: nn.Module) -> bool:
+def _reduces(layer: nn.Module) -> TypeGuard[MixerLayer]:
     """Whether the layer may be left out and its mixer asked for reduced tokens: both do what their
     classes do, and nothing else.
     """

@@ -104,7 +104,9 @@ def without_autocast(function: Callable, args: tuple):
         return function(*args)
 
 
-def vjp(function: Callable, args: tuple, positions: list[int], grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def vjp(
+    function: Callable, args: tuple, positions: list[int], grads: Tensor | tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """The gradients of ``function(*args)`` with respect to the arguments at ``positions``; they can
     be differentiated again.
     """

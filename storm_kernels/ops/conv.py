@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,7 +35,7 @@ _INCOMING = (Operand("grad", "(batch, L, E)", "Tensor?"), Operand("grad_b", "(ba
 CONV = Table(*_OPERANDS, *_OPTIONS, BACKEND, returns=2)
 CONV_BACKWARD = Table(*_INCOMING, *_OPERANDS, *_OPTIONS, NEEDS, BACKEND, returns=len(CONV.differentiable))
 
-_first, _second, _operands, _options = map(pick, (_FILTER, _SECOND, _OPERANDS, _OPTIONS))
+_operands, _options = pick(_OPERANDS), pick(_OPTIONS)
 
 
 def causal_conv1d(
@@ -48,25 +50,39 @@ def causal_conv1d(
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Depthwise convolution over time in which a token meets itself and the K - 1 before it (after
-    it with ``reverse``), then SiLU.
+    """Depthwise convolution over time: a token meets itself and the K - 1 before it, or after it with ``reverse``.
 
     Args:
         x: (batch, L, E), float32, bfloat16, float16 or float64.
-        weight: (E, K); tap K - 1 meets the token itself.
-        bias: (E,).
-        activation: None, "silu" or "swish", which is the same.
+        weight: (E, K), the taps in tokens; tap K - 1 meets the token itself.
+        bias: (E,); None for none.
+        activation: None, "silu" or "swish", which is the same. Default: none.
         reverse: anti-causal; in scan order the sequence then begins at its last token. Nothing is copied.
-        initial_state: (n, E, K - 1), the inputs before the first in scan order, oldest first; zeros where None.
-        return_final_state: also return the last K - 1 inputs in scan order, (n, E, K - 1) in x's dtype.
-        cu_seqlens: (n + 1,) integers: bounds of sequences packed in a batch of 1.
-        backend: as in :func:`selective_scan`.
+            Default: causal.
+        initial_state: (n, E, K - 1), the inputs before the first in scan order, oldest first; None for zeros.
+        return_final_state: also return the last K - 1 inputs in scan order. Default: the result alone.
+        cu_seqlens: (n + 1,) int32 or int64: bounds of sequences packed in a batch of 1; None for one a row.
+        backend: "torch", "cpu", "triton" or "cuda"; None leaves the choice open.
 
     Returns:
-        (batch, L, E) in x's dtype; and the final state where asked for.
+        (batch, L, E) in x's dtype. With ``return_final_state`` also the final state (n, E, K - 1) in
+        x's dtype.
 
     Raises:
-        TypeError, ValueError, BackendError: as :func:`selective_scan`.
+        TypeError: an operand of the wrong type or dtype, named.
+        ValueError: an operand of the wrong shape or device, or another activation, named with it.
+        BackendError: the backend asked for cannot run this.
+        MemoryError: the result would not fit the device.
+
+    Source:
+        The convolution before Mamba's scan, arXiv 2312.00752, figure 3; github.com/Dao-AILab/causal-conv1d.
+
+    Example:
+        >>> x = torch.ones(1, 4, 1)
+        >>> causal_conv1d(x, weight=torch.tensor([[1.0, 1.0]])).flatten()
+        tensor([1., 2., 2., 2.])
+        >>> causal_conv1d(x, weight=torch.tensor([[1.0, 1.0]]), reverse=True).flatten()
+        tensor([2., 2., 2., 1.])
     """
     _check(x, weight, bias, activation, "")
     sequences = checks.packed(cu_seqlens, x)
@@ -87,10 +103,35 @@ def bidirectional_causal_conv1d(
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The causal convolution with (weight, bias) and the anti-causal one with (weight_b, bias_b), from one read of x.
+    """A causal convolution and an anti-causal one, from one read of x.
 
-    Shapes, dtypes and errors as in :func:`causal_conv1d`; the two weights have one shape. Returns
-    two tensors (batch, L, E).
+    Args:
+        x: (batch, L, E), float32, bfloat16, float16 or float64.
+        weight: (E, K), the taps of the causal one; tap K - 1 meets the token itself.
+        bias: (E,), of the causal one; None for none.
+        weight_b: (E, K), the taps of the anti-causal one.
+        bias_b: (E,), of the anti-causal one; None for none.
+        activation: None, "silu" or "swish", which is the same. Default: none.
+        cu_seqlens: (n + 1,) int32 or int64: bounds of sequences packed in a batch of 1; None for one a row.
+        backend: "torch", "cpu", "triton" or "cuda"; None leaves the choice open.
+
+    Returns:
+        Two tensors (batch, L, E) in x's dtype, the causal result first.
+
+    Raises:
+        TypeError: an operand of the wrong type or dtype, named.
+        ValueError: an operand of the wrong shape or device, or another activation, named with it.
+        BackendError: the backend asked for cannot run this.
+        MemoryError: the results would not fit the device.
+
+    Source:
+        Both directions of Vim's bimamba v2, arXiv 2401.09417, algorithm 1.
+
+    Example:
+        >>> taps = torch.tensor([[1.0, 1.0]])
+        >>> forward, backward = bidirectional_causal_conv1d(torch.ones(1, 3, 1), taps, None, taps, None)
+        >>> forward.flatten(), backward.flatten()
+        (tensor([1., 2., 2.]), tensor([2., 2., 1.]))
     """
     _check(x, weight, bias, activation, "")
     _check(x, weight_b, bias_b, activation, "_b")
@@ -99,7 +140,7 @@ def bidirectional_causal_conv1d(
     return _run(x, weight, bias, weight_b, bias_b, None, cu_seqlens, activation, False, backend)
 
 
-def _check(x, weight, bias, activation, suffix: str) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: object, suffix: str) -> None:
     checks.tensor("x", x, 3)
     checks.tensor(f"weight{suffix}", weight, 2, x)
     channels, width = x.shape[2], weight.shape[1]
@@ -115,7 +156,16 @@ def _check(x, weight, bias, activation, suffix: str) -> None:
 
 
 def _run(
-    x, weight, bias, weight_b, bias_b, initial_state, cu_seqlens, activation, reverse, backend
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_b: Tensor | None,
+    bias_b: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str | None,
+    reverse: bool,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     acc = accumulator(x)
     parameters = (parameter(t, acc) for t in (weight, bias, weight_b, bias_b, initial_state))
@@ -133,12 +183,9 @@ def _final_state(
         missing = tail - recent.shape[-1]
         if missing == 0:
             return recent.contiguous()
-        before = F.pad(recent, (missing, 0)) if initial_state is None else None
-        return (
-            before
-            if before is not None
-            else torch.cat([initial_state[..., recent.shape[-1] :].to(x.dtype), recent], -1)
-        )
+        if initial_state is None:
+            return F.pad(recent, (missing, 0))
+        return torch.cat([initial_state[..., recent.shape[-1] :].to(x.dtype), recent], -1)
     start, end = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
     age = torch.arange(tail - 1, -1, -1, dtype=torch.int64, device=x.device)  # 0 is the newest
     index = start + age if reverse else end - 1 - age
@@ -155,7 +202,7 @@ def _final_state(
 
 
 @torch.library.custom_op("storm_kernels::conv", mutates_args=(), schema=CONV.schema)
-def _conv(*args):
+def _conv(*args: Any) -> Any:
     """-> one output for each filter; without a second one an empty tensor."""
     refuse_forward_mode("conv", *args)
     a = CONV.read(args)
@@ -171,7 +218,7 @@ def _results(outs: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, Tensor]:
     return outs[0], outs[1] if len(outs) == 2 else x.new_empty(0)
 
 
-def _plain(*args) -> tuple[Tensor, Tensor]:
+def _plain(*args: Any) -> tuple[Tensor, Tensor]:
     """The operator in differentiable PyTorch."""
     a = CONV.read(args)
     checks.bounds(a.cu_seqlens, a.x.shape[1])
@@ -179,13 +226,13 @@ def _plain(*args) -> tuple[Tensor, Tensor]:
 
 
 @_conv.register_fake
-def _(*args):
+def _(*args: Any) -> Any:
     a = CONV.read(args)
     return a.x.new_empty(a.x.shape), a.x.new_empty(0 if a.weight_b is None else a.x.shape)
 
 
 @torch.library.custom_op("storm_kernels::conv_backward", mutates_args=(), schema=CONV_BACKWARD.schema)
-def _conv_backward(*args):
+def _conv_backward(*args: Any) -> Any:
     """-> the gradient of each operand that ``needs`` names; empty tensors for the others."""
     refuse_forward_mode("conv_backward", *args)
     a = CONV_BACKWARD.read(args)
@@ -200,12 +247,12 @@ def _conv_backward(*args):
 
 
 @_conv_backward.register_fake
-def _(*args):
+def _(*args: Any) -> Any:
     a = CONV_BACKWARD.read(args)
     return CONV.fake_results(a, a.weight)
 
 
-def _plain_backward(*args) -> tuple[Tensor, ...]:
+def _plain_backward(*args: Any) -> tuple[Tensor, ...]:
     """The gradients in PyTorch that can be differentiated again: those of the plain convolution."""
     a = CONV_BACKWARD.read(args)
     return CONV.plain_results(_plain, a, _incoming(a), a.weight)
@@ -214,20 +261,20 @@ def _plain_backward(*args) -> tuple[Tensor, ...]:
 _call_backward = register(_conv_backward, kind="conv", plain=_plain_backward)
 
 
-def _incoming(a) -> tuple[Tensor, ...]:
+def _incoming(a: Any) -> tuple[Tensor, ...]:
     """The incoming gradient of each filter's result; zeros where nothing depends on it."""
     grads = (a.grad,) if a.weight_b is None else (a.grad, a.grad_b)
     return tuple(torch.zeros_like(a.x) if grad is None else grad for grad in grads)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     a = CONV.read(inputs)
     ctx.save_for_backward(*_operands(a))
     ctx.options, ctx.backend = _options(a), a.backend
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, grad_b):
+def _backward(ctx: Any, grad: Tensor | None, grad_b: Tensor | None) -> Any:
     needs = CONV.needed(ctx.needs_input_grad)
     found = _call_backward(grad, grad_b, *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
     return CONV.for_arguments(CONV.named(found, needs))
@@ -236,9 +283,9 @@ def _backward(ctx, grad, grad_b):
 _call = register(_conv, kind="conv", plain=_plain, backward=_backward, setup_context=_setup_context)
 
 
-def _call_of(a) -> ConvCall:
+def _call_of(a: Any) -> ConvCall:
     """The contract's form of the arguments of either operator."""
-    filters = (ConvFilter(*_first(a), a.reverse if a.weight_b is None else False),)
+    filters = [ConvFilter(a.weight, a.bias, a.reverse if a.weight_b is None else False)]
     if a.weight_b is not None:
-        filters = (*filters, ConvFilter(*_second(a), True))
-    return ConvCall(unit_innermost(a.x), filters, a.silu, a.initial_state, a.cu_seqlens)
+        filters.append(ConvFilter(a.weight_b, a.bias_b, True))
+    return ConvCall(unit_innermost(a.x), tuple(filters), a.silu, a.initial_state, a.cu_seqlens)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+# A tensor gives a tensor, None gives None.
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 logger = logging.getLogger(__name__)
 
 
@@ -15,12 +18,12 @@ def accumulator(*activations: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in activations) else torch.float32
 
 
-def parameter(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def parameter(tensor: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
     """A parameter or a state, contiguous in ``dtype``."""
     return None if tensor is None else tensor.to(dtype).contiguous()
 
 
-def unit_innermost(tensor: Tensor | None) -> Tensor | None:
+def unit_innermost(tensor: MaybeTensor) -> MaybeTensor:
     """The tensor, copied only if its innermost axis is not dense."""
     if tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
         return tensor

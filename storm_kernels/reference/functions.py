@@ -20,7 +20,22 @@ from ..tokens import TokenGrid, TokenReduction
 
 
 class Direction(NamedTuple):
-    """The operands of one direction of a scan, in the sequence's own order."""
+    """The operands of one direction of a scan, in the sequence's own order.
+
+    Args:
+        u: (batch, L, E), what is scanned.
+        delta: (batch, L, E), step sizes in tokens, before bias and softplus.
+        A: (E, S), real, per token.
+        B: (batch, L, S), or (batch, L, G, S) with groups of channels.
+        C: (batch, L, S) or (batch, L, G, S).
+        D: (E,); None, the default, for nothing.
+        delta_bias: (E,); None, the default, for none.
+
+    Example:
+        >>> u, delta = torch.randn(2, 1, 8, 4).unbind()
+        >>> Direction(u, delta, A=-torch.ones(4, 2), B=torch.ones(1, 8, 2), C=torch.ones(1, 8, 2)).D is None
+        True
+    """
 
     u: Tensor  # (batch, L, E)
     delta: Tensor  # (batch, L, E)
@@ -49,7 +64,13 @@ def selective_scan(
     grid: TokenGrid | None = None,
     reduction: TokenReduction | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Plain twin of :func:`storm_kernels.selective_scan`; same arguments, less ``backend``."""
+    """Plain twin of :func:`storm_kernels.selective_scan`; same arguments, less ``backend``.
+
+    Example:
+        >>> one = torch.ones(1, 3, 1)  # u = delta = B = C = 1 and A = 0: the running sum
+        >>> selective_scan(one, one, torch.zeros(1, 1), one, one).flatten()
+        tensor([1., 2., 3.])
+    """
     direction = Direction(u, delta, A, B, C, D, delta_bias)
     y, final_state = _scan_sequences(direction, delta_softplus, reverse, initial_state, cu_seqlens)
     out = _gate_and_reduce(y, z, grid, reduction).to(u.dtype)
@@ -66,8 +87,13 @@ def bidirectional_selective_scan(
     grid: TokenGrid | None = None,
     reduction: TokenReduction | None = None,
 ) -> Tensor:
-    """Plain twin of :func:`storm_kernels.bidirectional_selective_scan`: ``reduce((y_forward +
-    y_backward) * SiLU(z))``.
+    """Plain twin of :func:`storm_kernels.bidirectional_selective_scan`; same arguments, less ``backend``.
+
+    Example:
+        >>> one = torch.ones(1, 3, 1)  # the running sums from either end, added
+        >>> sums = Direction(one, one, torch.zeros(1, 1), one, one)
+        >>> bidirectional_selective_scan(sums, sums).flatten()
+        tensor([4., 4., 4.])
     """
     y_forward, _ = _scan_sequences(forward, delta_softplus, False, None, cu_seqlens)
     y_backward, _ = _scan_sequences(backward, delta_softplus, True, None, cu_seqlens)
@@ -85,15 +111,14 @@ def causal_conv1d(
     return_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Plain twin of :func:`storm_kernels.causal_conv1d`; same arguments, less ``backend``."""
-    outs, states = [], []
-    for i, part in enumerate(_sequences(x, cu_seqlens)):
-        history = None if initial_state is None else initial_state if cu_seqlens is None else initial_state[i : i + 1]
-        out, state = _conv_sequence(part, weight, bias, activation, reverse, history)
-        outs.append(out)
-        states.append(state)
-    out = torch.cat(outs, 1)
-    return (out, torch.cat(states)) if return_final_state else out
+    """Plain twin of :func:`storm_kernels.causal_conv1d`; same arguments, less ``backend``.
+
+    Example:
+        >>> causal_conv1d(torch.ones(1, 4, 1), torch.tensor([[1.0, 1.0]])).flatten()
+        tensor([1., 2., 2., 2.])
+    """
+    out, states = _conv_sequences(x, weight, bias, activation, reverse, initial_state, cu_seqlens)
+    return (out, states) if return_final_state else out
 
 
 def bidirectional_causal_conv1d(
@@ -106,16 +131,29 @@ def bidirectional_causal_conv1d(
     activation: str | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Plain twin of :func:`storm_kernels.bidirectional_causal_conv1d`."""
-    forward = causal_conv1d(x, weight, bias, activation=activation, cu_seqlens=cu_seqlens)
-    backward = causal_conv1d(x, weight_b, bias_b, activation=activation, reverse=True, cu_seqlens=cu_seqlens)
+    """Plain twin of :func:`storm_kernels.bidirectional_causal_conv1d`; same arguments, less ``backend``.
+
+    Example:
+        >>> taps = torch.tensor([[1.0, 1.0]])
+        >>> bidirectional_causal_conv1d(torch.ones(1, 3, 1), taps, None, taps, None)[1].flatten()
+        tensor([2., 2., 1.])
+    """
+    forward, _ = _conv_sequences(x, weight, bias, activation, False, None, cu_seqlens)
+    backward, _ = _conv_sequences(x, weight_b, bias_b, activation, True, None, cu_seqlens)
     return forward, backward
 
 
 def reduce_tokens(x: Tensor, grid: TokenGrid | None, reduction: TokenReduction | None) -> Tensor:
-    """Plain twin of :func:`storm_kernels.reduce_tokens`: (batch, T*H*W, C) -> (batch, T'*H'*W', C), STORM eqs. 6-8."""
+    """Plain twin of :func:`storm_kernels.reduce_tokens`; same arguments, less ``backend``.
+
+    Example:
+        >>> x = torch.arange(8.0).view(1, 8, 1)  # 4 frames of 2 tokens
+        >>> reduce_tokens(x, TokenGrid(4, 2, 1), TokenReduction(temporal_pool=2)).flatten()
+        tensor([1., 2., 5., 6.])
+    """
     if reduction is None or reduction.is_identity:
         return x
+    assert grid is not None, "grid must be given with a reduction"
     batch, _, channels = x.shape
     video = x.to(_accumulate(x)).reshape(batch, grid.frames, grid.height, grid.width, channels).movedim(-1, 1)
     # A block larger than the side averages the whole side.
@@ -139,8 +177,12 @@ def reduce_tokens(x: Tensor, grid: TokenGrid | None, reduction: TokenReduction |
 def residual_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """Plain twin of :func:`storm_kernels.residual_layer_norm`: (LayerNorm(x + residual), x +
-    residual), each (..., C) in x's dtype.
+    """Plain twin of :func:`storm_kernels.residual_layer_norm`; same arguments, less ``backend``.
+
+    Example:
+        >>> normed, _ = residual_layer_norm(torch.tensor([[1.0, 3.0]]), None, torch.ones(2), None)
+        >>> normed.round(decimals=3)
+        tensor([[-1.,  1.]])
     """
     acc = _accumulate(x)
     summed = x if residual is None else (x.to(acc) + residual.to(acc)).to(x.dtype)
@@ -182,7 +224,8 @@ def _scan_sequence(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of docs/spec.md, Mixer, one token after the other."""
     acc = _accumulate(*direction, h)
-    u, delta, A, B, C, D, delta_bias = (None if t is None else t.to(acc) for t in direction)
+    u, delta, A, B, C = (t.to(acc) for t in direction[:5])
+    D, delta_bias = (None if t is None else t.to(acc) for t in direction[5:])
     if delta_bias is not None:
         delta = delta + delta_bias
     if delta_softplus:
@@ -197,8 +240,8 @@ def _scan_sequence(
     h = h.unflatten(1, in_groups)  # (batch, G, E/G, S)
     step, drive = (t.unflatten(2, in_groups) for t in (delta, delta * u))  # (batch, L, G, E/G)
 
-    y, h = _recurrence(A, h, step, drive, B, C, reverse)
-    y = torch.zeros_like(u) if y is None else y.flatten(2)
+    read, h = _recurrence(A, h, step, drive, B, C, reverse)
+    y = torch.zeros_like(u) if read is None else read.flatten(2)
     return (y if D is None else y + D * u), h.flatten(1, 2)
 
 
@@ -209,7 +252,7 @@ def _recurrence(
     y (batch, L, G, E/G), None without tokens; h.
     """
 
-    def advance(h, step, drive, B, C):
+    def advance(h: Tensor, step: Tensor, drive: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         h = torch.exp(step * A) * h + drive * B
         return h, (h * C).sum(-1)
 
@@ -224,16 +267,17 @@ def _recurrence(
         )
         return y.movedim(0, 1), h
     step, drive, B, C = step.unsqueeze(-1), drive.unsqueeze(-1), B.unsqueeze(3), C.unsqueeze(3)
-    y = [None] * step.shape[1]
-    for t in reversed(range(len(y))) if reverse else range(len(y)):
-        h, y[t] = advance(h, step[:, t], drive[:, t], B[:, t], C[:, t])
-    return (torch.stack(y, 1) if y else None), h
+    ys = [h] * step.shape[1]  # each is written
+    for t in reversed(range(len(ys))) if reverse else range(len(ys)):
+        h, ys[t] = advance(h, step[:, t], drive[:, t], B[:, t], C[:, t])
+    return (torch.stack(ys, 1) if ys else None), h
 
 
 def _gate_and_reduce(y: Tensor, z: Tensor | None, grid: TokenGrid | None, reduction: TokenReduction | None) -> Tensor:
     """reduce(y * SiLU(z)); z may hold only the tokens of ``reduction.kept(grid)``."""
     reducing = reduction is not None and not reduction.is_identity
     if z is not None and z.shape[1] != y.shape[1]:
+        assert reduction is not None and grid is not None, "z must hold all tokens without a reduction"
         kept = reduction.kept_index(grid, y.device)
         y = y.unflatten(1, (grid.frames, grid.tokens_per_frame)).index_select(1, kept).flatten(1, 2)
         grid = reduction.kept(grid)
@@ -241,6 +285,25 @@ def _gate_and_reduce(y: Tensor, z: Tensor | None, grid: TokenGrid | None, reduct
     if z is not None:
         y = y * F.silu(z.to(y.dtype))
     return reduce_tokens(y, grid, reduction) if reducing else y
+
+
+def _conv_sequences(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    reverse: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The convolution (batch, L, E), and the last K-1 inputs of each sequence in scan order (n, E, K-1)."""
+    outs, states = [], []
+    for i, part in enumerate(_sequences(x, cu_seqlens)):
+        history = None if initial_state is None else initial_state if cu_seqlens is None else initial_state[i : i + 1]
+        out, state = _conv_sequence(part, weight, bias, activation, reverse, history)
+        outs.append(out)
+        states.append(state)
+    return torch.cat(outs, 1), torch.cat(states)
 
 
 def _conv_sequence(

@@ -5,7 +5,9 @@ one is compared with, and whose parameters it inherits.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,9 @@ from .functions import Direction, bidirectional_selective_scan, causal_conv1d, r
 
 
 class ReferenceMixer(nn.Module):
-    """Bidirectional Mamba-1 mixer, Vim's bimamba v2 with Vim's parameter names (docs/spec.md,
-    Mixer); ``bidirectional=False`` is plain Mamba-1.
+    """Bidirectional Mamba-1 mixer, Vim's bimamba v2 with Vim's parameter names (docs/spec.md, Mixer).
+
+    ``bidirectional=False`` is plain Mamba-1.
 
     ``A_log``, ``D``, the bias of ``dt_proj`` and their backward twins stay float32 when the module
     is moved to a half precision. A child that is more than a plain layer (an adapter, hooks, a
@@ -27,19 +30,46 @@ class ReferenceMixer(nn.Module):
     the backward direction; dt_proj on dt_raw, bias included.
 
     Args:
-        d_model: width D of the input and the output.
-        d_state, d_conv, expand: S, K and E / D.
-        dt_rank: R, or "auto" for ceil(D / 16).
-        bidirectional: with the second direction (names ending in ``_b``) or without.
-        bias, conv_bias: whether in_proj and out_proj, and the convolutions, have a bias.
-        if_divide_out: halve the sum of the two directions, Vim's option.
-        dt_min, dt_max, dt_init_floor: the range in which softplus(dt_proj.bias) starts,
-            log-uniform (arXiv 2312.00752, 3.6).
+        d_model: D, the width of the input and the output.
+        d_state: S, states of a channel; 16 by default.
+        d_conv: K, taps of the convolutions in tokens; 4 by default.
+        expand: E / D, channels of the scan by width; 2 by default.
+        dt_rank: R, the width from which step sizes are made; "auto", the default, is ceil(D / 16).
+        bidirectional: with the second direction (names ending in ``_b``), the default, or without.
+        bias: whether in_proj and out_proj have a bias; not by default.
+        conv_bias: whether the convolutions have a bias; they have by default.
+        if_divide_out: halve the sum of the two directions, Vim's option; not by default.
+        dt_min: the least step size that softplus(dt_proj.bias) starts with, log-uniform; 0.001 by default.
+        dt_max: the largest, 0.1 by default.
+        dt_init_floor: what a step size that starts below is raised to, 1e-4 by default.
+        device: of the parameters; None for torch's default.
+        dtype: of the parameters that do not stay float32; None for torch's default.
 
     Raises:
-        TypeError, ValueError: a size that is no positive integer, an ``expand`` that leaves no
-            channel, an empty range of dt; named.
+        TypeError: a size that is no integer, an ``expand`` that is no number; named.
+        ValueError: a size that is not positive, an ``expand`` that leaves no channel, an empty range of dt; named.
+
+    Source:
+        Vim, arXiv 2401.09417, algorithm 1; the start of dt: Mamba, arXiv 2312.00752, 3.6.
+
+    Example:
+        >>> mixer = ReferenceMixer(d_model=8, d_state=4)
+        >>> mixer(torch.randn(1, 6, 8)).shape
+        torch.Size([1, 6, 8])
     """
+
+    in_proj: nn.Linear
+    conv1d: nn.Conv1d
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
+    A_log: nn.Parameter
+    D: nn.Parameter
+    conv1d_b: nn.Conv1d
+    x_proj_b: nn.Linear
+    dt_proj_b: nn.Linear
+    A_b_log: nn.Parameter
+    D_b: nn.Parameter
+    out_proj: nn.Linear
 
     def __init__(
         self,
@@ -57,9 +87,9 @@ class ReferenceMixer(nn.Module):
         dt_init_floor: float = 1e-4,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ):
+    ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         d_model, d_state, d_conv = (
             positive_int(n, size) for n, size in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv))
         )
@@ -102,7 +132,21 @@ class ReferenceMixer(nn.Module):
         reduction: TokenReduction | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """x (batch, L, D) -> (batch, L', D) in x's dtype; with a reduction, ``grid`` says where the tokens sit."""
+        """Mix x over its tokens, and reduce them where a reduction is given.
+
+        Args:
+            x: (batch, L, D), a floating-point dtype.
+            grid: where the tokens sit; needed only with a reduction.
+            reduction: how they are averaged and sampled; None for all tokens.
+            cu_seqlens: (n + 1,) int32 or int64: bounds of sequences packed in a batch of 1; not with a reduction.
+
+        Returns:
+            (batch, L', D) in x's dtype.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype, named.
+            ValueError: an argument of the wrong shape, a grid that does not hold the tokens; named.
+        """
         grid, reduction = self._checked(x, grid, reduction, cu_seqlens)
         with stage("in_proj"):
             x, z = self._project(x, self.in_proj).chunk(2, dim=-1)
@@ -118,7 +162,7 @@ class ReferenceMixer(nn.Module):
         return out if reduction is None else reduce_tokens(out, grid, reduction)
 
     def _checked(
-        self, x: object, grid: object, reduction: object, cu_seqlens: object
+        self, x: Tensor, grid: object, reduction: object, cu_seqlens: object
     ) -> tuple[TokenGrid | None, TokenReduction | None]:
         """(grid, reduction) where there is something to reduce, else (None, None); raise, by name,
         unless the arguments of forward fit.
@@ -129,16 +173,17 @@ class ReferenceMixer(nn.Module):
     @staticmethod
     def _convolve(x: Tensor, conv: nn.Module, reverse: bool, cu_seqlens: Tensor | None) -> Tensor:
         if is_plain_convolution(conv):
-            return causal_conv1d(
-                x, conv.weight.squeeze(1), conv.bias, activation="silu", reverse=reverse, cu_seqlens=cu_seqlens
-            )
+            options: dict[str, Any] = {"activation": "silu", "reverse": reverse, "cu_seqlens": cu_seqlens}
+            return causal_conv1d(x, conv.weight.squeeze(1), conv.bias, **options)  # type: ignore[return-value]  # no state
         return F.silu(call_convolution(conv, x, reverse=reverse, cu_seqlens=cu_seqlens))
 
     def _scan(self, directions: list[Direction], z: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         if not self.bidirectional:
             (one,) = directions
-            return selective_scan(*one[:6], z=z, delta_bias=one.delta_bias, delta_softplus=True, cu_seqlens=cu_seqlens)
-        y = bidirectional_selective_scan(*directions, z=z, delta_softplus=True, cu_seqlens=cu_seqlens)
+            options: dict[str, Any] = {"delta_bias": one.delta_bias, "delta_softplus": True, "cu_seqlens": cu_seqlens}
+            return selective_scan(*one[:6], z=z, **options)  # type: ignore[return-value]  # no state
+        forward, backward = directions
+        y = bidirectional_selective_scan(forward, backward, z, delta_softplus=True, cu_seqlens=cu_seqlens)
         return y / 2 if self.if_divide_out else y
 
     def _direction(self, u: Tensor, suffix: str) -> Direction:
@@ -155,13 +200,14 @@ class ReferenceMixer(nn.Module):
     @staticmethod
     def _project(x: Tensor, projection: nn.Module) -> Tensor:
         """``projection(x)``; what a subclass may compute in its own way."""
-        return projection(x)
+        out: Tensor = projection(x)
+        return out
 
     @staticmethod
     def _project_dt(dt_raw: Tensor, dt_proj: nn.Module) -> tuple[Tensor, Tensor | None]:
         """delta before the bias that the scan adds, and that bias, if dt_proj has not added it."""
         if is_plain(dt_proj) or dt_raw.is_meta:
-            return F.linear(dt_raw, dt_proj.weight), dt_proj.bias
+            return F.linear(dt_raw, dt_proj.weight), dt_proj.bias  # type: ignore[arg-type, return-value]  # shapes alone
         return call_dt_proj(dt_proj, dt_raw), None
 
     def mark_parameters(self) -> None:
@@ -183,7 +229,7 @@ class ReferenceMixer(nn.Module):
         biases = [getattr(self._modules.get(name), "bias", None) for name in ("dt_proj", "dt_proj_b")]
         return [p for p in (*own, *biases) if isinstance(p, nn.Parameter)]
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ReferenceMixer:
         """Moves as nn.Module does, but gives the float32 parameters their values back where a half
         precision was asked for.
         """
@@ -199,12 +245,13 @@ def _expanded(d_model: int, expand: object) -> int:
     """E, the channels of a mixer; raise, by name, where there would be none."""
     if isinstance(expand, bool) or not isinstance(expand, Real):
         raise TypeError(f"expand must be a number, got {described(expand)}")
-    if not 1 <= expand * d_model < math.inf:
+    channels: Any = expand * d_model
+    if not 1 <= channels < math.inf:
         raise ValueError(
             "expand must give one channel or more, expand * d_model >= 1, "
             f"got {described(expand)} with d_model={d_model}"
         )
-    return int(expand * d_model)
+    return int(channels)
 
 
 def _rank(dt_rank: object) -> int:
@@ -251,15 +298,30 @@ def initial_dt_bias(
 
 
 class MixerLayer(nn.Module):
-    """``X + Mixer(LayerNorm(X))``, one layer of the projector (STORM eq. 5)."""
+    """``X + Mixer(LayerNorm(X))``, one layer of the projector.
 
-    def __init__(self, mixer: ReferenceMixer, **factory):
+    Args:
+        mixer: of width D; it becomes a child of the layer.
+        device: of the norm; None, the default, for torch's.
+        dtype: of the norm; None, the default, for torch's.
+
+    Source:
+        STORM, arXiv 2503.04130, eq. 5.
+
+    Example:
+        >>> MixerLayer(ReferenceMixer(d_model=8, d_state=4))(torch.randn(1, 6, 8)).shape
+        torch.Size([1, 6, 8])
+    """
+
+    def __init__(
+        self, mixer: ReferenceMixer, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(mixer.d_model, **factory)
+        self.norm = nn.LayerNorm(mixer.d_model, device=device, dtype=dtype)
         self.mixer = mixer
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """x (batch, L, D) -> the same shape."""
+        """x (batch, L, D) -> the same shape; ``cu_seqlens`` as the mixer takes it."""
         with stage("norm"):
             normed = self.norm(x)
         return x + self.mixer(normed, cu_seqlens=cu_seqlens)

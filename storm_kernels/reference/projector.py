@@ -5,7 +5,8 @@ mixers, reduction; the truth that the fused one is compared with, and whose para
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +17,36 @@ from ..tokens import TokenGrid, TokenReduction, described, integer, positive_int
 from .functions import reduce_tokens
 from .mixer import MixerLayer, ReferenceMixer, check_input
 
+# The layers and the reduction, as ReferenceTemporalProjector.mix.
+Mix = Callable[[Tensor, TokenGrid | None, TokenReduction | None, Tensor | None], Tensor]
+
 
 class ReferenceTemporalProjector(nn.Module):
-    """STORM's projector: 2x2 downsample, linear, M bidirectional mixers over all frames' tokens,
-    token reduction (docs/spec.md, Projector).
+    """STORM's projector (docs/spec.md, Projector).
+
+    A 2x2 downsample, a linear layer, M bidirectional mixers over the tokens of all frames, the token
+    reduction.
 
     Args:
         vision_width: Dv, the width of the image encoder's tokens.
-        d_model: D, the LLM's hidden size.
-        layers: M, the number of mixers.
-        bidirectional: False for the streaming, forward-only form.
-        mixer_options: further arguments of the mixer (d_state, d_conv, expand, dt_rank, ...).
+        d_model: D, the language model's width.
+        layers: M, the number of mixers; 1 by default, 0 for none.
+        bidirectional: False for the streaming, forward-only form; True by default.
+        device: of the parameters; None for torch's default.
+        dtype: of the parameters that do not stay float32; None for torch's default.
+        mixer_options: further arguments of the mixer: d_state, d_conv, expand, dt_rank, ...
 
     Raises:
-        TypeError, ValueError: a width that is no positive integer, negative ``layers``, an
-            option that there is not, or as the mixer; named.
+        TypeError: a width that is no integer, an option that there is not; named.
+        ValueError: a width that is not positive, negative ``layers``, or as the mixer; named.
+
+    Source:
+        STORM, arXiv 2503.04130, eqs. 3 and 5-8.
+
+    Example:
+        >>> projector = ReferenceTemporalProjector(vision_width=8, d_model=16, d_state=4)
+        >>> projector(torch.randn(1, 4, 6, 6, 8), TokenReduction(spatial_pool=3)).shape  # 4 tokens of 36
+        torch.Size([1, 4, 16])
     """
 
     mixer_class: type[ReferenceMixer] = ReferenceMixer
@@ -43,8 +59,8 @@ class ReferenceTemporalProjector(nn.Module):
         bidirectional: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **mixer_options,
-    ):
+        **mixer_options: Any,
+    ) -> None:
         super().__init__()
         vision_width, d_model, layers = (
             positive_int("vision_width", vision_width),
@@ -54,7 +70,7 @@ class ReferenceTemporalProjector(nn.Module):
         if layers < 0:
             raise ValueError(f"layers must be at least 0, got {described(layers)}")
         self._know(mixer_options)
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.proj = nn.Linear(4 * vision_width, d_model, **factory)
         mixers = (
             self.mixer_class(d_model, bidirectional=bidirectional, **mixer_options, **factory) for _ in range(layers)
@@ -78,16 +94,22 @@ class ReferenceTemporalProjector(nn.Module):
         lengths: Sequence[int] | Tensor | None = None,
         packed: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
-        """features (batch, T, h, w, vision_width) -> (batch, tokens, D), averaged and sampled as
-        ``reduction`` says, by default not at all.
+        """The language model's tokens of videos.
 
-        ``lengths`` (batch,), a list, an array or a tensor, gives each video's number of frames
-        where the batch is padded at the end; each video then comes out as if it ran alone, followed
-        by zeros. ``packed`` (videos,) gives it where the videos follow one another in a batch of 1;
-        their tokens then do so too, each video's as if it ran alone.
+        Args:
+            features: (batch, T, h, w, vision_width), the image encoder's tokens, a floating-point dtype.
+            reduction: how tokens are averaged and sampled; None, the default, for all tokens.
+            lengths: (batch,) integers, a list, an array or a tensor: each video's number of frames where the batch is
+                padded at the end. Each then comes out as if it ran alone, followed by zeros. None: T frames each.
+            packed: (videos,) integers: each video's number of frames where the videos follow one another in a batch
+                of 1. Their tokens then do so too, each video's as if it ran alone. None: one video a row.
+
+        Returns:
+            (batch, tokens, D), in the dtype that features and weights share.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong type, shape or dtype, named.
+            TypeError: an argument of the wrong type or dtype, named.
+            ValueError: an argument of the wrong shape, numbers of frames that do not fit; named.
         """
         reduction = reducing(reduction)
         tokens, grid = self.embed(features)
@@ -108,8 +130,10 @@ class ReferenceTemporalProjector(nn.Module):
     def mix(
         self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction | None, cu_seqlens: Tensor | None
     ) -> Tensor:
-        """The layers and the reduction: (batch, L, D) -> (batch, L', D); packed videos
-        (``cu_seqlens``) are not reduced.
+        """The layers and the reduction: (batch, L, D) -> (batch, L', D).
+
+        ``x`` holds the tokens of ``grid``, reduced by ``reduction``; packed videos, whose bounds are
+        ``cu_seqlens``, are not reduced.
         """
         for layer in self.layers:
             x = layer(x, cu_seqlens=cu_seqlens)
@@ -127,7 +151,7 @@ def downsample(features: Tensor) -> Tensor:
 
 
 def run_padded(
-    mix, x: Tensor, grid: TokenGrid, reduction: TokenReduction | None, lengths: Sequence[int] | Tensor | None
+    mix: Mix, x: Tensor, grid: TokenGrid, reduction: TokenReduction | None, lengths: Sequence[int] | Tensor | None
 ) -> Tensor:
     """Run ``mix`` over whole videos x (batch, T*N, D), or, with ``lengths`` in frames, over the
     valid tokens packed one after the other.
@@ -167,7 +191,7 @@ def packed_grids(x: Tensor, grid: TokenGrid, packed: Sequence[int] | Tensor) -> 
     return grids
 
 
-def _mix_packed(mix, x: Tensor, grids: list[TokenGrid], reduction: TokenReduction | None) -> list[Tensor]:
+def _mix_packed(mix: Mix, x: Tensor, grids: list[TokenGrid], reduction: TokenReduction | None) -> list[Tensor]:
     """Run ``mix`` over videos one after the other, x (1, L, D) -> each video's reduced tokens (1,
     L', D). One alone is reduced by ``mix`` itself.
     """

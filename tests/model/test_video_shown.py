@@ -6,6 +6,7 @@ import pytest
 pytest.importorskip("av", reason="the extra `model` is not installed")
 
 import av
+from storm_model import StormVideoProcessor
 from storm_model.display import Turn
 from storm_model.video import Video, sample_frames
 
@@ -63,9 +64,19 @@ def test_turned_and_mirrored(tmp_path, name):
     assert video.sample(2, size=(10, 30)).frames.shape == (2, 10, 30, 3)
 
 
-def test_other_angles_are_told():
-    with pytest.warns(UserWarning, match="is no quarter turn: frames are given as stored"):
-        assert Turn.by([ONE // 2, 56755, 0, -56755, ONE // 2, 0, 0, 0, 1 << 30]) == Turn()
+def test_other_angles_are_told_at_the_callers_line(tmp_path):
+    odd = (ONE // 2, 56755, -56755, ONE // 2)
+    path = turned(corners(tmp_path / "odd.mp4"), odd)
+    processor = StormVideoProcessor(image_size=28)
+    calls = [
+        lambda: Turn.by([*odd[:2], 0, *odd[2:], 0, 0, 0, 1 << 30]) == Turn(),
+        lambda: sample_frames(path, 1),
+        lambda: processor(str(path)),
+    ]
+    for call in calls:
+        with pytest.warns(UserWarning, match="is no quarter turn: frames are given as stored") as told:
+            assert call()
+        assert {one.filename for one in told} == {__file__}
 
 
 def test_the_default_track(tmp_path):

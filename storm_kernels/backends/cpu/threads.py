@@ -9,9 +9,10 @@ PyTorch's own operators hang there too; a DataLoader's workers run on one thread
 from __future__ import annotations
 
 import os
-import warnings
 
 import torch
+
+from ...callers import warn_caller
 
 _ran_on_several = False
 _lost_in_fork = False
@@ -29,7 +30,7 @@ def thread_count() -> int:
             "which a fork does not copy: they run on one here. "
             "Start workers with the spawn method, or call torch.set_num_threads(1) in them."
         )
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warn_caller(message, RuntimeWarning)
         return 1
     _ran_on_several = True
     return count

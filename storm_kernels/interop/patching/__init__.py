@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -24,11 +25,14 @@ from .trial import Verdict, trial, why_no_trial
 
 __all__ = ["Entry", "PatchError", "PatchReport", "patch", "patched", "unpatch"]
 
+Verdicts = dict[object, tuple[Recipe, Verdict]]  # by class and shape of a module
+
 
 def patch(model: nn.Module, *, check: bool = False) -> PatchReport:
-    """Run the model's mixers on our kernels: reference projectors, ``Mamba`` of mamba_ssm, Vim and
-    VideoMamba, and the Mamba, FalconMamba, Jamba and Zamba mixers of transformers. Results, weights
-    and ``state_dict`` stay the same.
+    """Run the model's mixers on our kernels; results, weights and ``state_dict`` stay the same.
+
+    Known are reference projectors, ``Mamba`` of mamba_ssm, Vim and VideoMamba, and the Mamba,
+    FalconMamba, Jamba and Zamba mixers of transformers.
 
     A mixer of a class or a generation that is not known here is tried: its own forward and ours run
     on a few random tokens, with its weights, on its device, with and without padding and cache; it
@@ -38,24 +42,50 @@ def patch(model: nn.Module, *, check: bool = False) -> PatchReport:
 
     Args:
         model: what has the mixers, or is one.
-        check: try those that are known, too, one of each class and shape; the report's notes have the figures.
+        check: try those that are known, too, one of each class and shape; the report's notes have the figures. Not by
+            default.
+
+    Returns:
+        What was replaced, what was skipped and why.
 
     Raises:
         TypeError: ``model`` is not a module.
         PatchError: nothing was replaced: no such mixer, each was skipped, or all are patched already.
+
+    Example:
+        >>> from storm_kernels.reference import ReferenceMixer
+        >>> model = nn.Sequential(ReferenceMixer(d_model=8, d_state=4))
+        >>> print(patch(model))
+        replaced 1, skipped 0
+          replaced 0: ReferenceMixer
     """
     return _patch(model, check)[1]
 
 
 def unpatch(model: nn.Module) -> tuple[str, ...]:
-    """Give every patched module of ``model`` its own forward back; returns their names. What other
-    libraries did to their classes in between stays.
+    """Give every patched module of a model its own forward back.
+
+    What other libraries did to their classes in between stays.
+
+    Args:
+        model: what was patched, or holds it.
+
+    Returns:
+        The names of the modules that were restored.
 
     Raises:
+        TypeError: ``model`` is not a module.
         PatchError: no module is patched, or a class that was put on top of ours cannot be made again without it.
+
+    Example:
+        >>> from storm_kernels.reference import ReferenceMixer
+        >>> model = nn.Sequential(ReferenceMixer(d_model=8, d_state=4))
+        >>> _ = patch(model)
+        >>> unpatch(model)
+        ('0',)
     """
     _check_module(model)
-    memo: dict = {}
+    memo: dict[Any, Any] = {}
     names = [name for name, module in model.named_modules() if restore(module, memo)]
     if not names:
         raise PatchError(f"unpatch: no module of this {type(model).__name__} is patched")
@@ -64,12 +94,29 @@ def unpatch(model: nn.Module) -> tuple[str, ...]:
 
 @contextmanager
 def patched(model: nn.Module, *, check: bool = False) -> Iterator[PatchReport]:
-    """``with patched(model) as report:`` patches on entry and, on exit, restores what it replaced."""
+    """``with patched(model) as report:`` patches on entry and, on exit, restores what it replaced.
+
+    Args:
+        model: what has the mixers, or is one.
+        check: as :func:`patch` takes it; not by default.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        PatchError: nothing was replaced.
+
+    Example:
+        >>> from storm_kernels.reference import ReferenceMixer
+        >>> model = nn.Sequential(ReferenceMixer(d_model=8, d_state=4))
+        >>> import torch
+        >>> with patched(model) as report:
+        ...     len(report.replaced), model(torch.ones(1, 6, 8)).shape
+        (1, torch.Size([1, 6, 8]))
+    """
     modules, report = _patch(model, check)
     try:
         yield report
     finally:
-        memo: dict = {}
+        memo: dict[Any, Any] = {}
         for module in modules:
             restore(module, memo)
 
@@ -77,7 +124,8 @@ def patched(model: nn.Module, *, check: bool = False) -> Iterator[PatchReport]:
 def _patch(model: nn.Module, check: bool) -> tuple[list[nn.Module], PatchReport]:
     _check_module(model)
     modules, replaced, skipped = [], [], []
-    verdicts, memo = {}, {}
+    verdicts: Verdicts = {}
+    memo: dict[Any, Any] = {}
     for name, module in list(model.named_modules()):
         class_name, found = type(module).__name__, recognise(module)
         recipe, text = _settle(module, found, check, verdicts)
@@ -97,7 +145,7 @@ def _patch(model: nn.Module, check: bool) -> tuple[list[nn.Module], PatchReport]
     return modules, report
 
 
-def _settle(module: nn.Module, found: Recognition, check: bool, verdicts: dict) -> tuple[Recipe | None, str]:
+def _settle(module: nn.Module, found: Recognition, check: bool, verdicts: Verdicts) -> tuple[Recipe | None, str]:
     """How to replace the module and the note on it; or None and why not."""
     if not found.recipes:
         return None, found.why
@@ -121,7 +169,7 @@ def _settle(module: nn.Module, found: Recognition, check: bool, verdicts: dict) 
     )
 
 
-def _tried(module: nn.Module, found: Recognition, verdicts: dict) -> tuple[Recipe, Verdict]:
+def _tried(module: nn.Module, found: Recognition, verdicts: Verdicts) -> tuple[Recipe, Verdict]:
     """The first recipe that agrees, else the likeliest; modules of one class and one shape share a verdict."""
     tensors = (*module.named_parameters(), *module.named_buffers())
     key = (
