@@ -214,9 +214,11 @@ def test_the_check_command(tmp_path, capsys):
     path = write_film(tmp_path / "film.avi", *FILMS["mjpeg.avi"])
     assert check.cli([str(path)]) == 0
     assert "96x64, 60 frames, 25.000 a second, 2.400 s\n" in capsys.readouterr().out
+    with av.open(str(path)) as container:
+        middles = [packet.pos + packet.size // 2 for packet in container.demux(video=0) if packet.size]
     content = bytearray(path.read_bytes())
-    for place in (len(content) // 3, len(content) // 2):
-        content[place : place + 300] = bytes(300)
+    for middle in (middles[10], middles[40]):
+        content[middle : middle + 100] = b"\xff" * 100
     path.write_bytes(content)
     assert check.cli([str(path)]) == 1
     out = capsys.readouterr().out
