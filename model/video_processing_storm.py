@@ -82,8 +82,10 @@ class _Sizes:
 
 
 class StormVideoProcessor(_Sizes, VideoProcessorMixin):
-    """Videos to pixels. A video is a path or address, bytes of a file, frames (T, H, W, 3) or (T, 3, H, W) uint8
-    (NumPy, torch), or PIL images.
+    """Videos to pixels.
+
+    A video is a path or address, bytes of a file, frames (T, H, W, 3) or (T, 3, H, W) uint8 (NumPy, torch), or PIL
+    images.
 
     Args:
         image_size, patch_size: of the vision tower, in pixels.

@@ -71,7 +71,9 @@ def recipe(target):
     """The commands of a target of the Makefile, without those that only install."""
     if shutil.which("make") is None:
         pytest.skip("there is no make")
-    done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "--dry-run", "--no-print-directory", target]
+    done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=True)
     return [line for line in done.stdout.splitlines() if " -m pip " not in line]
 
 
