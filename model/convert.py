@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,18 @@ _ASPECT_RATIOS = (None, "resize", "dynamic")
 _BASIC, _POOLING = ("BasicImageEncoder", "BasicVideoEncoder"), "TSPVideoEncoder"
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How a VILA folder looks at a video, as far as our model and processor do the same."""
+
+    layer: int  # of the tower, from the end
+    reduction: dict[str, int]
+    separator: str  # text after each frame
+    frames: int | None  # of a video, where a call chooses none
+    template: str | None  # the chat template's name
+    notes: list[str]  # what is done otherwise, for whoever compares the two
+
+
 def cli(arguments: list[str], prog: str = "storm-kernels convert") -> int:
     """Exit status: 0; 2 bad input, told in one line; 130 Ctrl-C."""
     parser = argparse.ArgumentParser(prog=prog, description="Make a model's folder from a VILA or NVILA folder.")
@@ -53,31 +66,31 @@ def cli(arguments: list[str], prog: str = "storm-kernels convert") -> int:
 
 
 def _convert(source: Path, out: Path, dtype: torch.dtype | str) -> int:
-    known = _known(source)
+    way = _way(source)
     with new_folder(out) as folder:
         say(f"reading {source / 'vision_tower'} ...")
-        tower = load_tower(source / "vision_tower", known["layer"])
+        tower = load_tower(source / "vision_tower", way.layer)
         widths = (tower.config.hidden_size, read_config(source / "llm").hidden_size)
         projector = _projector(source / "mm_projector", *widths)
         say(f"reading {source / 'llm'} ...")
         tokenizer = load_tokenizer(source / "llm")
         language = load_language(source / "llm", dtype)
-        model = assemble(tower, language, tokenizer, projector, projector_type="vila", **known["reduction"])
-        tokenizer.chat_template = _own_template(source, known["template"]) or tokenizer.chat_template
+        model = assemble(tower, language, tokenizer, projector, projector_type="vila", **way.reduction)
+        tokenizer.chat_template = _own_template(source, way.template) or tokenizer.chat_template
         # VILA puts nothing between a video and the text that follows it.
         template = chat_template(tokenizer, after_media="")
-        frames = {"num_frames": known["frames"]} if known["frames"] else {}
-        processor = processor_of(model, tokenizer, template, known["separator"], **frames)
+        frames = {"num_frames": way.frames} if way.frames else {}
+        processor = processor_of(model, tokenizer, template, way.separator, **frames)
         processor.image_processor.spatial_pool = 1  # VILA pools videos only
         made = write(model, processor, folder)
     print(f"{out}: {made}")
-    for note in known["notes"]:
+    for note in way.notes:
         say(note)
     return 0
 
 
-def _known(source: Path) -> dict[str, Any]:
-    """What config.json says that our model and processor can do; raise, by name, for what they cannot."""
+def _way(source: Path) -> _Way:
+    """What config.json says; raise, by name, for what our model and processor cannot do."""
     check_local(source)
     config = read_json(source / "config.json")
     missing = [f"no folder {name}" for name in _PARTS if not (source / name).is_dir()]
@@ -96,18 +109,11 @@ def _known(source: Path) -> dict[str, Any]:
         problems.append(f"num_video_frames must be a positive integer, got {frames!r}")
     raise_problems(source / "config.json", problems)
     separator, reduction = _encoders(source, config)
-    return {
-        "layer": -2 if layer is None else layer,
-        "separator": separator,
-        "reduction": reduction,
-        "frames": frames,
-        "template": config.get("chat_template"),
-        "notes": _notes(ratio, config.get("fps"), frames),
-    }
+    notes = _notes(ratio, config.get("fps"), frames)
+    return _Way(-2 if layer is None else layer, reduction, separator, frames, config.get("chat_template"), notes)
 
 
 def _notes(ratio: str | None, fps: Any, frames: int | None) -> list[str]:
-    """What a converted folder does otherwise, for whoever compares it with VILA."""
     notes = ["images are taken whole, where VILA also cuts them to tiles"] if ratio == "dynamic" else []
     if fps:
         notes.append(f"VILA takes {fps} frames a second, at most {frames}: here a call says so, by fps and max_frames")

@@ -66,7 +66,9 @@ def test_models_and_benchmarks_are_imported_from_it(installed):
 def test_the_command_has_its_subcommands(installed):
     done = run(installed, installed / "bin" / "storm-kernels", "--help")
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in ("info", "verify", "ask", "build", "convert", "profile", "bench"))
+    assert all(
+        name in done.stdout for name in ("info", "verify", "ask", "build", "check", "convert", "profile", "bench")
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,7 @@ def test_the_command_has_its_subcommands(installed):
     [
         ("ask", "--temporal-pool"),
         ("build", "--vision"),
+        ("check", "--track"),
         ("convert", "--out"),
         ("profile", "--preset"),
         ("bench scan", "--lengths"),
