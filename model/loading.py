@@ -43,7 +43,8 @@ def check_folder(
         folder: of :func:`from_pretrained`; a name that is no local path is left to transformers.
         subfolder: where in it the files lie.
         use_safetensors: False asks for pickles.
-        config, state_dict: what the caller brings itself and the folder need not hold.
+        config: what the caller brings itself and the folder need not hold; None for nothing.
+        state_dict: the same.
 
     Raises:
         CheckpointError: with the file that is missing or damaged.
@@ -114,6 +115,8 @@ def load_part(cls: Any, folder: Path, spare: str | None = None, **options: Any) 
     """A published part of a model by transformers' class ``cls``, as strictly as a whole model.
 
     Args:
+        cls: of transformers, an Auto class or a model's own.
+        folder: what ``save_pretrained`` wrote.
         spare: a regular expression of the stored tensors that are left out, as a second half that is not used.
         options: of ``from_pretrained``.
 

@@ -38,7 +38,7 @@ class StormPreTrainedModel(PreTrainedModel):
     config: StormConfig
     config_class = StormConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "video", "text")
+    input_modalities = ("image", "video", "text")  # type: ignore[assignment]  # a list there, a tuple nobody changes
     supports_gradient_checkpointing = True
     _no_split_modules = ["MixerLayer", "VilaProjector"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
@@ -64,9 +64,11 @@ class StormPreTrainedModel(PreTrainedModel):
             _init_mixer(module)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
-        """As every transformers model, but strict: a tensor that is missing, left over, of another
-        shape or not finite is an error that names it, and pickles are never opened.
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As every transformers model, but strict.
+
+        A tensor that is missing, left over, of another shape or not finite is an error that names it,
+        and pickles are never opened.
 
         Raises:
             CheckpointError: the weights are not this model's.
@@ -78,7 +80,8 @@ class StormPreTrainedModel(PreTrainedModel):
         check_folder(folder, **given)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = super().from_pretrained(folder, *args, **kwargs)
+        loaded: Any = super().from_pretrained(folder, *args, **kwargs)
+        model, info = loaded  # the information was asked for
         check_loaded(folder, info, model)
         for mixer in (module for module in model.modules() if isinstance(module, ReferenceMixer)):
             mixer.mark_parameters()  # transformers put the loaded parameters in the place of those that had the marks
@@ -89,8 +92,10 @@ class StormPreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As every transformers model; the parts' dtypes are written too, so that a model that is
-        loaded and saved again gives the same bytes."""
+        """As every transformers model.
+
+        The parts' dtypes are written too, so that a model that is loaded and saved again gives the same bytes.
+        """
         for part in (self.config.vision_config, self.config.text_config):
             part.dtype = self.dtype
         super().save_pretrained(*args, **kwargs)
@@ -98,9 +103,8 @@ class StormPreTrainedModel(PreTrainedModel):
 
 def random_notice(config: StormConfig) -> str:
     """One sentence for whoever is about to believe such a model."""
-    return (
-        f"random weights in {', '.join(config.random_parts)}: never trained, so what this model answers means nothing"
-    )
+    parts = ", ".join(config.random_parts or ())
+    return f"random weights in {parts}: never trained, so what this model answers means nothing"
 
 
 def _init_mixer(mixer: ReferenceMixer) -> None:

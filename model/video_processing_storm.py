@@ -104,17 +104,21 @@ class StormVideoProcessor(_Sizes, VideoProcessorMixin):
     num_frames = NUM_FRAMES
 
     def preprocess(self, videos: Any, **options: Any) -> BatchFeature:
-        """videos -> ``pixel_values_videos``: (n, T, 3, S, S), or a list of n tensors (T, 3, S, S)
-        where T differs; ``video_reductions`` (n, 3): temporal_pool, spatial_pool, temporal_stride;
-        with ``return_metadata`` also ``video_metadata``.
+        """Videos as a model takes them.
 
         Args:
             videos: one video or a list of them, lists of lists included.
             options: see :class:`StormVideosKwargs`; ``num_frames`` or ``fps``, ``return_metadata``, ``device``.
 
+        Returns:
+            ``pixel_values_videos``: (n, T, 3, S, S), or a list of n tensors (T, 3, S, S) where T differs;
+            ``video_reductions`` (n, 3): temporal_pool, spatial_pool, temporal_stride; with
+            ``return_metadata`` also ``video_metadata``.
+
         Raises:
             StormVideoError: a file cannot be read (:class:`storm_model.video.Video`).
-            TypeError, ValueError: an argument is wrong; named.
+            TypeError: an argument of the wrong type, named.
+            ValueError: an argument out of range, named.
         """
         flat = list(flat_videos(videos))
         if not flat:
@@ -124,7 +128,7 @@ class StormVideoProcessor(_Sizes, VideoProcessorMixin):
         read = [self._read(video, known, options) for video, known in zip(flat, given, strict=True)]
         pixels = [preprocess(frames.to(options.get("device") or frames.device), self.image_size) for frames, _ in read]
         alike = len({len(video) for video in pixels}) == 1
-        data = {
+        data: dict[str, Any] = {
             "pixel_values_videos": torch.stack(pixels) if alike else pixels,
             "video_reductions": self.reductions(len(pixels), options),
         }
@@ -181,7 +185,7 @@ class StormImageProcessor(_Sizes, BaseImageProcessor):
 
     def preprocess(self, images: Any, **options: Any) -> BatchFeature:
         """images (PIL, or uint8 arrays (H, W, 3)) -> ``pixel_values`` (n, 3, S, S), ``image_reductions`` (n, 3)."""
-        flat = make_flat_list_of_images(images)
+        flat: Any = make_flat_list_of_images(images)
         frames = [_frames_of([image]) for image in flat]
         pixels = torch.cat([preprocess(frame.to(options.get("device") or "cpu"), self.image_size) for frame in frames])
         return BatchFeature({"pixel_values": pixels, "image_reductions": self.reductions(len(flat), options)})
