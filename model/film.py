@@ -13,10 +13,12 @@ from typing import NamedTuple
 import av
 from av.stream import Disposition
 
+from storm_kernels.callers import warn_caller
+
 from . import frames as limits
 from .containers import Container, StormVideoError, checked_container
 from .display import Turn
-from .frames import Read, Store, VideoInfo, check_sides, warn
+from .frames import Read, Store, VideoInfo, check_sides
 from .played import faults, played
 from .seeking import Groups, Mark, Opened, Times, Untrusted
 from .source import Source
@@ -171,7 +173,7 @@ class Film:
             raise StormVideoError(f"{said}; on_error='nearest' takes the next whole one")
         if near is None:
             raise StormVideoError(f"{said}, and there is no whole one")
-        warn(f"{said}: the one at {self.seconds[near]:.3f} s is taken")
+        warn_caller(f"{said}: the one at {self.seconds[near]:.3f} s is taken")
         return near
 
     def _play(self) -> None:
@@ -202,7 +204,7 @@ class Film:
         except StormVideoError as error:
             if not self._nearest:
                 raise
-            warn(f"{error}; what there is of it is read")
+            warn_caller(f"{error}; what there is of it is read")
             return None
 
     @contextmanager
@@ -248,7 +250,7 @@ class Film:
             said = f"{self.name}: the file declares {declared} frames but holds {found}"
             if not self._nearest:
                 raise StormVideoError(said)
-            warn(f"{said}; those are read")
+            warn_caller(f"{said}; those are read")
         return found
 
 

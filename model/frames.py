@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import warnings
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
@@ -14,6 +12,7 @@ import torch
 from av.video.reformatter import Interpolation
 from torch import Tensor
 
+from storm_kernels.callers import warn_caller
 from storm_kernels.tokens import described, positive_int
 
 from .containers import StormVideoError
@@ -21,7 +20,6 @@ from .display import Turn
 
 # 8192 x 8192; 8K video has half of that. What is larger is refused before it is decoded.
 MAX_PIXELS = 2**26
-_INSIDE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Store:
         height, width = turn.sides(frame.height, frame.width)
         if not self.told and (height, width) != (self.height, self.width):
             self.told = True
-            warn(
+            warn_caller(
                 f"{self.info.name}: frame {number} has {width}x{height} pixels, the first one "
                 f"{self.width}x{self.height}: frames of another size are resized to that"
             )
@@ -82,14 +80,6 @@ class Store:
         rgb = turn.apply(frame.reformat(width, height, "rgb24", interpolation=Interpolation.BICUBIC).to_ndarray())
         for place in self.places[number]:
             self.frames.numpy()[place] = rgb
-
-
-def warn(message: str) -> None:
-    """Warn at the innermost line outside this package."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_code.co_filename.startswith(_INSIDE) and frame.f_back is not None:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level + 1)
 
 
 def checked_size(size: object) -> tuple[int, int] | None:

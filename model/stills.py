@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from storm_kernels.callers import warn_caller
 from storm_kernels.tokens import described
 
 from .containers import StormVideoError
-from .frames import Read, Store, VideoInfo, check_sides, warn
+from .frames import Read, Store, VideoInfo, check_sides
 from .source import Source
 
 # Other formats that Pillow knows are films to it as well, or need other programs.
@@ -69,7 +70,7 @@ class Stills:
                 near = self._near(number) if self._nearest else None
                 if near is None:
                     raise
-                warn(f"{error}: number {near} is taken")
+                warn_caller(f"{error}: number {near} is taken")
                 replaced[number], picture = near, self._picture(near)
             store.put(number, av.VideoFrame.from_ndarray(picture, format="rgb24"))
         return Read(store.frames, len(store.places), replaced)

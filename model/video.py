@@ -35,6 +35,13 @@ __all__ = ["SampledVideo", "StormVideoError", "Video", "VideoInfo", "bikes_clip"
 
 @dataclass(frozen=True)
 class SampledVideo:
+    """Frames of a video, and which they are.
+
+    Example:
+        >>> sample_frames(bikes_clip(), 2, size=8).indices
+        (0, 249)
+    """
+
     frames: Tensor  # (n, H, W, 3) uint8 RGB
     indices: tuple[int, ...]  # which of the file's frames they are
     looped: bool  # more frames than the clip has were asked for, so it was played again
@@ -78,13 +85,14 @@ class Video:
         track: int | None = None,
         frame_rate: float | None = None,
         on_error: str = "raise",
-    ):
+    ) -> None:
         if on_error not in ("raise", "nearest"):
             raise ValueError(f"on_error must be 'raise' or 'nearest', got {on_error!r}")
         self._film = _film(source, checked_track(track), frame_rate, on_error == "nearest")
 
     @property
     def info(self) -> VideoInfo:
+        """Its size, number of frames, rate and duration."""
         return self._film.info
 
     def sample(
@@ -171,15 +179,19 @@ def sample_frames(
     ``at`` given times. Give one of the three.
 
     Args:
-        source, track, frame_rate, on_error: see :class:`Video`.
+        source: a file or pictures; see :class:`Video`.
         n: frames wanted, 1 to 65,536: the first and the last are among them. A clip that has fewer is looped. An image
             alone needs none of the three.
         fps: frames a second, the first at ``start``.
         max_frames: with ``fps``: where that gives more, so many at even distances in time.
-        start, end: seconds from the first frame; only what is shown between them is taken. By default the whole video.
+        start: seconds from the first frame; what is shown before is left out. By default nothing.
+        end: seconds from the first frame; what is shown after is left out. By default nothing.
         at: seconds from the first frame; each gives the frame that is shown then.
         size: (height, width) in pixels, or one number for both: each kept frame is resized (bicubic)
             as soon as it is decoded. None keeps the file's.
+        track: which of the file's video tracks; see :class:`Video`.
+        frame_rate: images a second of a folder or a list; see :class:`Video`.
+        on_error: "raise" or "nearest"; see :class:`Video`.
         verify: decode the whole file, and raise if anything in it is damaged. Without it
             damage is an error only in the frames that are asked for, or that those are predicted
             from.

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import storm_kernels as sk
 from storm_kernels.backends.cpu import loader
 from storm_kernels.backends.pages import LEAST_BYTES, empty
-from storm_kernels.nn.linear import linear
+from storm_kernels.nn.linear import _SLOW, linear
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 OFFERED = ENABLED.exists() and "[never]" not in ENABLED.read_text()
@@ -26,7 +26,7 @@ FAULTS = """
 import resource, sys, torch
 from storm_kernels.backends.pages import empty
 from storm_kernels import selective_scan
-from storm_kernels.nn.linear import linear
+from storm_kernels.nn.linear import _SLOW, linear
 def faults(call):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     result = call()
@@ -70,13 +70,16 @@ def test_a_large_result_is_a_tensor_like_any_other():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_large_product_is_that_of_pytorch(bias, dtype):
+    """PyTorch's own where it has a kernel for this CPU (AVX-512 has one for bfloat16), else float32's, rounded."""
     draw = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 600, 24, generator=draw), torch.randn(1024, 24, generator=draw)
     operands = [t.to(dtype) for t in (x.transpose(0, 1), weight, *([weight[:, 0]] if bias else []))]
     with torch.inference_mode():
         got = linear(*operands)
     assert got.dtype == dtype and got.numel() * 4 >= LEAST_BYTES
-    torch.testing.assert_close(got, torch.nn.functional.linear(*(t.float() for t in operands)).to(dtype))
+    own = torch.nn.functional.linear(*operands)
+    right = torch.nn.functional.linear(*(t.float() for t in operands)).to(dtype) if dtype in _SLOW else own
+    torch.testing.assert_close(got, right)
 
 
 def test_gradients_of_a_large_product():
