@@ -10,7 +10,6 @@ pytest.importorskip("av", reason="the extra `model` is not installed")
 import av
 from PIL import Image
 from storm_model import check
-from storm_model.film import Film
 from storm_model.pixels import preprocess
 from storm_model.video import StormVideoError, Video, sample_frames
 
@@ -202,11 +201,6 @@ def test_a_name_that_looks_like_an_option_or_an_address(tmp_path, monkeypatch):
 
 def test_a_film_of_one_frame(tmp_path):
     assert sample_frames(film(tmp_path / "one.mp4", times=range(1)), 1).frames.shape == (1, 64, 96, 3)
-
-
-def test_a_track_without_frames_beside_one_with(tmp_path):
-    """An empty video track that stands first is no film."""
-    assert isinstance(Video(corners(tmp_path / "plain.mkv"))._film, Film)
 
 
 def test_the_check_command(tmp_path, capsys):

@@ -7,6 +7,7 @@ and ends with status 1 at the first wrong answer; a crash or a hang ends it as w
 from __future__ import annotations
 
 import random
+import re
 import resource
 import signal
 import sys
@@ -18,10 +19,12 @@ from storm_model.video import StormVideoError, Video
 from .clips import shown
 
 SECONDS, MIB = 20, 1024
+# The four bytes of the size stand before the name of a box of MP4 and MOV.
+BOXES = re.compile(rb"....(?=moov|trak|mdia|minf|stbl|stsd|stts|ctts|stss|stsz|stsc|stco|edts|elst|mdat)", re.DOTALL)
 
 
 def damaged(content: bytes, draw: random.Random) -> bytes:
-    """Bytes overwritten, left out, doubled or cut off, at a random place."""
+    """Bytes overwritten, left out, doubled or cut off, or a box of another size, at a random place."""
     at, length = draw.randrange(len(content)), draw.choice((1, 4, 16, 64, 1000))
     kind = draw.choice(("overwritten", "overwritten", "zeros", "left out", "doubled", "cut"))
     replaced = {
@@ -32,6 +35,10 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
     }
     if kind == "cut":
         return content[:at]
+    boxes = [found.start() for found in BOXES.finditer(content)]
+    if boxes and draw.random() < 0.2:
+        at, size = draw.choice(boxes), draw.choice((0, 1, 7, draw.randrange(2**16), draw.randrange(2**32)))
+        return content[:at] + size.to_bytes(4, "big") + content[at + 4 :]
     return content[:at] + replaced[kind] + content[at + length :]
 
 
