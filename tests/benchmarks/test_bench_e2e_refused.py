@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from storm_benchmarks import environment
-from storm_benchmarks.e2e import options, pipeline, summary
+from storm_benchmarks.e2e import options, pipeline, summary, work
 from storm_benchmarks.harness import load_rows
 from storm_model import presets as models
 
@@ -171,7 +171,7 @@ def test_more_frames_than_memory_holds_are_refused_before_the_work(job, tmp_path
 
 def test_weights_count_as_memory(monkeypatch):
     """storm-7b in float32 on a machine with 21 GiB free: its weights alone are 31."""
-    settings = pipeline.Settings(
+    settings = work.Settings(
         options.clip(None, None),
         models.preset("storm-7b"),
         (8,),
