@@ -21,6 +21,7 @@ run that came to its end has the stage "run" and the mode "whole".
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,8 +211,14 @@ class Run:
                     with torch.profiler.record_function(f"{variant.name}, {kind} projector"):
                         self.models.first_token(variant, kind, self.models.encode(video.frames))
         beside = path.with_name(f"partial-{path.name}")
-        profiler.export_chrome_trace(str(beside))
-        beside.replace(path)
+        try:
+            profiler.export_chrome_trace(str(beside))
+            beside.replace(path)
+        except OSError as error:  # of a write, it names no file
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        finally:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
 
     def _timed_row(
         self,
