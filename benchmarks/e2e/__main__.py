@@ -21,7 +21,7 @@ from storm_model.video import StormVideoError
 
 from .. import environment
 from ..harness import CheckFailed, Rows
-from . import arguments, options, pipeline, report, summary
+from . import arguments, options, pipeline, report, summary, work
 from .console import progress_of, say, show
 
 # click's, by whichever way typer got hold of click: recent releases carry their own copy.
@@ -49,7 +49,7 @@ def main(
     config = options.asked("preset", presets.preset, preset)
     window = {"fps": fps, "start": start, "end": end, "verify": verify}
     clip = options.clip(video, options.size(size, config.vision_config.image_size), **window)
-    settings = pipeline.Settings(
+    settings = work.Settings(
         clip=clip,
         config=config,
         frames=options.frames(frames, clip),
@@ -66,11 +66,11 @@ def main(
         run_and_write(settings, rows, folder, trace)
 
 
-def run_and_write(settings: pipeline.Settings, rows: Rows, folder: Path, trace: bool) -> None:
+def run_and_write(settings: work.Settings, rows: Rows, folder: Path, trace: bool) -> None:
     """Measure; whatever ends the measurement, show and write what is finished."""
     begun = folder.stat().st_ino
     try:
-        with progress_of(pipeline.operations(settings)) as progress:
+        with progress_of(work.operations(settings)) as progress:
             run = pipeline.Run(settings, rows, progress)
             run.measure()
             if trace:
@@ -89,7 +89,7 @@ def run_and_write(settings: pipeline.Settings, rows: Rows, folder: Path, trace: 
             say(f"{page}\n{rows.path}: {len(rows.rows)} rows")
 
 
-def _say_what_runs(settings: pipeline.Settings, folder: Path) -> None:
+def _say_what_runs(settings: work.Settings, folder: Path) -> None:
     clip = settings.clip
     looped = [n for n in settings.frames if clip.is_looped(n)]
     dtype = str(settings.dtype).removeprefix("torch.")

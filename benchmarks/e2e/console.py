@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import figures, pipeline, plot, summary
+from . import figures, plot, summary, work
 
 # Into a pipe or a log, the table gets the room it needs; a terminal has its own width.
 console = Console(width=None if sys.stdout.isatty() else 120)
@@ -29,7 +29,7 @@ def progress_of(operations: float) -> ProgressBar | ProgressLines:
 
 
 class ProgressBar:
-    """A `pipeline.Progress` on the terminal, with the time that is left."""
+    """A `work.Progress` on the terminal, with the time that is left."""
 
     def __init__(self, operations: float):
         says = TextColumn("{task.description}", markup=False)
@@ -44,9 +44,9 @@ class ProgressBar:
         self._bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
         self._task = self._bar.add_task("", total=operations)
 
-    def __enter__(self) -> pipeline.Progress:
+    def __enter__(self) -> work.Progress:
         self._bar.start()
-        return pipeline.Progress(
+        return work.Progress(
             says=lambda what: self._bar.update(self._task, description=what),
             did=lambda operations: self._bar.advance(self._task, operations),
         )
@@ -56,14 +56,14 @@ class ProgressBar:
 
 
 class ProgressLines:
-    """A `pipeline.Progress` into a pipe or a file: a line for what begins, at most one in `LINE_EVERY` seconds."""
+    """A `work.Progress` into a pipe or a file: a line for what begins, at most one in `LINE_EVERY` seconds."""
 
     def __init__(self, operations: float):
         self._all, self._done = operations, 0.0
         self._start, self._last = time.monotonic(), -LINE_EVERY
 
-    def __enter__(self) -> pipeline.Progress:
-        return pipeline.Progress(says=self._says, did=self._did)
+    def __enter__(self) -> work.Progress:
+        return work.Progress(says=self._says, did=self._did)
 
     def __exit__(self, *exception: object) -> None:
         pass

@@ -43,52 +43,40 @@ def cards(results: list[Outcome]) -> list[Card]:
     """The two gains apart, then both together, for the headline variant (or the last one there is)
     at the most frames."""
     most = max((one.frames for one in results), default=0)
-    token = _headline([gain for gain in summary.token_gains(results) if gain.after.frames == most])
-    kernel = _headline([gain for gain in summary.kernel_gains(results) if gain.after.frames == most])
-    both = _headline([gain for gain in summary.both_gains(results) if gain.after.frames == most])
-    found = []
-    if token:
-        paper = percent(summary.paper_saved_percent(token.after.variant))
-        what = f"{token.after.title}, reference projector, against the VILA baseline, {most} frames"
-        note = f"{what}. The paper: {paper}."
-        found.append(
-            Card(
-                "Fewer tokens",
-                percent(token.saved_percent),
-                _from_to(token, "total"),
-                _savings(token),
-                note,
-                token.not_reliable,
-            )
-        )
-    if kernel:
-        spread = _rounds([f"{times:.1f}x" for times in sorted(kernel.speedups)])
-        total = f"{percent(kernel.saved_percent)} in total"
-        note = f"{kernel.after.title}, {most} frames: {total}, fused against reference projector."
-        change = f"projector {_from_to(kernel, 'projector')}"
-        found.append(
-            Card(
-                "Faster kernels",
-                f"{kernel.projector_speedup:.1f}x",
-                change,
-                spread,
-                note,
-                kernel.speedup_not_reliable,
-            )
-        )
-    if both:
-        note = f"{both.after.title}, fused, against the VILA baseline, {most} frames."
-        found.append(
-            Card(
-                "Both together",
-                percent(both.saved_percent),
-                _from_to(both, "total"),
-                _savings(both),
-                note,
-                both.not_reliable,
-            )
-        )
-    return found
+    kinds = (
+        (summary.token_gains, _token_card),
+        (summary.kernel_gains, _kernel_card),
+        (summary.both_gains, _both_card),
+    )
+    gains = [(_headline([one for one in of(results) if one.after.frames == most]), card) for of, card in kinds]
+    return [card(gain) for gain, card in gains if gain]
+
+
+def _token_card(gain: Gain) -> Card:
+    paper = percent(summary.paper_saved_percent(gain.after.variant))
+    what = f"{gain.after.title}, reference projector, against the VILA baseline, {gain.after.frames} frames"
+    return _card_of_total("Fewer tokens", gain, f"{what}. The paper: {paper}.")
+
+
+def _kernel_card(gain: Gain) -> Card:
+    total = f"{percent(gain.saved_percent)} in total"
+    return Card(
+        "Faster kernels",
+        f"{gain.projector_speedup:.1f}x",
+        f"projector {_from_to(gain, 'projector')}",
+        _rounds([f"{times:.1f}x" for times in sorted(gain.speedups)]),
+        f"{gain.after.title}, {gain.after.frames} frames: {total}, fused against reference projector.",
+        gain.speedup_not_reliable,
+    )
+
+
+def _both_card(gain: Gain) -> Card:
+    note = f"{gain.after.title}, fused, against the VILA baseline, {gain.after.frames} frames."
+    return _card_of_total("Both together", gain, note)
+
+
+def _card_of_total(name: str, gain: Gain, note: str) -> Card:
+    return Card(name, percent(gain.saved_percent), _from_to(gain, "total"), _savings(gain), note, gain.not_reliable)
 
 
 def _headline(gains: list[Gain]) -> Gain | None:

@@ -18,7 +18,7 @@ from .. import environment
 from ..harness import Rows
 from .clip import Clip
 from .models import weight_bytes
-from .pipeline import Settings
+from .work import Settings
 
 MAX_SIDE = 8192  # pixels
 FRAMES = "32,128"

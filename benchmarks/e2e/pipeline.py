@@ -21,13 +21,12 @@ run that came to its end has the stage "run" and the mode "whole".
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from storm_model import StormConfig
 from storm_model.presets import Variant
 from storm_model.video import SampledVideo
 from torch import Tensor
@@ -39,64 +38,9 @@ from .. import environment, harness
 from ..harness import MemoryMeter, Row, Rows
 from . import models, summary
 from .check import ProjectorCheck
-from .clip import Clip
 from .reliability import Waiting
 from .stages import StageClock
-
-# How much longer the reference projector takes for its arithmetic than a matrix product does: it
-# loops over tokens. For the ETA only.
-REFERENCE_SLOWNESS = 10
-
-
-@dataclass(frozen=True)
-class Settings:
-    clip: Clip
-    config: StormConfig
-    frames: tuple[int, ...]
-    variants: tuple[Variant, ...]
-    projectors: tuple[str, ...]  # of "reference", "fused"; the VILA baseline has one form
-    device: str
-    dtype: torch.dtype
-    repeat: int
-
-    def contenders(self) -> list[tuple[Variant, str]]:
-        """Every variant with each of its kinds of projector, in the order in which they take turns."""
-        kinds = {True: self.projectors, False: ("vila",)}
-        return [(variant, kind) for variant in self.variants for kind in kinds[variant.temporal]]
-
-    def first_of_each_kind(self) -> list[tuple[Variant, str]]:
-        found: dict[str, Variant] = {}
-        for variant, kind in self.contenders():
-            found.setdefault(kind, variant)
-        return [(variant, kind) for kind, variant in found.items()]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run tells how far it is: ``says(what)`` begins something, ``did(operations)`` counts
-    what is done of `operations(settings)`."""
-
-    says: Callable[[str], None]
-    did: Callable[[float], None]
-
-
-def operations(settings: Settings) -> float:
-    """The work of a whole run, in the unit of `Progress.did`: roughly the operations of a matrix product."""
-    first, vision = min(settings.frames), {frames: _vision_operations(settings, frames) for frames in settings.frames}
-    cold = sum(vision[first] + _pass_operations(settings, *one, first) for one in settings.first_of_each_kind())
-    turns = {n: sum(_pass_operations(settings, *one, n) for one in settings.contenders()) for n in settings.frames}
-    rounds = sum(vision.values()) + sum(turns.values())
-    return cold + (settings.repeat + 1) * rounds
-
-
-def _vision_operations(settings: Settings, frames: int) -> float:
-    return models.operations(settings.config, settings.variants[0], frames)["vision"]
-
-
-def _pass_operations(settings: Settings, variant: Variant, kind: str, frames: int) -> float:
-    counts = models.operations(settings.config, variant, frames)
-    return counts["language"] + counts["projector"] * (REFERENCE_SLOWNESS if kind == "reference" else 1)
-
+from .work import Progress, Settings, pass_operations, vision_operations
 
 Times = dict[str, float]  # milliseconds by stage
 
@@ -169,7 +113,7 @@ class Run:
             stages = [stage for stage in taken if "/" not in stage]
             self.rows.append(*(self._row(s, frames, looped, [taken[s]], variant, kind, mode="cold") for s in stages))
             self.progress.did(
-                _pass_operations(self.settings, variant, kind, frames) + _vision_operations(self.settings, frames),
+                pass_operations(self.settings, variant, kind, frames) + vision_operations(self.settings, frames),
             )
 
     def _in_rounds(self, frames: int) -> None:
@@ -195,7 +139,7 @@ class Run:
         with MemoryMeter(self.settings.device) as memory:
             features = self.models.encode(video.frames)
         found.vision_memory = memory.columns()
-        self.progress.did(_vision_operations(self.settings, frames))
+        self.progress.did(vision_operations(self.settings, frames))
         check = None
         for variant, kind in self.settings.contenders():
             found.columns[variant.name, kind] = {}
@@ -214,7 +158,7 @@ class Run:
             self.progress.says(f"{found.frames} frames, {name}: preprocess and vision")
             features = self.models.encode(video.frames)
         found.shared.append(self.clock.take())
-        self.progress.did(_vision_operations(self.settings, found.frames))
+        self.progress.did(vision_operations(self.settings, found.frames))
         return features
 
     def _turns(self, found: Rounds, features: Tensor, name: str) -> dict[tuple[str, str], Row]:
@@ -231,7 +175,7 @@ class Run:
                 memories[key] = _larger(memory.columns(), found.vision_memory)
             else:
                 found.taken.setdefault(key, []).append(taken)
-            self.progress.did(_pass_operations(self.settings, variant, kind, found.frames))
+            self.progress.did(pass_operations(self.settings, variant, kind, found.frames))
         return memories
 
     def _rows_of(self, found: Rounds, waited: Row) -> list[Row]:
@@ -267,8 +211,14 @@ class Run:
                     with torch.profiler.record_function(f"{variant.name}, {kind} projector"):
                         self.models.first_token(variant, kind, self.models.encode(video.frames))
         beside = path.with_name(f"partial-{path.name}")
-        profiler.export_chrome_trace(str(beside))
-        beside.replace(path)
+        try:
+            profiler.export_chrome_trace(str(beside))
+            beside.replace(path)
+        except OSError as error:  # of a write, it names no file
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        finally:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
 
     def _timed_row(
         self,

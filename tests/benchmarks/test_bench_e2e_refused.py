@@ -5,11 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from storm_benchmarks import environment
-from storm_benchmarks.e2e import options, pipeline, summary
+from storm_benchmarks.e2e import options, pipeline, summary, work
 from storm_benchmarks.harness import load_rows
 from storm_model import presets as models
 
@@ -65,6 +66,21 @@ def test_a_full_disk_is_one_line_and_the_rows_before_it_are_kept(job, tmp_path, 
     (done,) = summary.outcomes(load_rows(tmp_path / "results.json"))
     assert len(done.rounds()) == 1
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_trace_that_finds_the_disk_full_is_one_line_that_names_it(job, tmp_path, monkeypatch, capsys):
+    def full(self, path):
+        Path(path).write_bytes(b"begun")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", full)
+    arguments = ("--frames", 1, "--variants", "vila", "--repeat", 1, "--trace", "--out", tmp_path)
+    assert job(*arguments) == 1
+    assert capsys.readouterr().err == (
+        f"error: cannot write {tmp_path}/trace.json.gz: No space left on device; what was written before is kept\n"
+    )
+    assert summary.finished(load_rows(tmp_path / "results.json"))
+    assert not list(tmp_path.glob("partial-*"))
 
 
 def test_a_full_file_system(job, tmp_path, monkeypatch, capsys):
@@ -171,7 +187,7 @@ def test_more_frames_than_memory_holds_are_refused_before_the_work(job, tmp_path
 
 def test_weights_count_as_memory(monkeypatch):
     """storm-7b in float32 on a machine with 21 GiB free: its weights alone are 31."""
-    settings = pipeline.Settings(
+    settings = work.Settings(
         options.clip(None, None),
         models.preset("storm-7b"),
         (8,),
