@@ -36,7 +36,6 @@ OPERATIONS = {
     "scan": "`selective_scan`, `bidirectional_selective_scan`",
     "conv": "`causal_conv1d`, `bidirectional_causal_conv1d`",
     "reduce": "`reduce_tokens`",
-    "norm": "`residual_layer_norm`",
 }
 
 

@@ -286,7 +286,6 @@ def test_an_unknown_instruction_set_is_named():
     [
         ("scan", "cuda", torch.float32, "'cuda'"),
         ("scan", "cpu", torch.float64, "torch.float64"),
-        ("norm", "cpu", torch.float32, "LayerNorm"),
     ],
 )
 def test_why_not_says_why(op, device, dtype, said):

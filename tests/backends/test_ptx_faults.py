@@ -17,7 +17,7 @@ import pytest
 from storm_kernels.backends.cuda import launcher, source, tickets
 
 from ..support.parity import Operations, check, evaluate
-from ..support.parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from ..support.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
 from ..support.ptx_on_cpu import OnPtx, Options, Refused
 
 pytest.importorskip("cuda.bindings", reason="needs cuda-bindings and nvidia-cuda-nvrtc to compile")
@@ -126,8 +126,6 @@ def test_a_seeded_fault_is_refused(fault, monkeypatch):
 
 SUMS = {
     # name of the kernel: its file, a case
-    "norm_kernel": ("norm", simplest(NormCase, channels=70, length=16)),
-    "norm_backward_kernel": ("norm", simplest(NormCase, channels=70, length=16)),
     "conv_backward_kernel": (
         "conv_backward",
         simplest(ConvCase, channels=32, length=33, batch=1, dtype="bfloat16"),

@@ -14,7 +14,7 @@ from storm_kernels.backends.cuda import launcher, tickets
 from storm_kernels.backends.cuda.scan import geometry
 
 from ..support.parity import Operations, check, evaluate
-from ..support.parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from ..support.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
 from ..support.ptx_on_cpu import OnPtx, Options, ptx_of
 
 pytest.importorskip("cuda.bindings", reason="needs cuda-bindings and nvidia-cuda-nvrtc to compile")
@@ -156,11 +156,6 @@ OTHERS = {
     "reduction": simplest(ReduceCase, grid=(5, 4, 6), channels=70, reduction=(2, 2, 1), dtype="bfloat16"),
     "reduction, sampled": simplest(ReduceCase, grid=(5, 3, 5), channels=9, reduction=(2, 2, 2), layout="sliced"),
 }
-NORMS = {
-    "norm": simplest(NormCase, length=20, channels=300, residual=True, bias=True, dtype="bfloat16"),
-    "norm of few": simplest(NormCase, length=9, channels=7, layout="sliced"),
-    "norm in float16": simplest(NormCase, length=9, channels=260, dtype="float16", bias=True),
-}
 CUDA = SCANS | OTHERS
 
 
@@ -226,18 +221,18 @@ TRITON = [name for name in CUDA
           and not ("states" in name and "whole" in name and name.split(",")[1] != " no whole block")]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*TRITON, *NORMS])
+@pytest.mark.parametrize("name", TRITON)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_triton(target, name):
     with triton_on_ptx(target):
-        check((CUDA | NORMS)[name], "triton")
+        check(CUDA[name], "triton")
 
 
 def test_every_kernel_runs():
     kernels = set()
     with triton_on_ptx() as runner:
-        for name in ("reduced", "convolution, from the end", "reduction", "norm", "two rows"):
-            check((CUDA | NORMS)[name], "triton")
+        for name in ("reduced", "convolution, from the end", "reduction", "two rows"):
+            check(CUDA[name], "triton")
     kernels = {name.removesuffix("_kernel") for name in runner.launched}
     assert kernels == {
         "scan",
@@ -248,6 +243,4 @@ def test_every_kernel_runs():
         "conv_state",
         "reduce",
         "spread",
-        "norm",
-        "norm_backward",
     }

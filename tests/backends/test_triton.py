@@ -61,8 +61,6 @@ def test_every_kernel_is_among_the_variants():
         "conv_state",
         "reduce",
         "spread",
-        "norm",
-        "norm_backward",
     }
     assert kernels == {f"{name}_kernel" for name in expected}
 

@@ -1,8 +1,6 @@
-"""Triton's kernels in the interpreter, where few random cases come: enormous decays, sequences that
-meet, more rows than programs.
+"""Triton's kernels in the interpreter, where few random cases come: enormous decays and
+sequences that meet.
 """
-
-import importlib
 
 import pytest
 
@@ -10,7 +8,7 @@ from storm_kernels import why_not
 
 from ..support.extremes import check_enormous_decays
 from ..support.parity import check
-from ..support.parity_cases import ConvCase, NormCase, ReduceCase, simplest
+from ..support.parity_cases import ConvCase, ReduceCase, simplest
 
 REASON = why_not("conv", "triton", device="cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the interpreter was not asked for: {REASON}")
@@ -24,11 +22,6 @@ def test_decays_at_the_end_of_float32():
 @pytest.mark.parametrize("direction", ["forward", "reverse", "both"])
 def test_convolution_with_initial_states_and_neighbours(direction, packed):
     check(simplest(ConvCase, seed=3, length=9, direction=direction, packed=packed, initial=True, bias=True), "triton")
-
-
-def test_norm_of_more_rows_than_programs(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("storm_kernels.backends.triton.norm"), "NORM_PROGRAMS", 4)
-    check(simplest(NormCase, length=9, channels=8, residual=True, bias=True), "triton")
 
 
 def test_reduction_of_partial_groups():

@@ -6,7 +6,7 @@ from torch.library import opcheck
 
 import storm_kernels as sk
 
-from ..support.parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from ..support.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
 from ..support.parity_random import CASES
 
 BACKENDS = [name for name in ("torch", "cpu") if not sk.why_not("scan", name)]
@@ -17,9 +17,8 @@ CALLS = {
     "conv": simplest(ConvCase, direction="both", bias=True),
     "conv_state": simplest(ConvCase, direction="reverse", initial=True, bias=True),
     "reduce": simplest(ReduceCase, reduction=(2, 2, 2)),
-    "norm": simplest(NormCase, residual=True, bias=True),
 }
-CHECKED = {"scan", "scan_backward", "conv", "conv_backward", "reduce", "reduce_backward", "norm", "norm_backward"}
+CHECKED = {"scan", "scan_backward", "conv", "conv_backward", "reduce", "reduce_backward"}
 
 
 class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
@@ -113,7 +112,7 @@ def big(op, **changes):
         "states": 16,
         "reduction": (4, 2, 2),
     }
-    kind = {"scan": ScanCase, "conv": ConvCase, "reduce": ReduceCase, "norm": NormCase}[op]
+    kind = {"scan": ScanCase, "conv": ConvCase, "reduce": ReduceCase}[op]
     return simplest(kind, **(sizes | {"direction": "both", "z": "all", "D": True, "bias": True} | changes))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from .conv import conv, conv_backward
-from .norm import norm, norm_backward
 from .reduce import reduce, reduce_backward
 from .scan import checkpoint_shapes, scan, scan_backward
 
@@ -12,8 +11,6 @@ __all__ = [
     "checkpoint_shapes",
     "conv",
     "conv_backward",
-    "norm",
-    "norm_backward",
     "own_device",
     "reduce",
     "reduce_backward",

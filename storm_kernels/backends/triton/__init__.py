@@ -14,7 +14,6 @@ import triton
 
 from .conv import conv
 from .conv_backward import conv_backward
-from .norm import norm, norm_backward
 from .reduce import reduce, reduce_backward
 from .scan import scan
 from .scan_backward import scan_backward
@@ -26,8 +25,6 @@ __all__ = [
     "checkpoint_shapes",
     "conv",
     "conv_backward",
-    "norm",
-    "norm_backward",
     "own_device",
     "reduce",
     "reduce_backward",
@@ -49,7 +46,7 @@ def own_device() -> str:
 
 def why_not(op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: int) -> str | None:
     """`contract.Backend.why_not`."""
-    if op not in ("scan", "conv", "reduce", "norm"):
+    if op not in ("scan", "conv", "reduce"):
         return f"it has no {op}; use backend='torch'"
     refused = dtypes - DTYPES
     if refused:
