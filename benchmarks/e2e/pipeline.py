@@ -270,17 +270,10 @@ class Run:
         profiler.export_chrome_trace(str(beside))
         beside.replace(path)
 
-    def _timed_row(
-        self,
-        stage: str,
-        found: Rounds,
-        rounds: list[float],
-        variant: Variant | None = None,
-        kind: str | None = None,
-        **more,
-    ) -> Row:
+    def _timed_row(self, stage: str, found: Rounds, rounds: list[float], *whose, **more) -> Row:
+        """``whose``: variant and kind of projector, as `_row` takes them."""
         each = [round(ms, 4) for ms in rounds]
-        return self._row(stage, found.frames, found.looped, rounds, variant, kind, rounds_ms=each, **more)
+        return self._row(stage, found.frames, found.looped, rounds, *whose, rounds_ms=each, **more)
 
     def _row(
         self,
