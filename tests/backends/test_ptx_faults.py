@@ -39,6 +39,7 @@ class Fault:
     times: int = 1
 
 
+POOLED = {"reduction": (2, 1, 1), "states": 16, "batch": 1}
 CASES = {
     "many states": simplest(ScanCase, states=32),  # fewer threads own a quad than there are
     "reverse, three tiles": simplest(
@@ -48,29 +49,9 @@ CASES = {
     "few tokens": simplest(ScanCase, states=16, batch=1),
     "few channels": simplest(ScanCase, channels_per_group=3, states=16, D=True, batch=1),
     "merged": simplest(ScanCase, direction="both", z="all", states=16, channels_per_group=5),
-    "pooled": simplest(
-        ScanCase,
-        grid=(5, 4, 8),
-        reduction=(2, 1, 1),
-        direction="both",
-        states=16,
-        channels_per_group=64,
-        z="all",
-        batch=1,
-    ),
-    "pooled, many states": simplest(
-        ScanCase, grid=(4, 2, 8), reduction=(2, 1, 1), states=32, channels_per_group=32, batch=1
-    ),
-    "pooled, unaligned": simplest(
-        ScanCase,
-        grid=(4, 2, 3),
-        reduction=(2, 1, 1),
-        direction="both",
-        states=16,
-        channels_per_group=5,
-        z="kept",
-        batch=1,
-    ),
+    "pooled": simplest(ScanCase, grid=(5, 4, 8), direction="both", channels_per_group=64, z="all", **POOLED),
+    "pooled, many states": simplest(ScanCase, grid=(4, 2, 8), channels_per_group=32, **POOLED | {"states": 32}),
+    "pooled, unaligned": simplest(ScanCase, grid=(4, 2, 3), direction="both", channels_per_group=5, z="kept", **POOLED),
     "handed on": simplest(ScanCase, length=130, states=16, channels_per_group=8, batch=1),
     "past the end": simplest(
         ScanCase, seed=3, length=150, states=16, packed=True

@@ -1,5 +1,5 @@
-"""Triton's kernels in the interpreter, where few random cases come: enormous decays and
-sequences that meet.
+"""Triton's kernels in the interpreter, where few random cases come: enormous decays,
+sequences that meet, the most states.
 """
 
 import pytest
@@ -8,7 +8,7 @@ from storm_kernels import why_not
 
 from ..support.extremes import check_enormous_decays
 from ..support.parity import check
-from ..support.parity_cases import ConvCase, ReduceCase, simplest
+from ..support.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
 
 REASON = why_not("conv", "triton", device="cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the interpreter was not asked for: {REASON}")
@@ -22,6 +22,11 @@ def test_decays_at_the_end_of_float32():
 @pytest.mark.parametrize("direction", ["forward", "reverse", "both"])
 def test_convolution_with_initial_states_and_neighbours(direction, packed):
     check(simplest(ConvCase, seed=3, length=9, direction=direction, packed=packed, initial=True, bias=True), "triton")
+
+
+def test_the_most_states_that_it_takes():
+    assert why_not("scan", "triton", device="cpu", d_state=257)
+    check(simplest(ScanCase, length=3, states=256, direction="both", z="all", D=True, bias=True, batch=1), "triton")
 
 
 def test_reduction_of_partial_groups():

@@ -103,15 +103,8 @@ def test_only_needed_gradients_are_returned(call, backend):
 
 
 def big(op, **changes):
-    sizes = {
-        "batch": 3,
-        "length": 301,
-        "grid": (12, 5, 5),
-        "channels_per_group": 37,
-        "channels": 37,
-        "states": 16,
-        "reduction": (4, 2, 2),
-    }
+    sizes = {"batch": 3, "length": 301, "grid": (12, 5, 5), "states": 16, "reduction": (4, 2, 2)}
+    sizes |= {"channels_per_group": 37, "channels": 37}
     kind = {"scan": ScanCase, "conv": ConvCase, "reduce": ReduceCase}[op]
     return simplest(kind, **(sizes | {"direction": "both", "z": "all", "D": True, "bias": True} | changes))
 

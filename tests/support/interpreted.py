@@ -13,6 +13,8 @@ from .parity_cases import ConvCase, ReduceCase, ScanCase
 # It has to be asked for before triton is imported: then kernels run on CPU tensors, and none is
 # compiled.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Every Triton kernel, without the "_kernel" of its name.
+KERNELS = {"scan", "backward", "combine", "conv", "conv_backward", "conv_state", "reduce", "spread"}
 # Tokens that the programs of a scan walk through, one after another: 20 milliseconds each with
 # gradients.
 STEPS = 24

@@ -15,18 +15,9 @@ from .structs import DTYPES
 from .threads import thread_count
 
 __all__ = [
-    "NAME",
-    "checkpoint_shapes",
-    "conv",
-    "conv_backward",
-    "exp2_fma_rate",
-    "own_device",
-    "reduce",
-    "reduce_backward",
-    "scan",
-    "scan_backward",
-    "why_not",
-]
+    "NAME", "checkpoint_shapes", "conv", "conv_backward", "own_device", "reduce", "reduce_backward", "scan",
+    "scan_backward", "why_not", "exp2_fma_rate",
+]  # fmt: skip
 
 NAME = "cpu"
 

@@ -7,17 +7,9 @@ from .reduce import reduce, reduce_backward
 from .scan import checkpoint_shapes, scan, scan_backward
 
 __all__ = [
-    "NAME",
-    "checkpoint_shapes",
-    "conv",
-    "conv_backward",
-    "own_device",
-    "reduce",
-    "reduce_backward",
-    "scan",
-    "scan_backward",
-    "why_not",
-]
+    "NAME", "checkpoint_shapes", "conv", "conv_backward", "own_device", "reduce", "reduce_backward", "scan",
+    "scan_backward", "why_not",
+]  # fmt: skip
 
 NAME = "torch"
 

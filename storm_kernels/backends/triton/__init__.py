@@ -21,18 +21,9 @@ from .scan_layout import checkpoint_shapes
 from .warm import warmup
 
 __all__ = [
-    "NAME",
-    "checkpoint_shapes",
-    "conv",
-    "conv_backward",
-    "own_device",
-    "reduce",
-    "reduce_backward",
-    "scan",
-    "scan_backward",
-    "warmup",
-    "why_not",
-]
+    "NAME", "checkpoint_shapes", "conv", "conv_backward", "own_device", "reduce", "reduce_backward", "scan",
+    "scan_backward", "why_not", "warmup",
+]  # fmt: skip
 
 NAME = "triton"
 INTERPRETED = triton.knobs.runtime.interpret
