@@ -12,6 +12,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import storm_kernels as sk
 from storm_kernels import reference
+from storm_kernels.backends.dispatch import OPS
 from storm_kernels.nn import linear as home
 
 from .test_ops import CALLS, Recorder
@@ -234,7 +235,7 @@ def test_kernels_run_under_grad_and_vmap():
         by_jvp(named)
 
 
-@pytest.mark.parametrize("op", ["scan", "conv", "reduce"])
+@pytest.mark.parametrize("op", OPS)
 def test_an_operator_called_by_itself_never_drops_a_tangent(op):
     """As a traced program calls it."""
     with Recorder() as recorder:

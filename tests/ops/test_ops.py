@@ -5,8 +5,9 @@ import torch
 from torch.library import opcheck
 
 import storm_kernels as sk
+from storm_kernels.backends.dispatch import OPS
 
-from ..support.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
+from ..support.parity_cases import KINDS, ConvCase, ReduceCase, ScanCase, simplest
 from ..support.parity_random import CASES
 
 BACKENDS = [name for name in ("torch", "cpu") if not sk.why_not("scan", name)]
@@ -18,7 +19,7 @@ CALLS = {
     "conv_state": simplest(ConvCase, direction="reverse", initial=True, bias=True),
     "reduce": simplest(ReduceCase, reduction=(2, 2, 2)),
 }
-CHECKED = {"scan", "scan_backward", "conv", "conv_backward", "reduce", "reduce_backward"}
+CHECKED = {name for op in OPS for name in (op, f"{op}_backward")}
 
 
 class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
@@ -105,8 +106,7 @@ def test_only_needed_gradients_are_returned(call, backend):
 def big(op, **changes):
     sizes = {"batch": 3, "length": 301, "grid": (12, 5, 5), "states": 16, "reduction": (4, 2, 2)}
     sizes |= {"channels_per_group": 37, "channels": 37}
-    kind = {"scan": ScanCase, "conv": ConvCase, "reduce": ReduceCase}[op]
-    return simplest(kind, **(sizes | {"direction": "both", "z": "all", "D": True, "bias": True} | changes))
+    return simplest(KINDS[op], **(sizes | {"direction": "both", "z": "all", "D": True, "bias": True} | changes))
 
 
 def results(case, backend, operands=None):
@@ -118,7 +118,7 @@ def results(case, backend, operands=None):
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "torch"])
-@pytest.mark.parametrize("op", ["scan", "conv", "reduce"])
+@pytest.mark.parametrize("op", OPS)
 def test_reruns_and_threads_change_no_bit(op, backend):
     case, threads = big(op), torch.get_num_threads()
     outs, grads = results(case, backend)
@@ -133,7 +133,7 @@ def test_reruns_and_threads_change_no_bit(op, backend):
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "torch"])
-@pytest.mark.parametrize("op", ["scan", "conv", "reduce"])
+@pytest.mark.parametrize("op", OPS)
 def test_a_batch_is_its_members_to_the_bit(op, backend):
     case = big(op)
     operands = case.operands()

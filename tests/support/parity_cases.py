@@ -184,6 +184,9 @@ class ReduceCase:
         }
 
 
+KINDS = {"scan": ScanCase, "conv": ConvCase, "reduce": ReduceCase}  # by operation
+
+
 class Draw:
     """Random values from a seed."""
 

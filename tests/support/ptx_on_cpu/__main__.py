@@ -21,12 +21,10 @@ import torch
 from storm_kernels.backends.cuda import launcher, source
 
 from ..parity import check
-from ..parity_cases import ConvCase, ReduceCase, ScanCase, simplest
+from ..parity_cases import KINDS, simplest
 from . import Machine, OnPtx, Options, Refused
 from .machine import ALWAYS
 from .parser import Instruction
-
-CASES = {"scan": ScanCase, "conv": ConvCase, "reduce": ReduceCase}
 
 
 def source_line(place: tuple[str, int, int]) -> str:
@@ -88,16 +86,16 @@ def _case(op: str, changes: list[str]):
             fields[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             fields[name] = value
-    known = CASES[op].__dataclass_fields__
+    known = KINDS[op].__dataclass_fields__
     unknown = fields.keys() - known.keys()
     if unknown:
         raise SystemExit(f"{op} has no {', '.join(sorted(unknown))}: it has {', '.join(known)}")
-    return simplest(CASES[op], **fields)
+    return simplest(KINDS[op], **fields)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.support.ptx_on_cpu", description=__doc__.split("\n\n")[0])
-    parser.add_argument("op", choices=CASES)
+    parser.add_argument("op", choices=KINDS)
     parser.add_argument("changes", nargs="*", metavar="field=value")
     parser.add_argument("--backend", choices=["cuda", "triton"], default="cuda", help="default: cuda")
     parser.add_argument("--arch", default="sm_90", help="sm_80, sm_90 (default) or sm_100")
