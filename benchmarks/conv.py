@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from pathlib import Path
+from itertools import product
 from typing import Annotated
 
 import torch
@@ -30,26 +30,18 @@ CHECKED_TOKENS = 2048
 def main(
     lengths: Annotated[str, typer.Option(help="Tokens, comma between.")] = "2048,16384",
     channels: Annotated[str, typer.Option(help="Channels E, comma between.")] = "1536",
-    dtypes: Annotated[str, typer.Option(help=", ".join(subject.DTYPES))] = "float32,bfloat16",
-    modes: Annotated[str, typer.Option(help=", ".join(subject.MODES))] = "forward,both",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda; without it, a GPU if there is one.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Append rows to this file.")] = None,
+    dtypes: subject.Dtypes = "float32,bfloat16",
+    modes: subject.Modes = "forward,both",
+    device: subject.Device = None,
+    out: subject.Out = None,
 ) -> None:
     """Time the bidirectional causal convolution."""
-    device = device or subject.default_device()
-    wanted = subject.names("modes", modes, subject.MODES)
-    shapes = [
-        (length, width)
-        for width in subject.numbers("channels", channels)
-        for length in subject.numbers("lengths", lengths)
-    ]
-    kinds = [subject.DTYPES[name] for name in subject.names("dtypes", dtypes, subject.DTYPES)]
-    rows = subject.open_rows(out)
-    subject.say_environment(device)
-    for dtype in kinds:
-        for length, width in shapes:
-            for one in measurements(length, width, dtype, device, wanted):
-                subject.measure(one, device, rows)
+    shapes = list(product(subject.numbers("channels", channels), subject.numbers("lengths", lengths)))
+    run = subject.begin(dtypes, modes, device, out)
+    for dtype in run.dtypes:
+        for width, length in shapes:
+            for one in measurements(length, width, dtype, run.device, run.modes):
+                subject.measure(one, run.device, run.rows)
 
 
 def operands(length: int, channels: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ import copy
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -35,24 +34,22 @@ def main(
     tokens: Annotated[str, typer.Option(help="Prompt lengths, comma between.")] = "2048",
     width: Annotated[str, typer.Option(help="Hidden size.")] = "768",
     layers: Annotated[str, typer.Option(help="Layers.")] = "4",
-    dtypes: Annotated[str, typer.Option(help=", ".join(subject.DTYPES))] = "float32",
+    dtypes: subject.Dtypes = "float32",
     rounds: Annotated[str, typer.Option(help="Turns that each model takes.")] = "5",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda; without it, a GPU if there is one.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Append rows to this file.")] = None,
+    device: subject.Device = None,
+    out: subject.Out = None,
 ) -> None:
     """Time the prefill of a patched and an unpatched model."""
-    device = device or subject.default_device()
     families = subject.names("family", family, _families())
     texts = {"width": width, "layers": layers, "rounds": rounds}
     (hidden,), (depth,), (turns,) = (subject.numbers(name, text) for name, text in texts.items())
-    kinds = [subject.DTYPES[name] for name in subject.names("dtypes", dtypes, subject.DTYPES)]
     lengths = subject.numbers("tokens", tokens)
-    rows = subject.open_rows(out)
-    subject.say_environment(device)
-    for dtype in kinds:
+    run = subject.begin(dtypes, "forward", device, out)
+    for dtype in run.dtypes:
         for name in families:
             for length in lengths:
-                subject.measure(measurement(name, length, hidden, depth, dtype, device), device, rows, rounds=turns)
+                what = measurement(name, length, hidden, depth, dtype, run.device)
+                subject.measure(what, run.device, run.rows, rounds=turns)
 
 
 def _families() -> dict[str, tuple[type, type]]:

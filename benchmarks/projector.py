@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -36,26 +35,21 @@ def main(
     width: Annotated[str, typer.Option(help="Model width D.")] = "768",
     vision_width: Annotated[str, typer.Option(help="Width of the image tokens.")] = "256",
     layers: Annotated[str, typer.Option(help="Mixers.")] = "1",
-    dtypes: Annotated[str, typer.Option(help=", ".join(subject.DTYPES))] = "float32,bfloat16",
-    modes: Annotated[str, typer.Option(help=", ".join(subject.MODES))] = "forward",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda; without it, a GPU if there is one.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Append rows to this file.")] = None,
+    dtypes: subject.Dtypes = "float32,bfloat16",
+    modes: subject.Modes = "forward",
+    device: subject.Device = None,
+    out: subject.Out = None,
 ) -> None:
     """Time the temporal projector."""
-    device = device or subject.default_device()
-    wanted = subject.names("modes", modes, subject.MODES)
     texts = {"side": side, "width": width, "vision-width": vision_width, "layers": layers}
     (edge,), (model_width,), (image_width,), (depth,) = (subject.numbers(name, text) for name, text in texts.items())
     counts = subject.numbers("frames", frames)
-    kinds = [subject.DTYPES[name] for name in subject.names("dtypes", dtypes, subject.DTYPES)]
-    rows = subject.open_rows(out)
-    subject.say_environment(device)
-    for dtype in kinds:
+    run = subject.begin(dtypes, modes, device, out)
+    for dtype in run.dtypes:
         for count in counts:
-            for one in measurements(
-                TokenGrid(count, edge, edge), model_width, image_width, depth, dtype, device, wanted
-            ):
-                subject.measure(one, device, rows, rounds=3)
+            grid = TokenGrid(count, edge, edge)
+            for one in measurements(grid, model_width, image_width, depth, dtype, run.device, run.modes):
+                subject.measure(one, run.device, run.rows, rounds=3)
 
 
 def measurements(

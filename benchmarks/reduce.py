@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from pathlib import Path
+from itertools import product
 from typing import Annotated
 
 import torch
@@ -29,28 +29,19 @@ def main(
     frames: Annotated[str, typer.Option(help="Frames, comma between.")] = "32,128",
     side: Annotated[str, typer.Option(help="Tokens a frame's side.")] = "16",
     channels: Annotated[str, typer.Option(help="Channels, comma between.")] = "768",
-    dtypes: Annotated[str, typer.Option(help=", ".join(subject.DTYPES))] = "float32,bfloat16",
-    modes: Annotated[str, typer.Option(help=", ".join(subject.MODES))] = "forward",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda; without it, a GPU if there is one.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Append rows to this file.")] = None,
+    dtypes: subject.Dtypes = "float32,bfloat16",
+    modes: subject.Modes = "forward",
+    device: subject.Device = None,
+    out: subject.Out = None,
 ) -> None:
     """Time the token reduction."""
-    device = device or subject.default_device()
-    wanted = subject.names("modes", modes, subject.MODES)
     (edge,) = subject.numbers("side", side)
-    shapes = [
-        (TokenGrid(count, edge, edge), width)
-        for width in subject.numbers("channels", channels)
-        for count in subject.numbers("frames", frames)
-    ]
-    kinds = [subject.DTYPES[name] for name in subject.names("dtypes", dtypes, subject.DTYPES)]
-    rows = subject.open_rows(out)
-    subject.say_environment(device)
-    for dtype in kinds:
-        for grid, width in shapes:
-            for reduction in REDUCTIONS:
-                for one in measurements(grid, width, reduction, dtype, device, wanted):
-                    subject.measure(one, device, rows)
+    shapes = list(product(subject.numbers("channels", channels), subject.numbers("frames", frames), REDUCTIONS))
+    run = subject.begin(dtypes, modes, device, out)
+    for dtype in run.dtypes:
+        for width, count, reduction in shapes:
+            for one in measurements(TokenGrid(count, edge, edge), width, reduction, dtype, run.device, run.modes):
+                subject.measure(one, run.device, run.rows)
 
 
 def torch_mean(x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
+from itertools import product
 from typing import Annotated
 
 import torch
@@ -39,31 +39,23 @@ def main(
     lengths: Annotated[str, typer.Option(help="Tokens, comma between.")] = "512,2048,8192",
     channels: Annotated[str, typer.Option(help="Channels E, comma between.")] = "1536",
     states: Annotated[str, typer.Option(help="States S.")] = "16",
-    dtypes: Annotated[str, typer.Option(help=", ".join(subject.DTYPES))] = "float32,bfloat16",
-    modes: Annotated[str, typer.Option(help=", ".join(subject.MODES))] = "forward,both",
+    dtypes: subject.Dtypes = "float32,bfloat16",
+    modes: subject.Modes = "forward,both",
     peer_length: Annotated[
         str,
         typer.Option(help="Longer sequences are timed without what loops over tokens: the reference and most peers."),
     ] = "2048",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda; without it, a GPU if there is one.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Append rows to this file.")] = None,
+    device: subject.Device = None,
+    out: subject.Out = None,
 ) -> None:
     """Time the selective scan."""
-    device = device or subject.default_device()
-    wanted = subject.names("modes", modes, subject.MODES)
     (most,), (size,) = subject.numbers("peer-length", peer_length), subject.numbers("states", states)
-    shapes = [
-        (length, width)
-        for width in subject.numbers("channels", channels)
-        for length in subject.numbers("lengths", lengths)
-    ]
-    kinds = [subject.DTYPES[name] for name in subject.names("dtypes", dtypes, subject.DTYPES)]
-    rows = subject.open_rows(out)
-    subject.say_environment(device)
-    for dtype in kinds:
-        for length, width in shapes:
-            for one in measurements(length, width, size, dtype, device, wanted, length <= most):
-                subject.measure(one, device, rows)
+    shapes = list(product(subject.numbers("channels", channels), subject.numbers("lengths", lengths)))
+    run = subject.begin(dtypes, modes, device, out)
+    for dtype in run.dtypes:
+        for width, length in shapes:
+            for one in measurements(length, width, size, dtype, run.device, run.modes, length <= most):
+                subject.measure(one, run.device, run.rows)
 
 
 def operands(length: int, channels: int, states: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:

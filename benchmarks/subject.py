@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
@@ -23,6 +24,11 @@ from .harness import Row, Rows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("forward", "backward", "both")
+# Options that the commands share; their texts go to `begin`.
+Dtypes = Annotated[str, typer.Option(help=", ".join(DTYPES))]
+Modes = Annotated[str, typer.Option(help=", ".join(MODES))]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda; without it, a GPU if there is one.")]
+Out = Annotated[Path | None, typer.Option(help="Append rows to this file.")]
 # On a CPU, the backends that may run; on a GPU too. "torch" is the plain reference.
 BACKENDS = ("cpu", "cuda", "triton")
 
@@ -163,7 +169,29 @@ def open_rows(path: Path | None) -> Rows | None:
         raise typer.BadParameter(f"--out: {error}") from None
 
 
-def command(main: Callable[..., None], arguments: list[str] | None = None, prog: str | None = None) -> int:
+class Run(NamedTuple):
+    """What the shared options ask for."""
+
+    dtypes: list[torch.dtype]
+    modes: list[str]
+    device: str
+    rows: Rows | None
+
+
+def begin(dtypes: str, modes: str, device: str | None, out: Path | None) -> Run:
+    """Read the shared options, and say where the command runs; `typer.BadParameter` names what is wrong."""
+    kinds = [DTYPES[name] for name in names("dtypes", dtypes, DTYPES)]
+    run = Run(kinds, names("modes", modes, MODES), device or default_device(), open_rows(out))
+    say_environment(run.device)
+    return run
+
+
+def command(
+    main: Callable[..., None],
+    arguments: list[str] | None = None,
+    prog: str | None = None,
+    refusals: tuple[type[Exception], ...] = (),
+) -> int:
     """Run ``main`` as a command line -> exit status, with one line where it is not 0.
 
     1: a failed check, or rows that cannot be written; 2: bad input; 130: Ctrl-C. Rows that were
@@ -172,6 +200,7 @@ def command(main: Callable[..., None], arguments: list[str] | None = None, prog:
     Args:
         arguments: what follows the command's name; None takes this process's.
         prog: the command's name in its help.
+        refusals: further exceptions by which ``main`` says that its input is bad.
     """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
@@ -179,8 +208,10 @@ def command(main: Callable[..., None], arguments: list[str] | None = None, prog:
         return typer.main.get_command(app).main(arguments, prog_name=prog, standalone_mode=False) or 0
     except typer.BadParameter.__base__ as error:  # click's usage error, by whichever way typer got hold of click
         message, status = error.format_message(), 2
+    except refusals as error:
+        message, status = str(error), 2
     except harness.CheckFailed as error:
-        message, status = f"a check failed, so it is not timed: {error}", 1
+        message, status = f"a check failed, so nothing more is timed: {error}", 1
     except OSError as error:
         message, status = f"cannot write {error.filename}: {error.strerror}; what was written before is kept", 1
     except (KeyboardInterrupt, typer.Abort):

@@ -5,7 +5,7 @@ TokenGrid, TokenReduction                      where a video's tokens sit; which
 selective_scan, Direction                      Mamba-1's scan, gated and reduced; one direction's operands
 bidirectional_selective_scan                   both directions of it in one launch
 causal_conv1d, bidirectional_causal_conv1d     the depthwise convolution before a scan, in one or both orders
-reduce_tokens, residual_layer_norm             the token reduction and the projector's norm by themselves
+reduce_tokens                                  the token reduction by itself
 reference                                      the plain-PyTorch twin of each, under the same name
 patch, unpatch, patched, PatchError            the mixers that a model has already, on the kernels and back
 use_backend, set_default_backend               who runs: "cpu", "cuda", "triton" or "torch" (plain PyTorch)
@@ -38,7 +38,6 @@ from .ops import (
     bidirectional_selective_scan,
     causal_conv1d,
     reduce_tokens,
-    residual_layer_norm,
     selective_scan,
 )
 from .patch import PatchError, patch, patched, unpatch
@@ -62,7 +61,6 @@ __all__ = [
     "patched",
     "reduce_tokens",
     "reference",
-    "residual_layer_norm",
     "selective_scan",
     "set_default_backend",
     "stats",

@@ -36,7 +36,7 @@ class Check:
     """One comparison: what was run, and the first result that is out of bounds.
 
     Args:
-        op: "scan", "conv", "reduce" or "norm".
+        op: "scan", "conv" or "reduce".
         backend: who ran it: "torch", "cpu", "triton" or "cuda".
         device: where: "cpu" or "cuda".
         dtype: of the activations, such as "float32".
@@ -244,21 +244,6 @@ def _conv(room: Any, t: Operands) -> Operands:
     return dict(zip(("forward", "backward"), outs, strict=True))
 
 
-def _norm_operands(dtype: torch.dtype) -> Operands:
-    found = _draw(
-        x=(_BATCH, _GRID.tokens, _CHANNELS),
-        residual=(_BATCH, _GRID.tokens, _CHANNELS),
-        weight=(_CHANNELS,),
-        bias=(_CHANNELS,),
-    )
-    return found | {name: found[name].to(dtype) for name in ("x", "residual")}
-
-
-def _norm(room: Any, t: Operands) -> Operands:
-    normed, summed = room.residual_layer_norm(t["x"], t["residual"], t["weight"], t["bias"], 1e-5)
-    return {"norm": normed, "sum": summed}
-
-
 def _scan_with_state(dtype: torch.dtype) -> Operands:
     return _scan_operands(dtype, ("",), initial_state=(_BATCH, _CHANNELS, _STATES))
 
@@ -282,5 +267,4 @@ _CASES: dict[str, dict[str, tuple[Callable[[torch.dtype], Operands], Call]]] = {
             lambda room, t: {"result": room.reduce_tokens(t["x"], _GRID, _REDUCTION)},
         )
     },
-    "norm": {"residual": (_norm_operands, _norm)},
 }

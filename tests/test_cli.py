@@ -89,7 +89,7 @@ def test_verify_tells_of_a_backend_that_cannot_run_as_asked():
     assert re.search(
         r"^scan +cpu +cpu +FAILED\n +any dtype, asked for by STORM_KERNELS_CPU_ISA=avx9000: ", child.stdout, re.M
     ), child.stdout
-    assert "'avx9000' is not available" in child.stdout and child.stdout.endswith("3 failures\n")
+    assert "'avx9000' is not available" in child.stdout and child.stdout.endswith(f"{len(dispatch.OPS)} failures\n")
 
 
 def test_command_line_errors(capsys):

@@ -195,8 +195,6 @@ FUNCTIONS = {
         "^dtypes must be a sequence of torch.dtype, got dtype$"),
     "why_not's dtypes=names": (lambda: sk.why_not("scan", "cpu", dtypes=["float32"]), TypeError,
         "^dtypes must be a sequence of torch.dtype, got list$"),
-    "eps": (lambda: sk.residual_layer_norm(U, None, torch.ones(4), None, eps="small"), TypeError,
-        "^eps must be a number, got 'small'$"),
     "no forward": (lambda: sk.bidirectional_selective_scan(backward=ONE), TypeError,
         "missing 1 required positional argument: 'forward'"),
     "u and all others=list": (lambda: sk.selective_scan(*[LONG] * 5), TypeError, "^u must be a tensor, got list$"),

@@ -33,10 +33,7 @@ LARGE_GPU, SMALL_GPU = 227 * 1024, 99 * 1024
 MOST = 4096  # states and taps that are tried
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPERATIONS = {
-    "scan": "`selective_scan`, `bidirectional_selective_scan`",
-    "conv": "`causal_conv1d`, `bidirectional_causal_conv1d`",
-    "reduce": "`reduce_tokens`",
-    "norm": "`residual_layer_norm`",
+    op: ", ".join(f"`{name}`" for name, own in dispatch.FUNCTIONS.items() if own == op) for op in dispatch.OPS
 }
 
 

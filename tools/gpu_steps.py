@@ -37,19 +37,15 @@ def steps(device: str, state: Path = STATE) -> dict[str, Step]:
     return {"cuda": on_a_gpu, "ptx": in_the_interpreter}[device](str(results(device, state)))
 
 
+def _scan(where: list[str], channels: str, out: str) -> list[str]:
+    """The options of the scan's benchmark, less its lengths."""
+    formats = ["--dtypes", "bfloat16", "--modes", "forward,backward"]
+    return [*where, "--channels", channels, *formats, "--out", f"{out}/scan.json"]
+
+
 def on_a_gpu(out: str) -> dict[str, Step]:
     where, tests = ["--device", "cuda"], ["pytest", "tests/backends/test_parity.py", "-m", "gpu"]
-    scan = [
-        *where,
-        "--channels",
-        "7168",
-        "--dtypes",
-        "bfloat16",
-        "--modes",
-        "forward,backward",
-        "--out",
-        f"{out}/scan.json",
-    ]
+    scan = _scan(where, "7168", out)
     e2e = ["storm_benchmarks.e2e", "--preset", "storm-7b", *where]
     return {
         "test": Step([tests]),
@@ -75,17 +71,7 @@ def on_a_gpu(out: str) -> dict[str, Step]:
 
 def in_the_interpreter(out: str) -> dict[str, Step]:
     where, tests = ["--device", "cpu"], ["pytest", "tests/backends/test_parity.py", "-m", "gpu"]
-    scan = [
-        *where,
-        "--channels",
-        "8",
-        "--dtypes",
-        "bfloat16",
-        "--modes",
-        "forward,backward",
-        "--out",
-        f"{out}/scan.json",
-    ]
+    scan = _scan(where, "8", out)
     small = [*where, "--dtypes", "float32"]
     e2e = ["storm_benchmarks.e2e", "--preset", "tiny", *where, "--repeat", "1"]
     return {

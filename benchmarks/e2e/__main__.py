@@ -19,13 +19,10 @@ from storm_model import presets
 from storm_model.loading import FLOATS
 from storm_model.video import StormVideoError
 
-from .. import environment
-from ..harness import CheckFailed, Rows
+from .. import environment, subject
+from ..harness import Rows
 from . import arguments, options, pipeline, report, summary, work
 from .console import progress_of, say, show
-
-# click's, by whichever way typer got hold of click: recent releases carry their own copy.
-_UsageError = typer.BadParameter.__base__
 
 
 def main(
@@ -106,26 +103,10 @@ def cli(arguments: list[str] | None = None, prog: str = "python -m storm_benchma
     """Exit status: 0; 1 a failed check, or results that cannot be written; 2 bad input, told in one
     line; 130 Ctrl-C.
     """
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
-    command = typer.main.get_command(app)
-    try:
-        with warnings.catch_warnings():
-            for kind in (DeprecationWarning, FutureWarning):  # of libraries to their callers, which users are not
-                warnings.simplefilter("ignore", kind)
-            return command.main(arguments, prog_name=prog, standalone_mode=False) or 0
-    except _UsageError as error:
-        message, status = error.format_message(), 2
-    except (options.BadRequest, StormVideoError) as error:
-        message, status = str(error), 2
-    except CheckFailed as error:
-        message, status = f"a check failed, so nothing more is timed: {error}", 1
-    except OSError as error:
-        message, status = f"cannot write {error.filename}: {error.strerror}; what was written before is kept", 1
-    except (KeyboardInterrupt, typer.Abort):
-        message, status = "stopped", 130
-    print(f"error: {message}", file=sys.stderr)
-    return status
+    with warnings.catch_warnings():
+        for kind in (DeprecationWarning, FutureWarning):  # of libraries to their callers, which users are not
+            warnings.simplefilter("ignore", kind)
+        return subject.command(main, arguments, prog, refusals=(options.BadRequest, StormVideoError))
 
 
 if __name__ == "__main__":

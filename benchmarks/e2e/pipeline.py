@@ -220,17 +220,10 @@ class Run:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)
 
-    def _timed_row(
-        self,
-        stage: str,
-        found: Rounds,
-        rounds: list[float],
-        variant: Variant | None = None,
-        kind: str | None = None,
-        **more,
-    ) -> Row:
+    def _timed_row(self, stage: str, found: Rounds, rounds: list[float], *whose, **more) -> Row:
+        """``whose``: variant and kind of projector, as `_row` takes them."""
         each = [round(ms, 4) for ms in rounds]
-        return self._row(stage, found.frames, found.looped, rounds, variant, kind, rounds_ms=each, **more)
+        return self._row(stage, found.frames, found.looped, rounds, *whose, rounds_ms=each, **more)
 
     def _row(
         self,

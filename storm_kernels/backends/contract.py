@@ -115,7 +115,7 @@ ConvGrads = tuple[Tensor | None, tuple[tuple[Tensor | None, Tensor | None], ...]
 
 
 class Backend(Protocol):
-    """The functions a backend module has. ``op`` is "scan", "conv", "reduce" or "norm"."""
+    """The functions a backend module has. ``op`` is "scan", "conv" or "reduce"."""
 
     NAME: str
 
@@ -177,17 +177,3 @@ class Backend(Protocol):
 
     def reduce_backward(self, grad: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:
         """grad (batch, T'*H'*W', C) -> (batch, T*H*W, C) in grad's dtype."""
-
-    def norm(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """LayerNorm of ``x + residual``, both (rows, C) -> (normed, sum: (rows, C) in x's dtype;
-        mean, rstd: (rows,) float32).
-        """
-
-    def norm_backward(
-        self, grad_normed: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """-> gradients of the sum (rows, C) in summed's dtype (that of x and of residual alike), of
-        weight (C,), of bias (C,) in float32.
-        """

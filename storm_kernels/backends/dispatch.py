@@ -25,7 +25,7 @@ from .contract import Backend
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("cpu", "cuda", "triton", "torch")
-OPS = ("scan", "conv", "reduce", "norm")
+OPS = ("scan", "conv", "reduce")
 # The operation that a public function runs.
 FUNCTIONS = {
     "selective_scan": "scan",
@@ -33,17 +33,14 @@ FUNCTIONS = {
     "causal_conv1d": "conv",
     "bidirectional_causal_conv1d": "conv",
     "reduce_tokens": "reduce",
-    "residual_layer_norm": "norm",
 }
-# By device type and operation, best first. LayerNorm on a CPU is torch's own: memory-bound,
-# vectorised there already.
+# By device type and operation, best first.
 ORDER = {
-    "cpu": {"scan": ("cpu", "torch"), "conv": ("cpu", "torch"), "reduce": ("cpu", "torch"), "norm": ("torch",)},
+    "cpu": {"scan": ("cpu", "torch"), "conv": ("cpu", "torch"), "reduce": ("cpu", "torch")},
     "cuda": {
         "scan": ("cuda", "triton", "torch"),
         "conv": ("cuda", "triton", "torch"),
         "reduce": ("cuda", "triton", "torch"),
-        "norm": ("triton", "torch"),
     },
 }
 
@@ -169,7 +166,7 @@ def why_not(
     """None if ``backend`` can run ``op`` on such tensors; else why not and how to fix it.
 
     Args:
-        op: "scan", "conv", "reduce" or "norm", or the name of the public function, such as "selective_scan".
+        op: "scan", "conv" or "reduce", or the name of the public function, such as "selective_scan".
         backend: "torch", "cpu", "triton" or "cuda".
         device: where the tensors lie; None, the default, for the device that the backend is made for.
         dtypes: those of the activations; float32 by default.
@@ -183,8 +180,8 @@ def why_not(
     Example:
         >>> why_not("selective_scan", "torch") is None
         True
-        >>> why_not("residual_layer_norm", "cpu")
-        'a LayerNorm on a CPU is bound by memory and vectorised in PyTorch: the cpu backend leaves it to torch'
+        >>> why_not("selective_scan", "cpu", dtypes=(torch.float64,))
+        'the cpu backend takes float32, bfloat16 and float16 activations, not torch.float64; the torch backend does'
     """
     op = FUNCTIONS.get(op, op) if isinstance(op, str) else op
     if not isinstance(op, str) or op not in OPS:

@@ -2,7 +2,6 @@
 
 from . import flops
 from .conv import bidirectional_causal_conv1d, causal_conv1d
-from .norm import residual_layer_norm
 from .reduce import reduce_tokens
 from .scan import bidirectional_selective_scan, selective_scan
 
@@ -11,7 +10,6 @@ __all__ = [
     "bidirectional_selective_scan",
     "causal_conv1d",
     "reduce_tokens",
-    "residual_layer_norm",
     "selective_scan",
 ]
 

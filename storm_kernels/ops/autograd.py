@@ -33,7 +33,7 @@ def register(
     Args:
         op: result of ``torch.library.custom_op``; its last argument is the backend asked for, its
             results are a tensor or a tuple of tensors.
-        kind: the operation in the terms of :mod:`storm_kernels.backends.dispatch`: "scan", "conv", "reduce" or "norm".
+        kind: the operation in the terms of :mod:`storm_kernels.backends.dispatch`: "scan", "conv" or "reduce".
         plain: the same function of the same arguments in differentiable PyTorch.
         backward, setup_context: as in ``op.register_autograd``; without them the operator is
             differentiated through ``plain``.

@@ -17,7 +17,6 @@ from collections.abc import Callable
 import torch
 
 from .conv import CONV, CONV_BACKWARD
-from .norm import NORM, NORM_BACKWARD
 from .operands import Table
 from .reduce import REDUCE, REDUCE_BACKWARD
 from .scan_operator import SCAN, SCAN_BACKWARD
@@ -26,9 +25,6 @@ from .scan_operator import SCAN, SCAN_BACKWARD
 # (github.com/state-spaces/mamba, issue 110). Ours by hand is less: delta*A and exp (2), times h
 # (1), delta*u*B and its addition (2), times C and the sum over states (2).
 SCAN_PER_STATE = 9
-# Of the norm, for each element: mean (1), difference (1), its square and the sum (2), times rstd
-# (1), weight and bias (2).
-NORM_PER_ELEMENT = 7
 
 _COUNTER = "torch.utils.flop_counter"
 
@@ -45,10 +41,6 @@ def _conv(a) -> int:
     return filters * 2 * math.prod(a.x) * a.weight[-1]
 
 
-def _norm(a) -> int:
-    return (NORM_PER_ELEMENT + (a.residual is not None)) * math.prod(a.x)
-
-
 # Each operator's table and the count of its arguments. A reduction adds each element; its backward
 # pass multiplies each element of the gradient.
 FORMULAS = {
@@ -58,8 +50,6 @@ FORMULAS = {
     "conv_backward": (CONV_BACKWARD, lambda a: 2 * _conv(a)),
     "reduce": (REDUCE, lambda a: math.prod(a.x)),
     "reduce_backward": (REDUCE_BACKWARD, lambda a: math.prod(a.grad)),
-    "norm": (NORM, _norm),
-    "norm_backward": (NORM_BACKWARD, lambda a: 2 * NORM_PER_ELEMENT * math.prod(a.grad_normed)),
 }
 
 

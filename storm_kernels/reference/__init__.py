@@ -6,7 +6,6 @@ from .functions import (
     bidirectional_selective_scan,
     causal_conv1d,
     reduce_tokens,
-    residual_layer_norm,
     selective_scan,
 )
 from .mixer import MixerLayer, ReferenceMixer
@@ -21,6 +20,5 @@ __all__ = [
     "bidirectional_selective_scan",
     "causal_conv1d",
     "reduce_tokens",
-    "residual_layer_norm",
     "selective_scan",
 ]

@@ -174,22 +174,6 @@ def reduce_tokens(x: Tensor, grid: TokenGrid | None, reduction: TokenReduction |
     return kept.movedim(1, -1).reshape(batch, -1, channels).to(x.dtype)
 
 
-def residual_layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
-    """Plain twin of :func:`storm_kernels.residual_layer_norm`; same arguments, less ``backend``.
-
-    Example:
-        >>> normed, _ = residual_layer_norm(torch.tensor([[1.0, 3.0]]), None, torch.ones(2), None)
-        >>> normed.round(decimals=3)
-        tensor([[-1.,  1.]])
-    """
-    acc = _accumulate(x)
-    summed = x if residual is None else (x.to(acc) + residual.to(acc)).to(x.dtype)
-    normed = F.layer_norm(summed.to(acc), weight.shape, weight.to(acc), None if bias is None else bias.to(acc), eps)
-    return normed.to(x.dtype), summed
-
-
 def _accumulate(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of states and sums: float64 if any operand is, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32

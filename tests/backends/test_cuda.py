@@ -168,20 +168,8 @@ def test_reduced_scan_whose_sums_grow_past_shared_memory(shared):
 @pytest.mark.parametrize("direction", ["forward", "reverse", "both"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_convolution_over_several_tiles(direction, packed, on_cpu):
-    check(
-        simplest(
-            ConvCase,
-            seed=3,
-            length=530,
-            channels=5,
-            direction=direction,
-            packed=packed,
-            initial=True,
-            bias=True,
-            width=4,
-        ),
-        "cuda",
-    )
+    order = {"direction": direction, "packed": packed}
+    check(simplest(ConvCase, seed=3, length=530, channels=5, initial=True, bias=True, **order), "cuda")
 
 
 def test_reduction_of_a_large_grid(on_cpu):

@@ -36,16 +36,11 @@ def compiled(
     )
     options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None}
     options |= {"grid": GRID, "reduction": REDUCTION} if reduced else {"grid": None, "reduction": None}
-    z = x if gated else None
+    call = ScanCall(both, x if gated else None, **options)
     with launcher.using(Recorder()) as recorder:
-        found = scan(ScanCall(both, z, **options), save_checkpoints=True)
-        scan_backward(
-            found.out,
-            None,
-            ScanCall(both, z, **options),
-            found.checkpoints,
-            needs=frozenset({"u", "delta", "A", "B", "C", "z"}),
-        )
+        found = scan(call, save_checkpoints=True)
+        needs = frozenset({"u", "delta", "A", "B", "C", "z"})
+        scan_backward(found.out, None, call, found.checkpoints, needs=needs)
     ((name, defines),) = ((name, dict(defines)) for name, asked, defines in recorder.asked if asked == kernel)
     return defines, launcher.compile_cubin(name, defines, arch)
 

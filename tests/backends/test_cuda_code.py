@@ -18,6 +18,7 @@ from storm_kernels.tokens import TokenGrid, TokenReduction
 from tools import sass
 
 from ..support.parity_random import fuzz_cases
+from ..support.stand_in import StandIn
 
 pytest.importorskip("cuda.core", reason="needs cuda-core and nvidia-cuda-nvrtc to compile")
 
@@ -33,25 +34,15 @@ TICKET = {"scan": ["ATOMG.E.ADD.STRONG.GPU"]}
 REGISTERS = {"scan": 255, "scan_backward": 255, "conv": 128, "conv_backward": 128}
 
 
-class Recorder:
+class Recorder(StandIn):
     """A launcher that runs nothing and remembers what it was asked for."""
 
-    device_type = "cpu"
-
     def __init__(self):
+        super().__init__()
         self.asked = {}
 
-    def why_not(self):
-        return None
-
-    def shared_limit(self):
-        return 227 * 1024
-
-    def multiprocessors(self):
-        return 132
-
-    def launch(self, name, kernel, defines, struct, values, blocks, shared=0):
-        self.asked[name, kernel, tuple(sorted(defines.items()))] = shared
+    def launch(self, run):
+        self.asked[run.name, run.kernel, tuple(sorted(run.defines.items()))] = run.shared
 
 
 def variants(dtype: torch.dtype, reduction: bool, save: bool = True) -> dict:
@@ -64,16 +55,12 @@ def variants(dtype: torch.dtype, reduction: bool, save: bool = True) -> dict:
     options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None}
     options |= {"grid": GRID, "reduction": REDUCTION} if reduction else {"grid": None, "reduction": None}
     with launcher.using(Recorder()) as asked:
-        found = scan(ScanCall(both, x, **options), save_checkpoints=save)
+        call = ScanCall(both, x, **options)
+        found = scan(call, save_checkpoints=save)
         if not save:
             return asked.asked
-        scan_backward(
-            found.out,
-            None,
-            ScanCall(both, x, **options),
-            found.checkpoints,
-            needs=frozenset({"u", "delta", "A", "B", "C", "z"}),
-        )
+        needs = frozenset({"u", "delta", "A", "B", "C", "z"})
+        scan_backward(found.out, None, call, found.checkpoints, needs=needs)
         if not reduction:
             conv(ConvCall(x, filters, silu=True, initial_state=None, cu_seqlens=None))
             conv_backward(

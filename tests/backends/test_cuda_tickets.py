@@ -121,12 +121,12 @@ class Watched(OnCpu):
         super().__init__(**options)
         self.seen = []
 
-    def launch(self, name, kernel, defines, struct, values, blocks, shared=0):
-        t = values.get("tickets")
+    def launch(self, run):
+        t = run.values.get("tickets")
         before = [t[name].clone() for name in ("next", "done")] if t and t["next"] is not None else None
-        super().launch(name, kernel, defines, struct, values, blocks, shared)
+        super().launch(run)
         if before:
-            self.seen.append((*before, t["next"], t["done"], t["chains"] * t["steps"] + blocks))
+            self.seen.append((*before, t["next"], t["done"], t["chains"] * t["steps"] + run.blocks))
 
 
 def test_each_launch_counts_from_zero():
@@ -147,15 +147,11 @@ def test_each_launch_counts_from_zero():
 class Asked(OnCpu):
     """Runs nothing; `found` is the last scan's blocks, chains and steps."""
 
-    def launch(self, name, kernel, defines, struct, values, blocks, shared=0):
-        if name == "scan.cu":
-            assert values["tickets"]["next"] is None or values["states"] is not None
-            self.found = (
-                blocks,
-                values["tickets"]["chains"],
-                values["tickets"]["steps"],
-                values["tickets"]["step_tokens"],
-            )
+    def launch(self, run):
+        if run.name == "scan.cu":
+            tickets = run.values["tickets"]
+            assert tickets["next"] is None or run.values["states"] is not None
+            self.found = run.blocks, tickets["chains"], tickets["steps"], tickets["step_tokens"]
 
 
 def asked(

@@ -7,7 +7,7 @@ import storm_kernels as sk
 
 from ..support.interpreted import INTERPRETED, affordable, patch_once
 from ..support.parity import check
-from ..support.parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from ..support.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
 from ..support.parity_random import CASES, fuzz_cases
 
 if INTERPRETED:
@@ -16,8 +16,8 @@ if INTERPRETED:
 # else.
 DEFAULT_CASES = {
     "torch": dict.fromkeys(CASES, 40),
-    "cpu": {"scan": 700, "conv": 700, "reduce": 600, "norm": 1},
-    "triton": {"scan": 100, "conv": 80, "reduce": 70, "norm": 50},
+    "cpu": {"scan": 700, "conv": 700, "reduce": 600},
+    "triton": {"scan": 100, "conv": 80, "reduce": 70},
 }
 
 
@@ -69,7 +69,6 @@ LONG_CASES = {
     ),
     "conv": simplest(ConvCase, direction="both", **LONG),
     "reduce": simplest(ReduceCase, reduction=(2, 1, 1), **LONG),
-    "norm": simplest(NormCase, residual=True, **LONG),
 }
 
 

@@ -17,7 +17,7 @@ import pytest
 from storm_kernels.backends.cuda import launcher, source, tickets
 
 from ..support.parity import Operations, check, evaluate
-from ..support.parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from ..support.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
 from ..support.ptx_on_cpu import OnPtx, Options, Refused
 
 pytest.importorskip("cuda.bindings", reason="needs cuda-bindings and nvidia-cuda-nvrtc to compile")
@@ -39,6 +39,7 @@ class Fault:
     times: int = 1
 
 
+POOLED = {"reduction": (2, 1, 1), "states": 16, "batch": 1}
 CASES = {
     "many states": simplest(ScanCase, states=32),  # fewer threads own a quad than there are
     "reverse, three tiles": simplest(
@@ -48,29 +49,9 @@ CASES = {
     "few tokens": simplest(ScanCase, states=16, batch=1),
     "few channels": simplest(ScanCase, channels_per_group=3, states=16, D=True, batch=1),
     "merged": simplest(ScanCase, direction="both", z="all", states=16, channels_per_group=5),
-    "pooled": simplest(
-        ScanCase,
-        grid=(5, 4, 8),
-        reduction=(2, 1, 1),
-        direction="both",
-        states=16,
-        channels_per_group=64,
-        z="all",
-        batch=1,
-    ),
-    "pooled, many states": simplest(
-        ScanCase, grid=(4, 2, 8), reduction=(2, 1, 1), states=32, channels_per_group=32, batch=1
-    ),
-    "pooled, unaligned": simplest(
-        ScanCase,
-        grid=(4, 2, 3),
-        reduction=(2, 1, 1),
-        direction="both",
-        states=16,
-        channels_per_group=5,
-        z="kept",
-        batch=1,
-    ),
+    "pooled": simplest(ScanCase, grid=(5, 4, 8), direction="both", channels_per_group=64, z="all", **POOLED),
+    "pooled, many states": simplest(ScanCase, grid=(4, 2, 8), channels_per_group=32, **POOLED | {"states": 32}),
+    "pooled, unaligned": simplest(ScanCase, grid=(4, 2, 3), direction="both", channels_per_group=5, z="kept", **POOLED),
     "handed on": simplest(ScanCase, length=130, states=16, channels_per_group=8, batch=1),
     "past the end": simplest(
         ScanCase, seed=3, length=150, states=16, packed=True
@@ -126,8 +107,6 @@ def test_a_seeded_fault_is_refused(fault, monkeypatch):
 
 SUMS = {
     # name of the kernel: its file, a case
-    "norm_kernel": ("norm", simplest(NormCase, channels=70, length=16)),
-    "norm_backward_kernel": ("norm", simplest(NormCase, channels=70, length=16)),
     "conv_backward_kernel": (
         "conv_backward",
         simplest(ConvCase, channels=32, length=33, batch=1, dtype="bfloat16"),

@@ -13,8 +13,9 @@ import torch
 from storm_kernels.backends.cuda import launcher, tickets
 from storm_kernels.backends.cuda.scan import geometry
 
+from ..support.interpreted import KERNELS
 from ..support.parity import Operations, check, evaluate
-from ..support.parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from ..support.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
 from ..support.ptx_on_cpu import OnPtx, Options, ptx_of
 
 pytest.importorskip("cuda.bindings", reason="needs cuda-bindings and nvidia-cuda-nvrtc to compile")
@@ -67,6 +68,9 @@ def of_states() -> dict[str, ScanCase]:
     return found
 
 
+POOLED = {"reduction": (2, 1, 1), "direction": "both", "z": "all"}
+SAMPLED = {"reduction": (2, 1, 2), "direction": "both", "z": "kept"}
+SLICED = {"layout": "sliced", "layout_state": "sliced"}
 COMMON = {"D": True, "bias": True, "states": 16, "batch": 1}
 SCANS = of_states() | {
     "one token": simplest(ScanCase, length=1, direction="both", z="all", **COMMON),
@@ -83,65 +87,24 @@ SCANS = of_states() | {
     "packed, from the end": simplest(
         ScanCase, seed=3, length=150, packed=True, direction="reverse", initial=True, channels_per_group=5, **COMMON
     ),
-    "sliced": simplest(
-        ScanCase,
-        length=37,
-        channels_per_group=64,
-        direction="both",
-        layout="sliced",
-        layout_state="sliced",
-        z="all",
-        **COMMON,
-    ),
-    "sliced halves": simplest(
-        ScanCase,
-        length=37,
-        channels_per_group=9,
-        layout="sliced",
-        layout_state="sliced",
-        z="all",
-        **COMMON | FORMATS[0],
-    ),
+    "sliced": simplest(ScanCase, length=37, channels_per_group=64, direction="both", z="all", **SLICED | COMMON),
+    "sliced halves": simplest(ScanCase, length=37, channels_per_group=9, z="all", **SLICED | COMMON | FORMATS[0]),
     "transposed": simplest(
         ScanCase, length=20, channels_per_group=8, layout="transposed", layout_state="transposed", **COMMON
     ),
-    "reduced": simplest(
-        ScanCase,
-        grid=(5, 4, 8),
-        reduction=(2, 1, 1),
-        direction="both",
-        channels_per_group=64,
-        z="all",
-        **COMMON | FORMATS[0],
-    ),
+    "reduced": simplest(ScanCase, grid=(5, 4, 8), channels_per_group=64, **POOLED | COMMON | FORMATS[0]),
     "reduced in space": simplest(
         ScanCase, grid=(3, 4, 16), reduction=(2, 2, 1), direction="reverse", channels_per_group=64, z="all", **COMMON
     ),
-    "sampled": simplest(
-        ScanCase,
-        grid=(7, 4, 8),
-        reduction=(2, 1, 2),
-        direction="both",
-        channels_per_group=64,
-        z="kept",
-        **COMMON | FORMATS[2],
-    ),
+    "sampled": simplest(ScanCase, grid=(7, 4, 8), channels_per_group=64, **SAMPLED | COMMON | FORMATS[2]),
     "sampled, small frames": simplest(
         ScanCase, grid=(9, 3, 5), reduction=(2, 2, 2), direction="both", channels_per_group=5, z="kept", **COMMON
     ),
     "reduced, no gate": simplest(ScanCase, grid=(5, 2, 8), reduction=(3, 1, 1), channels_per_group=8, **COMMON),
     "reduced, many states": simplest(
-        ScanCase,
-        grid=(4, 2, 8),
-        reduction=(2, 1, 1),
-        direction="both",
-        channels_per_group=32,
-        z="all",
-        **COMMON | {"states": 32},
+        ScanCase, grid=(4, 2, 8), channels_per_group=32, **POOLED | COMMON | {"states": 32}
     ),
-    "reduced, one state": simplest(
-        ScanCase, grid=(4, 4, 8), reduction=(2, 1, 2), direction="both", z="kept", **COMMON | {"states": 1}
-    ),
+    "reduced, one state": simplest(ScanCase, grid=(4, 4, 8), **SAMPLED | COMMON | {"states": 1}),
 }
 OTHERS = {
     "convolution": simplest(ConvCase, length=70, channels=130, direction="both", bias=True, batch=1, dtype="bfloat16"),
@@ -155,11 +118,6 @@ OTHERS = {
     "convolution, packed from a state": simplest(ConvCase, seed=3, length=40, channels=9, packed=True, initial=True),
     "reduction": simplest(ReduceCase, grid=(5, 4, 6), channels=70, reduction=(2, 2, 1), dtype="bfloat16"),
     "reduction, sampled": simplest(ReduceCase, grid=(5, 3, 5), channels=9, reduction=(2, 2, 2), layout="sliced"),
-}
-NORMS = {
-    "norm": simplest(NormCase, length=20, channels=300, residual=True, bias=True, dtype="bfloat16"),
-    "norm of few": simplest(NormCase, length=9, channels=7, layout="sliced"),
-    "norm in float16": simplest(NormCase, length=9, channels=260, dtype="float16", bias=True),
 }
 CUDA = SCANS | OTHERS
 
@@ -226,28 +184,15 @@ TRITON = [name for name in CUDA
           and not ("states" in name and "whole" in name and name.split(",")[1] != " no whole block")]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*TRITON, *NORMS])
+@pytest.mark.parametrize("name", TRITON)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_triton(target, name):
     with triton_on_ptx(target):
-        check((CUDA | NORMS)[name], "triton")
+        check(CUDA[name], "triton")
 
 
 def test_every_kernel_runs():
-    kernels = set()
     with triton_on_ptx() as runner:
-        for name in ("reduced", "convolution, from the end", "reduction", "norm", "two rows"):
-            check((CUDA | NORMS)[name], "triton")
-    kernels = {name.removesuffix("_kernel") for name in runner.launched}
-    assert kernels == {
-        "scan",
-        "backward",
-        "combine",
-        "conv",
-        "conv_backward",
-        "conv_state",
-        "reduce",
-        "spread",
-        "norm",
-        "norm_backward",
-    }
+        for name in ("reduced", "convolution, from the end", "reduction", "two rows"):
+            check(CUDA[name], "triton")
+    assert {name.removesuffix("_kernel") for name in runner.launched} == KERNELS

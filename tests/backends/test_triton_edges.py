@@ -1,8 +1,6 @@
-"""Triton's kernels in the interpreter, where few random cases come: enormous decays, sequences that
-meet, more rows than programs.
+"""Triton's kernels in the interpreter, where few random cases come: enormous decays,
+sequences that meet, the most states.
 """
-
-import importlib
 
 import pytest
 
@@ -10,7 +8,7 @@ from storm_kernels import why_not
 
 from ..support.extremes import check_enormous_decays
 from ..support.parity import check
-from ..support.parity_cases import ConvCase, NormCase, ReduceCase, simplest
+from ..support.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
 
 REASON = why_not("conv", "triton", device="cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the interpreter was not asked for: {REASON}")
@@ -26,9 +24,9 @@ def test_convolution_with_initial_states_and_neighbours(direction, packed):
     check(simplest(ConvCase, seed=3, length=9, direction=direction, packed=packed, initial=True, bias=True), "triton")
 
 
-def test_norm_of_more_rows_than_programs(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("storm_kernels.backends.triton.norm"), "NORM_PROGRAMS", 4)
-    check(simplest(NormCase, length=9, channels=8, residual=True, bias=True), "triton")
+def test_the_most_states_that_it_takes():
+    assert why_not("scan", "triton", device="cpu", d_state=257)
+    check(simplest(ScanCase, length=3, states=256, direction="both", z="all", D=True, bias=True, batch=1), "triton")
 
 
 def test_reduction_of_partial_groups():

@@ -28,14 +28,6 @@ from storm_kernels import cli
 from tests.support import ask_model, published
 from tests.support.ask_model import greedy
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 256,
-}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 512}
 
 
@@ -119,7 +111,7 @@ def test_what_the_projector_reads_is_the_chosen_layer_of_the_published_tower(vis
         ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
         ("qwen2", {"rope_parameters": YARN, "use_sliding_window": False, "max_window_layers": 1}),
         ("qwen3", {"head_dim": 16}),
-        ("llama", {"rope_parameters": LLAMA3}),
+        ("llama", {"rope_parameters": published.LLAMA3}),
     ],
     ids=["qwen2", "qwen2.5", "qwen3", "llama3"],
 )

@@ -173,12 +173,7 @@ def test_pipeline_answers_about_a_video(folder, tmp_path):
     ]
     (answer,) = ask(text=[{"role": "user", "content": content}], max_new_tokens=3, return_full_text=False)
     processor = AutoProcessor.from_pretrained(folder)
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    asked = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **asked)
     tokens = ask.model.generate(**inputs, max_new_tokens=3)[0, inputs["input_ids"].shape[1] :]
     assert answer["generated_text"] == processor.decode(tokens, skip_special_tokens=True)

@@ -11,7 +11,7 @@ pytest.importorskip("transformers", reason="the extra `model` is not installed")
 from storm_model import StormForConditionalGeneration
 from transformers import AutoProcessor
 
-from tests.support import ask_model
+from tests.support import ask_model, published
 from tests.support.ask_model import greedy, inputs, pixels
 
 REDUCTIONS = ([1, 1, 1], [1, 1, 2], [4, 1, 1], [1, 2, 1], [4, 1, 2], [4, 2, 1], [4, 2, 2])
@@ -35,19 +35,7 @@ def test_reference_and_fused_projector_write_the_same(seed):
         ("qwen2", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
         ("qwen3", {"head_dim": 8}),
         ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
-        (
-            "llama",
-            {
-                "rope_parameters": {
-                    "rope_type": "llama3",
-                    "rope_theta": 5e5,
-                    "factor": 8.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 256,
-                }
-            },
-        ),
+        ("llama", {"rope_parameters": published.LLAMA3}),
         ("llama", {"tie_word_embeddings": True}),
     ],
 )

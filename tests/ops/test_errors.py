@@ -10,7 +10,7 @@ import torch
 
 import storm_kernels as sk
 
-from ..support.parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from ..support.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
 
 CASES = {
     "scan": simplest(ScanCase, D=True, bias=True, z="all", initial=True),
@@ -19,7 +19,6 @@ CASES = {
     "conv": simplest(ConvCase, bias=True, initial=True),
     "conv_both": simplest(ConvCase, direction="both", bias=True),
     "reduce": simplest(ReduceCase, reduction=(2, 2, 2)),
-    "norm": simplest(NormCase, residual=True, bias=True),
 }
 # What goes wrong with one operand: each turns a good tensor into a bad one.
 DAMAGE = {

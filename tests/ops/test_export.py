@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import storm_kernels as sk
 from storm_kernels import BiMambaMixer, TemporalProjector, TokenReduction
-from storm_kernels.ops.flops import NORM_PER_ELEMENT, SCAN_PER_STATE
+from storm_kernels.ops.flops import FORMULAS, SCAN_PER_STATE
 
 REDUCTION = TokenReduction(2, 2, 2)
 
@@ -139,14 +139,11 @@ def test_flops_are_counted():
     found = counted(lambda: sum(t.sum() for t in sk.bidirectional_causal_conv1d(u, taps, None, taps, None)).backward())
     assert found == {"conv": conv, "conv_backward": 2 * conv}
     assert counted(lambda: sk.causal_conv1d(u, taps)) == {"conv": conv // 2}
-    grid, weight = sk.TokenGrid(3, 3, 1), torch.ones(8, requires_grad=True)
+    grid = sk.TokenGrid(3, 3, 1)
     assert counted(lambda: sk.reduce_tokens(x, grid, REDUCTION).sum().backward()) == {
         "reduce": x.numel(),
         "reduce_backward": 2 * 1 * 2 * 8,
     }
-    norm = NORM_PER_ELEMENT * x.numel()
-    found = counted(lambda: sk.residual_layer_norm(x, x, weight, None)[0].sum().backward())
-    assert found == {"norm": norm + x.numel(), "norm_backward": 2 * norm}
 
 
 @pytest.mark.parametrize("first", ["storm_kernels", "torch.utils.flop_counter"])
@@ -160,6 +157,5 @@ assert {first!r} != "storm_kernels" or "triton" not in sys.modules
 from torch.utils.flop_counter import flop_registry
 print(sum("storm_kernels" in str(op) for op in flop_registry))
 """
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "8"
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == len(FORMULAS)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from storm_kernels.backends.contract import ConvFilter, ScanGrads, ScanInputs
-from storm_kernels.ops import conv, norm, reduce, scan_operator
+from storm_kernels.ops import conv, reduce, scan_operator
 
-from ..support.parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from ..support.parity_cases import ConvCase, ReduceCase, ScanCase, simplest
 from .test_ops import CALLS, recorded
 
 TABLES = {
@@ -16,15 +16,12 @@ TABLES = {
     "conv_backward": conv.CONV_BACKWARD,
     "reduce": reduce.REDUCE,
     "reduce_backward": reduce.REDUCE_BACKWARD,
-    "norm": norm.NORM,
-    "norm_backward": norm.NORM_BACKWARD,
 }
 OTHERWISE = {"z"}  # its shape has two readings
 MORE = {
     "scan_both": simplest(ScanCase, direction="both", D=True, bias=True, z="all", groups=2),
     "conv_both": simplest(ConvCase, direction="both", bias=True),
     "reduce_alone": simplest(ReduceCase, reduction=(2, 2, 2)),
-    "norm_alone": simplest(NormCase, residual=True, bias=True),
 }
 
 

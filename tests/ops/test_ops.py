@@ -5,8 +5,9 @@ import torch
 from torch.library import opcheck
 
 import storm_kernels as sk
+from storm_kernels.backends.dispatch import OPS
 
-from ..support.parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from ..support.parity_cases import KINDS, ConvCase, ReduceCase, ScanCase, simplest
 from ..support.parity_random import CASES
 
 BACKENDS = [name for name in ("torch", "cpu") if not sk.why_not("scan", name)]
@@ -17,9 +18,8 @@ CALLS = {
     "conv": simplest(ConvCase, direction="both", bias=True),
     "conv_state": simplest(ConvCase, direction="reverse", initial=True, bias=True),
     "reduce": simplest(ReduceCase, reduction=(2, 2, 2)),
-    "norm": simplest(NormCase, residual=True, bias=True),
 }
-CHECKED = {"scan", "scan_backward", "conv", "conv_backward", "reduce", "reduce_backward", "norm", "norm_backward"}
+CHECKED = {name for op in OPS for name in (op, f"{op}_backward")}
 
 
 class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
@@ -104,17 +104,9 @@ def test_only_needed_gradients_are_returned(call, backend):
 
 
 def big(op, **changes):
-    sizes = {
-        "batch": 3,
-        "length": 301,
-        "grid": (12, 5, 5),
-        "channels_per_group": 37,
-        "channels": 37,
-        "states": 16,
-        "reduction": (4, 2, 2),
-    }
-    kind = {"scan": ScanCase, "conv": ConvCase, "reduce": ReduceCase, "norm": NormCase}[op]
-    return simplest(kind, **(sizes | {"direction": "both", "z": "all", "D": True, "bias": True} | changes))
+    sizes = {"batch": 3, "length": 301, "grid": (12, 5, 5), "states": 16, "reduction": (4, 2, 2)}
+    sizes |= {"channels_per_group": 37, "channels": 37}
+    return simplest(KINDS[op], **(sizes | {"direction": "both", "z": "all", "D": True, "bias": True} | changes))
 
 
 def results(case, backend, operands=None):
@@ -126,7 +118,7 @@ def results(case, backend, operands=None):
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "torch"])
-@pytest.mark.parametrize("op", ["scan", "conv", "reduce"])
+@pytest.mark.parametrize("op", OPS)
 def test_reruns_and_threads_change_no_bit(op, backend):
     case, threads = big(op), torch.get_num_threads()
     outs, grads = results(case, backend)
@@ -141,12 +133,12 @@ def test_reruns_and_threads_change_no_bit(op, backend):
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "torch"])
-@pytest.mark.parametrize("op", ["scan", "conv", "reduce"])
+@pytest.mark.parametrize("op", OPS)
 def test_a_batch_is_its_members_to_the_bit(op, backend):
     case = big(op)
     operands = case.operands()
     outs, grads = results(case, backend, operands)
-    per_member = {name for name, value in operands.items() if value.dim() >= 3}
+    per_member = {name for name, value in operands.items() if value.shape[0] == case.batch}
     for i in range(case.batch):
         alone, grads_alone = results(
             case, backend, {n: v[i : i + 1] if n in per_member else v for n, v in operands.items()}

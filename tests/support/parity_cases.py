@@ -184,37 +184,7 @@ class ReduceCase:
         }
 
 
-@dataclass(frozen=True)
-class NormCase:
-    """One call of residual_layer_norm."""
-
-    seed: int
-    batch: int
-    length: int
-    channels: int
-    dtype: str
-    layout: str
-    residual: bool
-    bias: bool
-
-    def operands(self) -> dict[str, Tensor]:
-        draw, dtype = Draw(self.seed), DTYPES[self.dtype]
-        found = {"x": draw.normal(dtype, self.layout, self.batch, self.length, self.channels)}
-        if self.residual:
-            found["residual"] = draw.normal(dtype, self.layout, self.batch, self.length, self.channels)
-        found["weight"] = draw.normal(torch.float32, "dense", self.channels)
-        if self.bias:
-            found["bias"] = draw.normal(torch.float32, "dense", self.channels)
-        return found
-
-    def layout_of(self, name: str) -> str:
-        return self.layout if name in ("x", "residual") else "dense"
-
-    def call(self, room, operands: dict[str, Tensor], **options) -> dict[str, Tensor]:
-        t = operands
-        # the sum is rounded to x's dtype before it is normalised: so is the truth's
-        outs = room.residual_layer_norm(t["x"], t.get("residual"), t["weight"], t.get("bias"), 1e-5, **options)
-        return dict(zip(("normed", "summed"), outs, strict=True))
+KINDS = {"scan": ScanCase, "conv": ConvCase, "reduce": ReduceCase}  # by operation
 
 
 class Draw:

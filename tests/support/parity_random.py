@@ -6,7 +6,7 @@ import os
 
 from hypothesis import strategies as st
 
-from .parity_cases import DTYPES, LAYOUTS, ConvCase, NormCase, ReduceCase, ScanCase
+from .parity_cases import DTYPES, LAYOUTS, ConvCase, ReduceCase, ScanCase
 
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 11, 13, 15, 16, 17, 23, 31, 32, 33, 63, 64, 65, 67)
 
@@ -72,15 +72,4 @@ reduce_cases = st.builds(
     layout=layouts,
     reduction=reductions,
 )
-norm_cases = st.builds(
-    NormCase,
-    seed=seeds,
-    batch=st.integers(1, 2),
-    length=st.sampled_from(LENGTHS),
-    channels=st.sampled_from((2, 3, 8, 17, 64, 130)),
-    dtype=dtypes,
-    layout=layouts,
-    residual=st.booleans(),
-    bias=st.booleans(),
-)
-CASES = {"scan": scan_cases, "conv": conv_cases, "reduce": reduce_cases, "norm": norm_cases}
+CASES = {"scan": scan_cases, "conv": conv_cases, "reduce": reduce_cases}

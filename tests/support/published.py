@@ -15,6 +15,10 @@ from transformers import (
 
 from tests.support import ask_model
 
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}  # fmt: skip
 LAYERS = 3  # of the tower; the projector reads the last but one
 
 

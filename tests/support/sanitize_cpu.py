@@ -94,7 +94,7 @@ def run_cases(count: int) -> None:
 
     from .parity_random import CASES
 
-    for op in ("scan", "conv", "reduce"):
+    for cases in CASES.values():
 
         @settings(
             max_examples=count,
@@ -104,7 +104,7 @@ def run_cases(count: int) -> None:
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )
-        @given(CASES[op])
+        @given(cases)
         def run(case):
             _evaluate(case)
 

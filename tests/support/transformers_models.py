@@ -40,22 +40,12 @@ CACHE = (
 def build(kind, seed=0, **options):
     torch.manual_seed(seed)
     if kind == "jamba":
-        options |= {
-            "attn_layer_period": 3,
-            "attn_layer_offset": 1,
-            "expert_layer_period": 2,
-            "expert_layer_offset": 1,
-            "num_experts": 2,
-        }
+        options |= {"expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 2}
     if kind == "zamba":
-        options |= {
-            "attn_layer_period": 3,
-            "attn_layer_offset": 1,
-            "n_mamba_heads": 2,
-            "num_hidden_layers": 5,
-        }  # the third and fifth are hybrid
+        options |= {"n_mamba_heads": 2, "num_hidden_layers": 5}  # the third and fifth are hybrid
     if kind in ("jamba", "zamba"):
-        options = {"num_hidden_layers": 3} | options | ATTENTION | {"mamba_d_state": 4, "mamba_dt_rank": 3}
+        options = {"num_hidden_layers": 3} | options | {"attn_layer_period": 3, "attn_layer_offset": 1}
+        options |= ATTENTION | {"mamba_d_state": 4, "mamba_dt_rank": 3}
         options |= {"use_mamba_kernels": False} if OLD else {}
     else:
         options |= {"num_hidden_layers": 2, "state_size": 4}

@@ -15,18 +15,9 @@ from .structs import DTYPES
 from .threads import thread_count
 
 __all__ = [
-    "NAME",
-    "checkpoint_shapes",
-    "conv",
-    "conv_backward",
-    "exp2_fma_rate",
-    "own_device",
-    "reduce",
-    "reduce_backward",
-    "scan",
-    "scan_backward",
-    "why_not",
-]
+    "NAME", "checkpoint_shapes", "conv", "conv_backward", "own_device", "reduce", "reduce_backward", "scan",
+    "scan_backward", "why_not", "exp2_fma_rate",
+]  # fmt: skip
 
 NAME = "cpu"
 
@@ -40,10 +31,8 @@ def why_not(op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: in
     """See `contract.Backend.why_not`. Any d_state and d_conv will do."""
     if device != "cpu":
         return f"the cpu backend runs on CPU tensors, not on {device!r}"
-    if op not in ("scan", "conv", "reduce", "norm"):
+    if op not in ("scan", "conv", "reduce"):
         return f"the cpu backend has no {op}; the torch backend may have it"
-    if op == "norm":
-        return "a LayerNorm on a CPU is bound by memory and vectorised in PyTorch: the cpu backend leaves it to torch"
     refused = sorted(str(dtype) for dtype in dtypes - set(DTYPES))
     if refused:
         return (

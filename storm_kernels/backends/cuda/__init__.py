@@ -17,18 +17,9 @@ from .tokens import FORMATS, reduce, reduce_backward
 NAME = "cuda"
 
 __all__ = [
-    "NAME",
-    "checkpoint_shapes",
-    "conv",
-    "conv_backward",
-    "own_device",
-    "reduce",
-    "reduce_backward",
-    "scan",
-    "scan_backward",
-    "warmup",
-    "why_not",
-]
+    "NAME", "checkpoint_shapes", "conv", "conv_backward", "own_device", "reduce", "reduce_backward", "scan",
+    "scan_backward", "why_not", "warmup",
+]  # fmt: skip
 
 
 def own_device() -> str:

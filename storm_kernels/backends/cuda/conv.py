@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..contract import ConvCall, ConvFilter, ConvGrads
-from .launcher import THREADS, current
+from .launcher import THREADS, Launch, current
 from .tokens import FORMATS, sum_terms
 
 LARGEST_TAPS = 16  # the window of inputs lies in registers
@@ -93,7 +93,8 @@ def conv(call: ConvCall) -> tuple[Tensor, ...]:
         cu_seqlens=cu_seqlens,
         tokens=_TOKENS,
     )
-    current().launch("conv.cu", "conv", _defines(x, filters, cu_seqlens, _TOKENS), "ConvArgs", values, _blocks(values))
+    defines = _defines(x, filters, cu_seqlens, _TOKENS)
+    current().launch(Launch("conv.cu", "conv", defines, "ConvArgs", values, _blocks(values)))
     return outs
 
 
@@ -114,11 +115,10 @@ def conv_backward(grads: tuple[Tensor, ...], call: ConvCall, needs: frozenset[st
     values = _values(x, slots, **options, grad_x=grad_x, grad_initial_state=start)
     defines = _defines(x, filters, cu_seqlens, _TOKENS_BACKWARD)
     if grad_x is not None or partials[0] is not None:
-        current().launch("conv.cu", "conv_backward", defines, "ConvArgs", values, _blocks(values))
+        current().launch(Launch("conv.cu", "conv_backward", defines, "ConvArgs", values, _blocks(values)))
     if start is not None and taps > 1:
-        current().launch(
-            "conv.cu", "conv_state_backward", defines, "ConvArgs", values, -(-values["sequences"] * channels // THREADS)
-        )
+        blocks = -(-values["sequences"] * channels // THREADS)
+        current().launch(Launch("conv.cu", "conv_state_backward", defines, "ConvArgs", values, blocks))
     return (
         grad_x,
         tuple(_filter_gradients(one, partial, needs) for one, partial in zip(filters, partials, strict=True)),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...tokens import TokenGrid, TokenReduction
-from .launcher import THREADS, current
+from .launcher import THREADS, Launch, current
 from .tokens import FORMATS, token_map
 
 _WIDTH = 8  # channels a thread
@@ -45,7 +45,7 @@ def _launch(
     defines |= {name: int(flag) for name, flag in flags.items()}
     values |= {"extent": {"length": length, "channels": channels, "runs": runs, "blocks": blocks}}
     values |= {"z": z, "z_batch": 0 if z is None else z.stride(0), "z_row": _row_bytes(z)}
-    current().launch("gate.cu", kernel, defines, struct, values, batch * runs * blocks)
+    current().launch(Launch("gate.cu", kernel, defines, struct, values, batch * runs * blocks))
 
 
 def merge_directions(y: Tensor, second: Tensor, z: Tensor | None, dtype: torch.dtype, *, keep: bool) -> Tensor:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -26,6 +26,18 @@ FLAGS = ("ALIGNED", "ASYNC", "GATED", "PACKED", "PAIRED", "PARTIAL", "REDUCED", 
 _log = logging.getLogger("storm_kernels.backends.cuda")
 
 
+class Launch(NamedTuple):
+    """One run of a kernel."""
+
+    name: str  # of the source
+    kernel: str
+    defines: Mapping[str, object]  # the source's macros
+    struct: str  # the type of the kernel's argument
+    values: Mapping  # its fields
+    blocks: int  # of 128 threads
+    shared: int = 0  # bytes of shared memory of a block, beside what the source declares
+
+
 class Launcher(Protocol):
     """What runs kernels: `Device` on a GPU; the tests have one that runs the same sources on a CPU."""
 
@@ -33,19 +45,7 @@ class Launcher(Protocol):
 
     def why_not(self) -> str | None: ...
 
-    def launch(
-        self,
-        name: str,
-        kernel: str,
-        defines: Mapping[str, object],
-        struct: str,
-        values: Mapping,
-        blocks: int,
-        shared: int = 0,
-    ) -> None:
-        """Run ``kernel`` of source ``name`` on ``blocks`` blocks of 128 threads, with ``values`` as
-        its argument of type ``struct``.
-        """
+    def launch(self, run: Launch) -> None: ...
 
     def shared_limit(self) -> int:
         """Bytes of shared memory that a block can have."""
@@ -132,31 +132,22 @@ class Device:
             None if major >= 8 else f"the kernels need compute capability 8.0 or more, this device has {major}.{minor}"
         )
 
-    def launch(
-        self,
-        name: str,
-        kernel: str,
-        defines: Mapping[str, object],
-        struct: str,
-        values: Mapping,
-        blocks: int,
-        shared: int = 0,
-    ) -> None:
-        if blocks == 0:
+    def launch(self, run: Launch) -> None:
+        if run.blocks == 0:
             return
         import ctypes
 
         from cuda.bindings import driver
 
-        function = self._function(name, kernel, defines, shared)
-        packed = source.pack(name, struct, values)
+        function = self._function(run.name, run.kernel, run.defines, run.shared)
+        packed = source.pack(run.name, run.struct, run.values)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
         stream = torch.cuda.current_stream().cuda_stream
         _check(
             driver.cuLaunchKernel(
-                function, blocks, 1, 1, THREADS, 1, 1, shared, stream, ctypes.addressof(arguments), 0
+                function, run.blocks, 1, 1, THREADS, 1, 1, run.shared, stream, ctypes.addressof(arguments), 0
             ),
-            kernel,
+            run.kernel,
         )
 
     def shared_limit(self) -> int:

@@ -18,7 +18,7 @@ from ...tokens import TokenGrid, TokenReduction
 from ..contract import ScanCall, ScanInputs, ScanResult
 from . import tickets
 from .gate import merge_directions
-from .launcher import THREADS, current
+from .launcher import THREADS, Launch, current
 from .tokens import FORMATS, sum_terms, token_map
 
 LARGEST_STATE = 512
@@ -292,4 +292,4 @@ def _launch(
         values["states"] = torch.empty(
             len(some), set_.sequences, channels, shape.D_STATE, dtype=torch.float32, device=some[0].u.device
         )
-    current().launch(name, kernel, made, "ScanArgs", values, ticketed or work.chains, shared)
+    current().launch(Launch(name, kernel, made, "ScanArgs", values, ticketed or work.chains, shared))

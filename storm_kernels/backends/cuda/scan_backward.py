@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ..contract import Checkpoints, ScanBackwardResult, ScanCall, ScanGrads, ScanInputs
 from .gate import gate_backward
-from .launcher import THREADS, current
+from .launcher import THREADS, Launch, current
 from .scan import Geometry, Setting, channel_blocks, defines, direction_values, geometry, launch_together, setting
 from .tokens import FORMATS, sum_terms
 
@@ -213,4 +213,4 @@ def _launch(
     shared = shared_bytes(shape, plan)
     made = defines(one, None) | plan._asdict() | {name: int(flag) for name, flag in flags.items()}
     made |= {"GY_T": FORMATS[outer["gy"].dtype], "SHARED_BYTES": shared}
-    current().launch("scan_backward.cu", "scan_backward", made, "BackwardArgs", values, count, shared)
+    current().launch(Launch("scan_backward.cu", "scan_backward", made, "BackwardArgs", values, count, shared))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...tokens import TokenGrid, TokenReduction
-from .launcher import THREADS, current
+from .launcher import THREADS, Launch, current
 
 FORMATS = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SOURCE = "tokens.cu"
@@ -18,7 +18,7 @@ def _blocks(elements: int) -> int:
 
 def _launch(kernel: str, formats: tuple[torch.dtype, torch.dtype], struct: str, values: dict, elements: int) -> None:
     defines = {"IN_T": FORMATS[formats[0]], "OUT_T": FORMATS[formats[1]]}
-    current().launch(SOURCE, kernel, defines, struct, values, _blocks(elements))
+    current().launch(Launch(SOURCE, kernel, defines, struct, values, _blocks(elements)))
 
 
 def _reduction(grid: TokenGrid, reduction: TokenReduction) -> dict:

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from .conv import conv, conv_backward
-from .norm import norm, norm_backward
 from .reduce import reduce, reduce_backward
 from .scan import checkpoint_shapes, scan, scan_backward
 
 __all__ = [
-    "NAME",
-    "checkpoint_shapes",
-    "conv",
-    "conv_backward",
-    "norm",
-    "norm_backward",
-    "own_device",
-    "reduce",
-    "reduce_backward",
-    "scan",
-    "scan_backward",
-    "why_not",
-]
+    "NAME", "checkpoint_shapes", "conv", "conv_backward", "own_device", "reduce", "reduce_backward", "scan",
+    "scan_backward", "why_not",
+]  # fmt: skip
 
 NAME = "torch"
 

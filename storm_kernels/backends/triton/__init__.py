@@ -14,7 +14,6 @@ import triton
 
 from .conv import conv
 from .conv_backward import conv_backward
-from .norm import norm, norm_backward
 from .reduce import reduce, reduce_backward
 from .scan import scan
 from .scan_backward import scan_backward
@@ -22,20 +21,9 @@ from .scan_layout import checkpoint_shapes
 from .warm import warmup
 
 __all__ = [
-    "NAME",
-    "checkpoint_shapes",
-    "conv",
-    "conv_backward",
-    "norm",
-    "norm_backward",
-    "own_device",
-    "reduce",
-    "reduce_backward",
-    "scan",
-    "scan_backward",
-    "warmup",
-    "why_not",
-]
+    "NAME", "checkpoint_shapes", "conv", "conv_backward", "own_device", "reduce", "reduce_backward", "scan",
+    "scan_backward", "why_not", "warmup",
+]  # fmt: skip
 
 NAME = "triton"
 INTERPRETED = triton.knobs.runtime.interpret
@@ -49,7 +37,7 @@ def own_device() -> str:
 
 def why_not(op: str, *, device: str, dtypes: frozenset, d_state: int, d_conv: int) -> str | None:
     """`contract.Backend.why_not`."""
-    if op not in ("scan", "conv", "reduce", "norm"):
+    if op not in ("scan", "conv", "reduce"):
         return f"it has no {op}; use backend='torch'"
     refused = dtypes - DTYPES
     if refused:

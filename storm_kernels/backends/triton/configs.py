@@ -54,12 +54,6 @@ ROWS = Config({"BLOCK_R": 16, "BLOCK_C": 64}, num_warps=4)
 # Pooling needs an address for each row: 4 elements a lane take 40 registers, where 8 spill on
 # Triton 3.7 and 3.8. The limit is for ptxas, which may stop at 32 of itself.
 POOL = Config({"BLOCK_R": 16, "BLOCK_C": 64}, num_warps=8, max_registers=48)
-# LayerNorm keeps a row in registers: 3584 channels over 8 warps are 16 elements a lane; 40
-# registers forward and 128 backward.
-NORM = Config({}, num_warps=8)
-# Rows are dealt to this many programs backward: 4 for each of an H100's 132 multiprocessors, and
-# the same on every device, so that sums are too.
-NORM_PROGRAMS = 528
 # 8 elements a lane along channels are one 16-byte load in bfloat16; the 7 taps of a 64-token tile
 # come from the first-level cache. 184 registers.
 CONV = Config({"BLOCK_T": 64, "BLOCK_E": 64}, num_warps=4)

@@ -167,26 +167,11 @@ def conv_backward(grads: tuple[Tensor, ...], call: ConvCall, needs: frozenset[st
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if "x" in needs else None
     partials = tuple(torch.empty(tiles, width + 1, channels, **floats) for _ in filters)
     operands = tuple((one.weight, one.bias) for one in filters)
+    strides, owners = tuple(grad.stride() for grad in grads), owners_of(cu_seqlens, length)
+    sources = (x, x.stride()[:2], operands, grads, strides, dx, partials, initial_state, cu_seqlens, owners)
+    programs = tiles * triton.cdiv(channels, CONV_BACKWARD.constants["BLOCK_E"])
     constants = {"K": width, "REVERSE": filters[0].reverse, "SILU": silu}
-    launch(
-        conv_backward_kernel,
-        tiles * triton.cdiv(channels, CONV_BACKWARD.constants["BLOCK_E"]),
-        CONV_BACKWARD,
-        x.device,
-        x,
-        x.stride()[:2],
-        operands,
-        grads,
-        tuple(grad.stride() for grad in grads),
-        dx,
-        partials,
-        initial_state,
-        cu_seqlens,
-        owners_of(cu_seqlens, length),
-        length,
-        channels,
-        **constants,
-    )
+    launch(conv_backward_kernel, programs, CONV_BACKWARD, x.device, *sources, length, channels, **constants)
     parameters = tuple(
         (
             partial[:, :width].sum(0).t().contiguous() if "weight" in needs else None,
@@ -194,22 +179,17 @@ def conv_backward(grads: tuple[Tensor, ...], call: ConvCall, needs: frozenset[st
         )
         for one, partial in zip(filters, partials, strict=True)
     )
-    if initial_state is None or "initial_state" not in needs:
-        return dx, parameters, None
+    wanted = initial_state is not None and "initial_state" in needs
+    return dx, parameters, _state_gradient(grads[0], call, constants) if wanted else None
+
+
+def _state_gradient(grad: Tensor, call: ConvCall, constants: dict) -> Tensor:
+    """The gradient of ``call.initial_state``, which goes with a single filter."""
+    x, (one,), _, initial_state, cu_seqlens = call
+    _, length, channels = x.shape
     dstate = torch.empty_like(initial_state)
-    if width > 1:
+    if one.weight.shape[1] > 1:
         programs = initial_state.shape[0] * triton.cdiv(channels, CONV_STATE.constants["BLOCK_E"])
-        sources = (
-            x,
-            x.stride(),
-            operands[0],
-            grads[0],
-            grads[0].stride(),
-            initial_state,
-            dstate,
-            cu_seqlens,
-            length,
-            channels,
-        )
-        launch(conv_state_kernel, programs, CONV_STATE, x.device, *sources, **constants)
-    return dx, parameters, dstate
+        sources = (x, x.stride(), (one.weight, one.bias), grad, grad.stride(), initial_state, dstate, cu_seqlens)
+        launch(conv_state_kernel, programs, CONV_STATE, x.device, *sources, length, channels, **constants)
+    return dstate

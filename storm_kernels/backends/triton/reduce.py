@@ -147,20 +147,8 @@ def combine(parts: list[Tensor], dtype: torch.dtype, *, scale: Tensor | None = N
     out = torch.empty(parts[0].shape, dtype=dtype, device=parts[0].device)
     rows = batch * tokens
     z_strides = (0, 0) if z is None else z.stride()[:2]
-    launch(
-        combine_kernel,
-        tiles(rows, channels),
-        ROWS,
-        out.device,
-        tuple(parts),
-        scale,
-        z,
-        z_strides,
-        out,
-        rows,
-        tokens,
-        channels,
-    )
+    operands = (tuple(parts), scale, z, z_strides, out, rows, tokens, channels)
+    launch(combine_kernel, tiles(rows, channels), ROWS, out.device, *operands)
     return out
 
 
@@ -172,19 +160,8 @@ def reduce(x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:
     rows = batch * small.tokens
     sizes = (grid.frames, grid.height, grid.width, small.tokens, small.height, small.width)
     pools = (reduction.temporal_pool, reduction.spatial_pool, reduction.temporal_stride)
-    launch(
-        reduce_kernel,
-        tiles(rows, channels, POOL),
-        POOL,
-        x.device,
-        x,
-        x.stride()[:2],
-        out,
-        rows,
-        channels,
-        *sizes,
-        *pools,
-    )
+    operands = (x, x.stride()[:2], out, rows, channels, *sizes, *pools)
+    launch(reduce_kernel, tiles(rows, channels, POOL), POOL, x.device, *operands)
     return out
 
 
@@ -195,18 +172,6 @@ def reduce_backward(grad: Tensor, grid: TokenGrid, reduction: TokenReduction) ->
     cells, _ = token_places(grid, reduction, grad.device)
     weights = inverse_counts(grid, reduction, grad.device)
     rows = batch * grid.tokens
-    launch(
-        spread_kernel,
-        tiles(rows, channels),
-        ROWS,
-        grad.device,
-        grad,
-        grad.stride(),
-        cells,
-        weights,
-        out,
-        rows,
-        grid.tokens,
-        channels,
-    )
+    operands = (grad, grad.stride(), cells, weights, out, rows, grid.tokens, channels)
+    launch(spread_kernel, tiles(rows, channels), ROWS, grad.device, *operands)
     return out

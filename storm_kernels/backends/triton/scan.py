@@ -223,53 +223,27 @@ def scan(call: ScanCall, save_checkpoints: bool) -> ScanResult:
     # Both directions, whole: z is read once, where their sum is formed. Reduced, each direction
     # gates what it adds up.
     gate = None if two and not reduction else z
+    floats = {"dtype": torch.float32, "device": device}
+    form = floats if two or reduction else {"dtype": dtype, "device": device}
     new = torch.zeros if reduction else torch.empty
-    outs = [
-        new(shape.batch, out_length, shape.channels, dtype=torch.float32 if two or reduction else dtype, device=device)
-        for _ in directions
-    ]
-    shapes = checkpoint_shapes(
-        *shape[:4], directions=len(directions), sequences=0 if cu_seqlens is None else shape.sequences
-    )
-    checkpoints = (
-        tuple(torch.empty(saved, dtype=torch.float32, device=device) for saved in shapes)
-        if save_checkpoints
-        else (None,) * 2
-    )
-    final = (
-        None if two else torch.empty(shape.sequences, shape.padded, shape.channels, dtype=torch.float32, device=device)
-    )
+    outs = [new(shape.batch, out_length, shape.channels, **form) for _ in directions]
+    sequences = 0 if cu_seqlens is None else shape.sequences
+    shapes = checkpoint_shapes(*shape[:4], directions=len(directions), sequences=sequences)
+    checkpoints = tuple(torch.empty(saved, **floats) for saved in shapes) if save_checkpoints else ()
+    final = None if two else torch.empty(shape.sequences, shape.padded, shape.channels, **floats)
     initial = None if initial_state is None else states_first(initial_state)
+    rows = None if cells is None else cells * shape.channels
     launch(
         scan_kernel,
         len(directions) * shape.programs(SCAN_FORWARD.constants["BLOCK_E"]),
         SCAN_FORWARD,
         device,
-        tuple(
-            (direction_operands(one), out, saved)
-            for one, out, saved in zip(directions, outs, checkpoints, strict=False)
-        ),
-        (gate_operands(gate, kept), None if cells is None else cells * shape.channels, initial, final, cu_seqlens),
-        shape.length,
-        out_length,
-        shape.channels,
-        shape.groups,
-        STATES=shape.padded,
-        REVERSE=first.reverse,
-        SOFTPLUS=delta_softplus,
-        GATE=gate_mode(gate, shape.length),
-        REDUCE=reduce_mode(grid, reduction),
-        INTERVAL=INTERVAL,
-    )
-    if two or reduction:
-        out = combine(
-            outs,
-            dtype,
-            z=None if reduction else z,
-            scale=inverse_counts(grid, reduction, device) if reduction else None,
-        )
-    else:
-        out = outs[0]
-    return ScanResult(
-        out, None if final is None else states_last(final, shape.states), checkpoints if save_checkpoints else ()
-    )
+        tuple(zip(map(direction_operands, directions), outs, checkpoints or (None, None), strict=False)),
+        (gate_operands(gate, kept), rows, initial, final, cu_seqlens),
+        shape.length, out_length, shape.channels, shape.groups,
+        STATES=shape.padded, REVERSE=first.reverse, SOFTPLUS=delta_softplus, GATE=gate_mode(gate, shape.length),
+        REDUCE=reduce_mode(grid, reduction), INTERVAL=INTERVAL,
+    )  # fmt: skip
+    scale = inverse_counts(grid, reduction, device) if reduction else None
+    out = combine(outs, dtype, z=None if reduction else z, scale=scale) if two or reduction else outs[0]
+    return ScanResult(out, None if final is None else states_last(final, shape.states), checkpoints)

@@ -12,7 +12,6 @@ from ..contract import ConvCall, ConvFilter, ScanCall, ScanInputs
 from .conv import conv
 from .conv_backward import conv_backward
 from .launch import Launch, recorded
-from .norm import norm, norm_backward
 from .reduce import reduce, reduce_backward
 from .scan import scan
 from .scan_backward import scan_backward
@@ -48,20 +47,13 @@ def model_launches(
     filters = tuple(
         ConvFilter(_meta(d_inner, d_conv), _meta(d_inner), reverse) for reverse in (False, True)[: 1 + bidirectional]
     )
-    hidden, channel, state = (
-        _meta(length, d_model, dtype=dtype),
-        _meta(d_inner),
-        _meta(1, length, 1, d_state, dtype=dtype),
-    )
+    channel, state = _meta(d_inner), _meta(1, length, 1, d_state, dtype=dtype)
     one = ScanInputs(activation, activation, _meta(d_inner, d_state), state, state, channel, channel, False)
     directions = (one, one._replace(reverse=True))[: 1 + bidirectional]
     convolution = ConvCall(x, filters, silu=True, initial_state=None, cu_seqlens=None)
     with recorded() as launches:
-        norm(hidden, hidden, _meta(d_model), _meta(d_model), 1e-5)
         conv(convolution)
         if backward:
-            rows = _meta(length)
-            norm_backward(hidden, hidden, hidden, _meta(d_model), rows, rows)
             conv_backward((activation,) * len(filters), convolution, needs=frozenset(("x", "weight", "bias")))
         for r in (None, reduction) if reduction is not None else (None,):
             _scan_launches(directions, grid, r, backward)

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from storm_kernels.backends.cuda import source
-from storm_kernels.backends.cuda.launcher import FLAGS, THREADS
+from storm_kernels.backends.cuda.launcher import FLAGS, THREADS, Launch
 
+from ..stand_in import StandIn
 from .guarded import Guarded
 
 _HERE = Path(__file__).parent
@@ -34,62 +35,31 @@ _OUTCOMES = {1: "threads of a block wait for something that never comes",
              3: "a thread reaches past shared or global memory"}  # fmt: skip
 
 
-class OnCpu:
-    """A `Launcher`. ``at_once`` blocks run side by side; ``flags`` are for g++, as sanitizers want them.
-
-    A block may have ``shared`` bytes of shared memory: an H100's limit if not given. What decides
-    about tickets is an H100's too.
+class OnCpu(StandIn):
+    """A `Launcher`. ``at_once`` blocks run side by side; ``flags`` are for g++, as sanitizers want them;
+    ``figures`` are those of `StandIn`.
     """
 
-    device_type = "cpu"
-
-    def __init__(
-        self,
-        at_once: int = 1,
-        flags: tuple[str, ...] = ("-O1",),
-        shared: int = 227 * 1024,
-        multiprocessors: int = 132,
-        resident: int = 2,
-    ):
-        self.at_once, self.flags, self.shared = at_once, flags, shared
-        self._multiprocessors, self._resident = multiprocessors, resident
+    def __init__(self, at_once: int = 1, flags: tuple[str, ...] = ("-O1",), **figures: int):
+        super().__init__(**figures)
+        self.at_once, self.flags = at_once, flags
         self._libraries: dict[tuple, ctypes.CDLL] = {}
         self.launched: set[tuple] = set()
 
-    def why_not(self) -> None:
-        return None
-
-    def launch(
-        self,
-        name: str,
-        kernel: str,
-        defines: Mapping[str, object],
-        struct: str,
-        values: Mapping,
-        blocks: int,
-        shared: int = 0,
-    ) -> None:
+    def launch(self, run: Launch) -> None:
+        name, kernel, defines, struct, values, blocks, shared = run
         self.launched.add((name, kernel, tuple(sorted(defines.items()))))
         fixed = {key: value for key, value in defines.items() if key not in FLAGS}
         library = self._library(name, fixed)
         for flag in defines.keys() & set(FLAGS):
             ctypes.c_int.in_dll(library, f"flag_{flag}").value = defines[flag]
-        run = getattr(library, f"run_{kernel}")
-        run.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t, ctypes.c_uint)
+        enter = getattr(library, f"run_{kernel}")
+        enter.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t, ctypes.c_uint)
         guarded = Guarded()
-        outcome = run(source.pack(name, struct, guarded.replace(values)), blocks, shared, self.at_once)
+        outcome = enter(source.pack(name, struct, guarded.replace(values)), blocks, shared, self.at_once)
         guarded.take_back()
         if outcome:
             raise RuntimeError(f"{kernel}: {_OUTCOMES[outcome]}")
-
-    def shared_limit(self) -> int:
-        return self.shared
-
-    def multiprocessors(self) -> int:
-        return self._multiprocessors
-
-    def resident(self, name: str, kernel: str, defines: Mapping[str, object], shared: int) -> int:
-        return self._resident
 
     def _library(self, name: str, defines: Mapping[str, object]) -> ctypes.CDLL:
         key = (name, *sorted(defines.items()))

@@ -21,12 +21,10 @@ import torch
 from storm_kernels.backends.cuda import launcher, source
 
 from ..parity import check
-from ..parity_cases import ConvCase, NormCase, ReduceCase, ScanCase, simplest
+from ..parity_cases import KINDS, simplest
 from . import Machine, OnPtx, Options, Refused
 from .machine import ALWAYS
 from .parser import Instruction
-
-CASES = {"scan": ScanCase, "conv": ConvCase, "reduce": ReduceCase, "norm": NormCase}
 
 
 def source_line(place: tuple[str, int, int]) -> str:
@@ -88,18 +86,18 @@ def _case(op: str, changes: list[str]):
             fields[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             fields[name] = value
-    known = CASES[op].__dataclass_fields__
+    known = KINDS[op].__dataclass_fields__
     unknown = fields.keys() - known.keys()
     if unknown:
         raise SystemExit(f"{op} has no {', '.join(sorted(unknown))}: it has {', '.join(known)}")
-    return simplest(CASES[op], **fields)
+    return simplest(KINDS[op], **fields)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.support.ptx_on_cpu", description=__doc__.split("\n\n")[0])
-    parser.add_argument("op", choices=CASES)
+    parser.add_argument("op", choices=KINDS)
     parser.add_argument("changes", nargs="*", metavar="field=value")
-    parser.add_argument("--backend", choices=["cuda", "triton"], help="default: cuda, for norm triton")
+    parser.add_argument("--backend", choices=["cuda", "triton"], default="cuda", help="default: cuda")
     parser.add_argument("--arch", default="sm_90", help="sm_80, sm_90 (default) or sm_100")
     parser.add_argument("--backward", action="store_true", help="gradients too")
     parser.add_argument("--trace", metavar="BLOCK:THREAD")
@@ -118,20 +116,19 @@ def main(arguments: list[str] | None = None) -> int:
         lines = range(int(args.lines.split("-")[0]), int(args.lines.split("-")[-1]) + 1) if args.lines else None
         watch = Trace(block, thread, args.kernel, lines).watch
     case, options = _case(args.op, args.changes), Options(seed=args.seed, noise=args.noise)
-    backend = args.backend or ("triton" if args.op == "norm" else "cuda")
     try:
-        if backend == "cuda":
+        if args.backend == "cuda":
             with launcher.using(OnPtx(args.arch, options, watch=watch)):
-                check(case, backend, gradients=args.backward)
+                check(case, args.backend, gradients=args.backward)
         else:
             from .triton import triton_on_ptx
 
             with triton_on_ptx(args.arch, options, watch=watch):
-                check(case, backend, gradients=args.backward)
+                check(case, args.backend, gradients=args.backward)
     except (Refused, AssertionError) as error:
         print(error)
         return 1
-    print(f"{case} on {backend}: fine")
+    print(f"{case} on {args.backend}: fine")
     return 0
 
 

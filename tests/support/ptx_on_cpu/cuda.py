@@ -13,8 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from storm_kernels.backends.cuda import source
-from storm_kernels.backends.cuda.launcher import THREADS
+from storm_kernels.backends.cuda.launcher import THREADS, Launch
 
+from ..stand_in import StandIn
 from .machine import Machine, Options
 from .memory import Global
 from .parser import Kernel, parse
@@ -114,47 +115,23 @@ def _addresses(memory: Global, fields: dict, struct: str, values: Mapping, path:
     return {field: one(field, value, f"{path}{field}") for field, value in values.items()}
 
 
-class OnPtx:
+class OnPtx(StandIn):
     """A `Launcher` (storm_kernels.backends.cuda.launcher): kernels compiled for ``arch`` and interpreted.
 
-    A block may have ``shared`` bytes of shared memory.
-
-    ``edit`` changes the PTX before it is read: for tests that seed faults. ``watch`` is called with
-    each `Machine` before it runs.
+    ``figures`` are those of `StandIn`. ``edit`` changes the PTX before it is read: for tests that
+    seed faults. ``watch`` is called with each `Machine` before it runs.
     """
 
-    device_type = "cpu"
-
     def __init__(self, arch: str = "sm_90", options: Options = Options(), *,  # noqa: B008
-                 shared: int = 227 * 1024, multiprocessors: int = 132, resident: int = 2,
-                 edit: Callable[[str], str] | None = None, watch: Callable[[Machine], None] | None = None):  # fmt: skip
+                 edit: Callable[[str], str] | None = None, watch: Callable[[Machine], None] | None = None,
+                 **figures: int):  # fmt: skip
+        super().__init__(**figures)
         self.arch, self.options, self.edit, self.watch = arch, options, edit, watch
-        self._shared, self._multiprocessors, self._resident = shared, multiprocessors, resident
         self._kernels: dict[tuple, Kernel] = {}
         self.launched: set[tuple] = set()
 
-    def why_not(self) -> None:
-        return None
-
-    def shared_limit(self) -> int:
-        return self._shared
-
-    def multiprocessors(self) -> int:
-        return self._multiprocessors
-
-    def resident(self, name: str, kernel: str, defines: Mapping[str, object], shared: int) -> int:
-        return self._resident
-
-    def launch(
-        self,
-        name: str,
-        kernel: str,
-        defines: Mapping[str, object],
-        struct: str,
-        values: Mapping,
-        blocks: int,
-        shared: int = 0,
-    ) -> None:
+    def launch(self, run: Launch) -> None:
+        name, kernel, defines, struct, values, blocks, shared = run
         if blocks == 0:
             return
         self.launched.add((name, kernel, tuple(sorted(defines.items()))))
