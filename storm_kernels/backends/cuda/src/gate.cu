@@ -1,8 +1,8 @@
 // What is done to y outside the scans: the sum of two directions and its gate; the backward of the
 // gate and of the token reduction.
 //
-//     block            GATE_TILE tokens x (THREADS x WIDTH) channels
-//     one of its threads   each of these tokens, WIDTH channels beside each other
+//     a block                GATE_TILE tokens x (THREADS x WIDTH) channels
+//     one of its threads     each of these tokens, WIDTH channels beside each other
 //
 // The launch code (gate.py) defines G_T (number format of the result and of its gradient), Z_T;
 // GATE_TILE, WIDTH; GATED, REDUCED; SUMMED: y is the sum of two directions; ALIGNED: every thread's

@@ -102,6 +102,54 @@ __device__ __forceinline__ void prepare_states(Shared& shared, const Strides& st
     prepare_rows(shared.C, shared.C_rows, strides.C, first, tokens);
 }
 
+// A thread's sums of dA over all intervals, in device memory for want of registers, each with its
+// rounding error as in `Sum`. Each is RUN floats a thread beside each other:
+//
+//     ITEMS / RUN rows of sums, then as many of errors    | thread 0 | thread 1 | ...
+struct SumsOfA {
+    float* memory;
+
+    __device__ __forceinline__ SumsOfA(const BackwardArgs& a, int64 block)
+        : memory(a.dA_sums + block * 2 * ITEMS * THREADS + threadIdx.x * RUN) {}
+    __device__ __forceinline__ float& value(int i) const { return memory[i / RUN * RUN * THREADS + i % RUN]; }
+    __device__ __forceinline__ float& lost(int i) const { return memory[(ITEMS + i / RUN * RUN) * THREADS + i % RUN]; }
+    __device__ __forceinline__ void clear() const {
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) value(i) = lost(i) = 0.0f;
+    }
+    __device__ __forceinline__ void load(float (&values)[ITEMS], float (&errors)[ITEMS]) const {
+#pragma unroll
+        for (int r = 0; r < RUNS; r++) {
+            load_floats(values, r * RUN, memory + r * RUN * THREADS);
+            load_floats(errors, r * RUN, memory + (ITEMS + r * RUN) * THREADS);
+        }
+    }
+    __device__ __forceinline__ void store(const float (&values)[ITEMS], const float (&errors)[ITEMS]) const {
+#pragma unroll
+        for (int r = 0; r < RUNS; r++) {
+            store_floats(memory + r * RUN * THREADS, values, r * RUN);
+            store_floats(memory + (ITEMS + r * RUN) * THREADS, errors, r * RUN);
+        }
+    }
+};
+
+// Adds the lanes' sums of dD and d(delta_bias) over a warp and writes them.
+__device__ __forceinline__ void write_row_gradients(
+    const Shared& shared, const Gradients& grad, const Elements& e, const Problem& p, const Share& s) {
+#pragma unroll
+    for (int c = 0; c < PAIR; c++) {
+        const int64 row = s.sequence * p.channels + s.channel + e.channel + c;
+        float D = shared.dD[c][threadIdx.x].value, bias = shared.dbias[c][threadIdx.x].value;
+#pragma unroll
+        for (int bit = CHANNEL_LANES; bit < 32; bit *= 2) {
+            D += __shfl_xor_sync(0xffffffffu, D, bit);
+            bias += __shfl_xor_sync(0xffffffffu, bias, bit);
+        }
+        if (e.token == 0 && c < e.channels && grad.D) grad.D[row] = D;
+        if (e.token == 0 && c < e.channels && grad.delta_bias) grad.delta_bias[row] = bias;
+    }
+}
+
 // What a lane reads of its element of a batch: before the adjoint and after it.
 struct Element {
     Two<GY_T> gy;

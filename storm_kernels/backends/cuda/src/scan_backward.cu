@@ -81,6 +81,8 @@ __device__ __forceinline__ void save_states(Shared& shared, const Strides& strid
     }
 }
 
+// Its beginning stays in one piece: functions of its own for `terms` or for the place of BC give the
+// compiler another order of instructions, and not one register is to spare.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const __grid_constant__ BackwardArgs a) {
     DYNAMIC_SHARED(memory);
     Shared& shared = *(Shared*)memory;
@@ -107,14 +109,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const __g
         column(grad.BC, BC_first * BC_row + s.group * 2 * D_STATE + piece / STATES % 2 * D_STATE + piece % STATES);
 
     float A[ITEMS], g[ITEMS];
-    float* const dA_sums = a.dA_sums + work * 2 * ITEMS * THREADS + threadIdx.x * RUN;
+    const SumsOfA dA_sums(a, work);
     const float* checkpoint =
         d.checkpoints + (checkpoint_row(a.p, s, last / INTERVAL) * a.p.channels + s.channel + place.channel) * D_STATE;
     load_states(A, d.A + s.channel * D_STATE, place, s.channels);
     load_states(g, a.grad_final_state ? a.grad_final_state + state_row : nullptr, place, s.channels);
-#pragma unroll
-    for (int i = 0; i < ITEMS; i++)
-        dA_sums[i / RUN * RUN * THREADS + i % RUN] = dA_sums[(ITEMS + i / RUN * RUN) * THREADS + i % RUN] = 0.0f;
+    dA_sums.clear();
     for (int c = threadIdx.x; c < BLOCK_CHANNELS; c += THREADS) {
         shared.terms[term_at(0, c)] = c < s.channels && d.delta_bias ? d.delta_bias[s.channel + c] : 0.0f;
         shared.terms[term_at(1, c)] = c < s.channels && d.D ? d.D[s.channel + c] : 0.0f;
@@ -177,24 +177,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const __g
             BC.move(-strides.BC);
             __syncthreads();
         }
-        float sums[ITEMS], lost[ITEMS];
-#pragma unroll
-        for (int r = 0; r < RUNS; r++) {
-            load_floats(sums, r * RUN, dA_sums + r * RUN * THREADS);
-            load_floats(lost, r * RUN, dA_sums + (ITEMS + r * RUN) * THREADS);
-        }
+        float values[ITEMS], errors[ITEMS];
+        dA_sums.load(values, errors);
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
-            Sum sum{sums[i], lost[i]};
+            Sum sum{values[i], errors[i]};
             sum.add(dA[i]);
-            sums[i] = sum.value;
-            lost[i] = sum.lost;
+            values[i] = sum.value;
+            errors[i] = sum.lost;
         }
-#pragma unroll
-        for (int r = 0; r < RUNS; r++) {
-            store_floats(dA_sums + r * RUN * THREADS, sums, r * RUN);
-            store_floats(dA_sums + (ITEMS + r * RUN) * THREADS, lost, r * RUN);
-        }
+        dA_sums.store(values, errors);
         batches = INTERVAL / BATCH - 1;
 #pragma unroll
         for (int c = 0; c < PAIR; c++) {
@@ -204,18 +196,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const __g
     }
     if (a.grad_initial_state) store_states(g, a.grad_initial_state + state_row, place, s.channels);
 #pragma unroll
-    for (int i = 0; i < ITEMS; i++) A[i] = LN2 * dA_sums[i / RUN * RUN * THREADS + i % RUN];
+    for (int i = 0; i < ITEMS; i++) A[i] = LN2 * dA_sums.value(i);
     if (grad.A) store_states(A, grad.A + state_row, place, s.channels);
-#pragma unroll
-    for (int c = 0; c < PAIR; c++) {
-        const int64 row = s.sequence * a.p.channels + s.channel + e.channel + c;
-        float D = shared.dD[c][threadIdx.x].value, bias = shared.dbias[c][threadIdx.x].value;
-#pragma unroll
-        for (int bit = CHANNEL_LANES; bit < 32; bit *= 2) {
-            D += __shfl_xor_sync(0xffffffffu, D, bit);
-            bias += __shfl_xor_sync(0xffffffffu, bias, bit);
-        }
-        if (e.token == 0 && c < e.channels && grad.D) grad.D[row] = D;
-        if (e.token == 0 && c < e.channels && grad.delta_bias) grad.delta_bias[row] = bias;
-    }
+    write_row_gradients(shared, grad, e, a.p, s);
 }
