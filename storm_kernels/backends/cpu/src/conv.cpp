@@ -8,12 +8,12 @@
 
 namespace {
 
-constexpr int CONV_TILE = 8;            // tokens: a tile of x and one of y stay in the first-level cache
-constexpr int CHUNK_WIDTH = 256;   // channels
-constexpr int64_t MOST_SPANS = 16;  // spans' weight gradients are summed apart, then in order
+constexpr int CONV_TILE = 8;        // tokens: a tile of x and one of y stay in the first-level cache
+constexpr int CHUNK_WIDTH = 256;    // channels
+constexpr int64_t MOST_SPANS = 16;  // each has weight gradients of its own, which are then added in order
 
-// y[i] = then(bias + sum_k w[k] x[i + k step], i, channel) for `count` rows; `x` is the row that meets
-// w[0].
+// y[i] = then(bias + sum_k w[k] x[i + k step], i, channel) for `count` rows i; `x` is the row that w[0]
+// meets for row 0.
 template <int TAPS, class Then>
 void filter_rows(const float* x, int step, const float* w, const float* bias, int taps_, int count, int pitch,
     float* y, Then then) {

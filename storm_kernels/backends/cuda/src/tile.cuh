@@ -4,7 +4,7 @@
 //     step[token][pair of channels]            log2(e) delta and delta u of either channel: a float4
 //     BC[0 is B, 1 is C][token][state]
 //     y[pair of tokens][lane of states][pair of channels]
-//                                              that lane's part of y, (token, channel): a float4
+//                                              that lane's parts of y, 2 tokens x 2 channels: a float4
 #pragma once
 #include "stage.cuh"
 
@@ -33,7 +33,7 @@ struct Shared {
     // 0 past the sequence's end: the states stay as they are
     float4 step[SCAN_TILE][PAIRS];
     __align__(16) float BC[2][SCAN_TILE][STATES];
-    // After the recurrence `OpenCells::add_each` keeps the sums of the parts in place of the first one.
+    // `OpenCells::add_each` puts the finished y in place of lane 0's parts
     float4 y[SCAN_TILE / 2][STATE_LANES][PART];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "scan.py counts the same");
