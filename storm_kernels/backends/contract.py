@@ -13,12 +13,13 @@ pass 2^31. Results are contiguous and share no memory with an input. Gradients c
 in the shape and dtype of what they are gradients of. Incoming gradients have any strides, zero
 included. No axis is empty: ops/ leaves that to the torch backend.
 
-Glossary (the sources in CUDA and C++ do not keep to it everywhere yet):
+Glossary, which the code of every backend keeps to:
     group: channels that share B and C; never of tokens or frames.
     pool: the frames that a reduction averages together (``temporal_pool`` of them).
     kept: of a token, that sampling keeps its pool; *kept tokens* are counted in their own order.
     cell: a row of a reduced result: the kept tokens that are averaged into one.
     checkpoint: the state before a token that the forward scan saves.
+    interval: the tokens from a checkpoint to the next; INTERVAL of them.
     segment: tokens whose inputs are loaded, or whose states are recomputed, together.
     tile: tokens that are prepared together.
     slot: one instruction that one warp issues.

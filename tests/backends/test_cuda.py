@@ -65,7 +65,7 @@ def test_decays_at_the_end_of_float32(on_cpu):
 
 @pytest.mark.parametrize("changes", SCANS, ids=lambda changes: f"states{changes['states']}-{changes['dtype']}")
 @pytest.mark.parametrize("direction", ["forward", "both"])
-def test_scan_over_several_chunks(changes, direction, on_cpu):
+def test_scan_over_several_intervals(changes, direction, on_cpu):
     check(
         simplest(
             ScanCase, length=300, direction=direction, initial=True, D=True, z="all", bias=True, batch=1, **changes
@@ -79,7 +79,7 @@ def test_scan_around_a_checkpoint(length, on_cpu):
     check(simplest(ScanCase, length=length, direction="reverse", initial=True, states=16, z="all"), "cuda")
 
 
-def test_scan_of_packed_sequences_longer_than_a_chunk(on_cpu):
+def test_scan_of_packed_sequences_longer_than_an_interval(on_cpu):
     check(simplest(ScanCase, seed=3, length=400, direction="both", packed=True, states=16, z="all"), "cuda")
     check(simplest(ScanCase, seed=3, length=400, direction="reverse", packed=True, initial=True, states=16), "cuda")
 
@@ -105,14 +105,14 @@ def test_reduced_scan_over_many_frames(reduction, z, on_cpu):
     )
 
 
-# Frames of 20 tokens: a tile lies within a group of its own, or where two meet, never at the same
-# place; of 32: where a group begins; and rows of 16 pooled in twos.
+# Frames of 20 tokens: a tile lies within a pool of its own, or where two meet, never at the same
+# place; of 32: where a pool begins; and rows of 16 pooled in twos.
 @pytest.mark.parametrize(
     "grid, reduction",
     [((9, 4, 5), (2, 1, 2)), ((9, 4, 5), (3, 1, 1)), ((10, 4, 8), (2, 1, 3)), ((7, 3, 16), (2, 2, 1))],
 )
 @pytest.mark.parametrize("direction, z", [("both", "kept"), ("reverse", "all")])
-def test_reduced_scan_of_tiles_within_a_group(grid, reduction, direction, z, on_cpu):
+def test_reduced_scan_of_tiles_within_a_pool(grid, reduction, direction, z, on_cpu):
     check(
         simplest(
             ScanCase,
@@ -129,8 +129,8 @@ def test_reduced_scan_of_tiles_within_a_group(grid, reduction, direction, z, on_
     )
 
 
-# Rows of whole 16 bytes come by asynchronous copies: those of a group that ends with its tile must
-# not meet the next group's.
+# Rows of whole 16 bytes come by asynchronous copies: those of a pool that ends with its tile must
+# not meet the next pool's.
 @pytest.mark.parametrize(
     "grid, reduction",
     [((10, 4, 8), (2, 1, 1)), ((9, 4, 8), (2, 1, 2)), ((9, 4, 5), (2, 1, 1)), ((7, 3, 16), (2, 2, 1))],
@@ -221,14 +221,14 @@ def test_rows_more_than_2_to_the_31_bytes_apart(on_cpu):
         gate_backward(far, 2, far, y, None, None), gate_backward(near, 2, near, y, None, None), strict=True
     ):
         assert torch.equal(found, expected)
-    sums = [merge_directions(y[0], y[0], z, torch.bfloat16, keep=False) for z in (far, near)]
+    sums = [merge_directions(y[0], y[0], z, torch.bfloat16, save_y=False) for z in (far, near)]
     assert torch.equal(*sums)
 
 
 def test_more_tokens_than_an_index_holds_are_refused():
     endless = torch.zeros(1, 1, 8, device="meta").expand(1, 2**31, 8)
     with pytest.raises(ValueError, match="at most 2.31 - 16 tokens a batch row, got 2147483648"):
-        merge_directions(endless, endless, None, torch.float32, keep=False)
+        merge_directions(endless, endless, None, torch.float32, save_y=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

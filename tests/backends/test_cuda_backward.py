@@ -47,21 +47,22 @@ def compiled(
 
 def slots(defines: dict, code: bytes) -> dict[str, float]:
     """Instructions a warp issues, per channel, token and state of a thread, in each of the loops
-    inside the one over chunks and in all.
+    inside the one over intervals and in all.
     """
-    (chunks,) = (loop for loop in sass.loops(sass.disassemble(code)["scan_backward"]) if loop.inner)
-    per_chunk = defines["CHUNK"] * 2 * defines["LANE_STATES"]
-    groups, exps = defines["CHUNK"] // defines["GROUP"], defines["GROUP"] * 2 * defines["LANE_STATES"]
-    found = {"the chunk": len(chunks.own) / per_chunk}
-    for loop in chunks.inner:
+    (intervals,) = (loop for loop in sass.loops(sass.disassemble(code)["scan_backward"]) if loop.inner)
+    items = defines["INTERVAL"] * defines["PAIR"] * defines["LANE_STATES"]
+    segments = defines["INTERVAL"] // defines["SEGMENT"]
+    exps = defines["SEGMENT"] * defines["PAIR"] * defines["LANE_STATES"]
+    found = {"the interval": len(intervals.own) / items}
+    for loop in intervals.inner:
         count = loop.count("MUFU.EX2")
         if count < exps:  # two softplus a pair of channels
-            found["delta"] = len(loop.own) * defines["CHUNK"] // defines["STATE_LANES"] // (count // 2) / per_chunk
+            found["delta"] = len(loop.own) * defines["INTERVAL"] // defines["STATE_LANES"] // (count // 2) / items
         elif count == exps:
-            found["states saved"] = len(loop.own) * (groups - 1) / per_chunk
+            found["states saved"] = len(loop.own) * (segments - 1) / items
         else:
-            found["adjoint"] = len(loop.own) * groups / per_chunk
-    assert len(found) == 1 + len(chunks.inner) == 4
+            found["adjoint"] = len(loop.own) * segments / items
+    assert len(found) == 1 + len(intervals.inner) == 4
     return found | {"all": sum(found.values())}
 
 

@@ -187,12 +187,12 @@ def _flat(loops: list[sass.Loop]):
 
 
 def elementwise_slots(kernel: str, defines: dict, code: bytes) -> float:
-    """Slots of a kernel of gate.cu per item of a scan of both directions and 16 states: 8 channels
-    a thread, and what a block's tokens share.
+    """Slots of a kernel of gate.cu per item of a scan of both directions and 16 states: WIDTH
+    channels a thread, and what a block's tokens share.
     """
     instructions = sass.disassemble(code)[kernel]
     loops = [len(loop.own) for loop in sass.loops(instructions)]  # over tokens: variants of one
-    return (max(loops) + (len(instructions) - sum(loops)) / defines["TOKENS"]) / 8 / (2 * 16)
+    return (max(loops) + (len(instructions) - sum(loops)) / defines["GATE_TILE"]) / defines["WIDTH"] / (2 * 16)
 
 
 FORWARD = {
@@ -212,17 +212,18 @@ def test_forward_scan_keeps_its_budget_of_slots(variant, arch):
     """At most 8 issue slots per channel, token and state, gate, softplus, loads, stores and the sum
     of both directions included.
 
-    Counted is the whole loop over full tiles. What runs between two runs of tiles, once a chunk or
-    a pooled group, is not in it.
+    Counted is the whole loop over full tiles. What runs between two runs of tiles, once an interval
+    or a pool, is not in it.
     """
     asked = FORWARD[variant]()
     defines, loops, used = _compiled(asked, "scan", arch)
-    items = defines["TILE"] * 8
+    items = defines["SCAN_TILE"] * defines["PAIR"] * defines["LANE_STATES"]
     tiles = [loop for loop in _flat(loops) if loop.count("MUFU.EX2") >= items]
     slots = [len(loop.own) / items for loop in tiles]
-    merging = [(name, dict(made)) for name, kernel, made in asked if kernel == "merge_directions"]
+    merging = [(name, dict(macros)) for name, kernel, macros in asked if kernel == "merge_directions"]
     after = sum(
-        elementwise_slots("merge_directions", made, launcher.compile_cubin(name, made, arch)) for name, made in merging
+        elementwise_slots("merge_directions", macros, launcher.compile_cubin(name, macros, arch))
+        for name, macros in merging
     )
     print(
         f"forward scan, {variant}, {arch}: {[f'{n:.2f}' for n in slots]} slots per item, {after:.2f} after it, "

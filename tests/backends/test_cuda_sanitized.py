@@ -54,7 +54,7 @@ with launcher.using(OnCpu(flags=flags)):
     check(simplest(ConvCase, length=67, channels=5, direction="reverse", initial=True), "cuda")
     check(simplest(ReduceCase, grid=(7, 3, 5), reduction=(3, 2, 2), layout="sliced"), "cuda")
     check(simplest(ScanCase, states=17, channels_per_group=35, z="all", batch=1), "cuda")
-tickets.ticketed_blocks, tickets.step_tokens = lambda *_: 5, lambda tokens, chunk, group: chunk
+tickets.ticketed_blocks, tickets.step_tokens = lambda *_: 5, lambda tokens, interval, pool: interval
 with launcher.using(OnCpu(at_once=3, flags=flags)):
     reduced = dict(grid=(7, 4, 5), reduction=(3, 1, 1))
     check(simplest(ScanCase, **reduced, direction="both", states=16, z="all", batch=1), "cuda")
@@ -76,7 +76,7 @@ block = geometry(states).block_channels
 with launcher.using(OnCpu(flags=("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"))):
     for channels, direction in ((max(8, block), "both"), (block + 3, "reverse")):
         rest = dict(channels_per_group=channels, direction=direction, z="all", batch=1)
-        check(simplest(ScanCase, states=states, length=2 * geometry(states).TILE + 3, **rest), "cuda")
+        check(simplest(ScanCase, states=states, length=2 * geometry(states).SCAN_TILE + 3, **rest), "cuda")
 print("clean")
 """
 

@@ -22,15 +22,15 @@ from ..support.parity_cases import ScanCase, simplest
 from ..support.parity_random import CASES, fuzz_cases
 from .test_cuda import SCANS
 
-CHUNK = geometry(16).CHUNK
+INTERVAL = geometry(16).INTERVAL
 
 
 @contextmanager
-def forced(blocks: int, chunks: int = 1):
-    """Every scan gets tickets meanwhile: ``blocks`` blocks, and steps of so many chunks."""
+def forced(blocks: int, intervals: int = 1):
+    """Every scan gets tickets meanwhile: ``blocks`` blocks, and steps of so many intervals."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tickets, "ticketed_blocks", lambda *_: blocks)
-        patch.setattr(tickets, "step_tokens", lambda tokens, chunk, group: chunks * chunk)
+        patch.setattr(tickets, "step_tokens", lambda tokens, interval, pool: intervals * interval)
         yield
 
 
@@ -52,7 +52,7 @@ def same(case: ScanCase, at_once: int, blocks: int = 5, shared: int = 227 * 1024
 COMMON = {"D": True, "z": "all", "bias": True, "states": 16}
 CASES_OF_TICKETS = {
     "plain": {"length": 300, "batch": 2, "initial": True, **COMMON | {"z": "none"}},
-    "reverse": {"length": 5 * CHUNK, "direction": "reverse", "initial": True, **COMMON},
+    "reverse": {"length": 5 * INTERVAL, "direction": "reverse", "initial": True, **COMMON},
     "both": {"length": 300, "direction": "both", "channels_per_group": 70, **COMMON},
     "asynchronous": {
         "length": 300,
@@ -94,7 +94,7 @@ def test_sums_in_global_memory_are_handed_on(at_once):
 def test_a_step_waits_for_the_one_before():
     """A single chain: every item's predecessor is at work in another block."""
     for _ in range(3):
-        same(simplest(ScanCase, length=10 * CHUNK, batch=1, direction="forward", **COMMON), at_once=4)
+        same(simplest(ScanCase, length=10 * INTERVAL, batch=1, direction="forward", **COMMON), at_once=4)
 
 
 @pytest.mark.parametrize("at_once", [1, 4])
@@ -132,7 +132,7 @@ class Watched(OnCpu):
 def test_each_launch_counts_from_zero():
     case = simplest(ScanCase, length=500, packed=True, seed=3, **COMMON)
     lengths = torch.tensor(case.bounds(500)).diff()
-    assert lengths.min() < CHUNK < lengths.max() - CHUNK, "some steps are past their sequence's end"
+    assert lengths.min() < INTERVAL < lengths.max() - INTERVAL, "some steps are past their sequence's end"
     operands = case.operands()
     with launcher.using(Watched(at_once=3)) as watched, forced(blocks=4):
         for _ in range(2):
@@ -141,7 +141,7 @@ def test_each_launch_counts_from_zero():
     for next_before, done_before, next_after, done_after, taken in watched.seen:
         assert not next_before.any() and not done_before.any()
         assert next_after.item() == taken, "every item and, for each block, one that does not exist"
-        assert done_after.tolist() == [max(1, -(-n // CHUNK)) for n in lengths.tolist()]
+        assert done_after.tolist() == [max(1, -(-n // INTERVAL)) for n in lengths.tolist()]
 
 
 class Asked(OnCpu):
@@ -193,13 +193,13 @@ def test_launches_with_tickets(gpu, tokens, channels, batch, blocks):
 @pytest.mark.parametrize(
     "frames, side, pool, expected",
     [
-        (256, 16, 4, 2048),  # two groups of 1,024
-        (256, 24, 4, 2304),  # a group
-        (256, 14, 4, 3136),  # four groups: whole chunks too
-        (64, 32, 8, 2048),  # groups of 8,192: a step is part of one
+        (256, 16, 4, 2048),  # two pools of 1,024
+        (256, 24, 4, 2304),  # a pool
+        (256, 14, 4, 3136),  # four pools: whole intervals too
+        (64, 32, 8, 2048),  # pools of 8,192: a step is part of one
     ],
 )
-def test_steps_of_whole_groups(frames, side, pool, expected):
+def test_steps_of_whole_pools(frames, side, pool, expected):
     grid = sk.TokenGrid(frames, side, side)
     _, _, steps, step_tokens = asked(
         {"multiprocessors": 108, "resident": 2}, grid.tokens, 7168, grid=grid, reduction=sk.TokenReduction(pool)
@@ -227,7 +227,7 @@ def test_tickets_change_no_bit_on_a_gpu(gpu):
 
 @pytest.mark.gpu
 def test_replays_of_a_graph_start_from_zero(gpu):
-    case = simplest(ScanCase, length=40 * CHUNK, direction="both", channels_per_group=512, batch=1, **COMMON)
+    case = simplest(ScanCase, length=40 * INTERVAL, direction="both", channels_per_group=512, batch=1, **COMMON)
     operands = {name: value.to(gpu) for name, value in case.operands().items()}
     with forced(blocks=300):
         expected = case.call(Operations("cuda"), operands)["out"]

@@ -82,7 +82,7 @@ def seed(fault: Fault, monkeypatch) -> None:
     seeded: set[int] = set()
     if fault.ticketed:
         monkeypatch.setattr(tickets, "ticketed_blocks", lambda *_: 3)
-        monkeypatch.setattr(tickets, "step_tokens", lambda tokens, chunk, group: chunk)
+        monkeypatch.setattr(tickets, "step_tokens", lambda tokens, interval, pool: interval)
     monkeypatch.setattr(source, "text", text)
 
 

@@ -41,7 +41,7 @@ def of_states() -> dict[str, ScanCase]:
     found = {}
     for i, states in enumerate(STATES):
         block = geometry(states).block_channels
-        few = {"length": 2 * geometry(states).TILE + 3}
+        few = {"length": 2 * geometry(states).SCAN_TILE + 3}
         found[f"{states} states, whole blocks"] = simplest(
             ScanCase, states=states, channels_per_group=max(block, 8), direction="both", **few, **FULL, **FORMATS[i % 4]
         )
@@ -74,7 +74,7 @@ SLICED = {"layout": "sliced", "layout_state": "sliced"}
 COMMON = {"D": True, "bias": True, "states": 16, "batch": 1}
 SCANS = of_states() | {
     "one token": simplest(ScanCase, length=1, direction="both", z="all", **COMMON),
-    "over two chunks": simplest(
+    "over two intervals": simplest(
         ScanCase, length=140, direction="both", channels_per_group=64, z="all", **COMMON | FORMATS[0]
     ),
     "two rows": simplest(
@@ -148,7 +148,7 @@ def test_cuda(name):
 )
 def test_cuda_with_tickets(name, monkeypatch):
     monkeypatch.setattr(tickets, "ticketed_blocks", lambda *_: 5)
-    monkeypatch.setattr(tickets, "step_tokens", lambda tokens, chunk, group: chunk)
+    monkeypatch.setattr(tickets, "step_tokens", lambda tokens, interval, pool: interval)
     with launcher.using(OnPtx()):
         check(CUDA[name], "cuda")
     case, found = dataclasses.replace(CUDA[name], batch=1), []

@@ -32,10 +32,10 @@ from .structs import (
 def checkpoint_shapes(
     batch: int, length: int, channels: int, states: int, *, directions: int, sequences: int, **gate
 ) -> tuple[tuple[int, ...], ...]:
-    """(chunks of all sequences, S, E) a direction: the state before each chunk's first token."""
+    """(intervals of all sequences, S, E) a direction: the state before each interval's first token."""
     interval = library().checkpoint_interval
-    chunks = length // interval + sequences if sequences else batch * -(-length // interval)
-    return ((chunks, states, channels),) * directions
+    intervals = length // interval + sequences if sequences else batch * -(-length // interval)
+    return ((intervals, states, channels),) * directions
 
 
 def scan(call: ScanCall, save_checkpoints: bool) -> ScanResult:
@@ -51,7 +51,7 @@ def scan(call: ScanCall, save_checkpoints: bool) -> ScanResult:
     checkpoints = ()
     if save_checkpoints:
         packed = 0 if cu_seqlens is None else len(cu_seqlens) - 1
-        # Packed sequences have room for more chunks than they need: what is left stays defined.
+        # Packed sequences have room for more intervals than they need: what is left stays defined.
         new = empty if cu_seqlens is None else torch.zeros
         shapes = checkpoint_shapes(batch, length, channels, states, directions=len(directions), sequences=packed)
         checkpoints = tuple(new(shape, **states_of) for shape in shapes)

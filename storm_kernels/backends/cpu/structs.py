@@ -127,7 +127,7 @@ STRUCTURES = (
 )
 
 
-def held(t: Tensor) -> int:
+def elements_from(t: Tensor) -> int:
     """Elements from the tensor's first one to the end of its memory: the shape alone says nothing,
     a storage may have been freed (as FSDP does).
     """
@@ -143,7 +143,7 @@ def floats(t: Tensor | None) -> CFloats:
             "the C++ library wants a contiguous float32 tensor, "
             f"got {t.dtype} of shape {tuple(t.shape)} and strides {t.stride()}"
         )
-    return CFloats(t.data_ptr(), held(t))
+    return CFloats(t.data_ptr(), elements_from(t))
 
 
 def rows(t: Tensor | None) -> CTensor:
@@ -152,7 +152,7 @@ def rows(t: Tensor | None) -> CTensor:
         return CTensor()
     strides = t.stride()
     return CTensor(
-        t.data_ptr(), held(t), strides[0], strides[1], strides[2] if len(strides) == 4 else 0, DTYPES[t.dtype]
+        t.data_ptr(), elements_from(t), strides[0], strides[1], strides[2] if len(strides) == 4 else 0, DTYPES[t.dtype]
     )
 
 

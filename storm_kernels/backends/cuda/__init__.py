@@ -72,7 +72,7 @@ def warmup(
     directions = tuple(ScanInputs(x, x, A, state, state, row, row, reverse) for reverse in (False, True))
     for where, how in ((None, None), (grid, reduction)):
         options = {"delta_softplus": True, "initial_state": None, "cu_seqlens": None, "grid": where, "reduction": how}
-        found = scan(ScanCall(directions, x, **options), save_checkpoints=backward)
+        result = scan(ScanCall(directions, x, **options), save_checkpoints=backward)
         if backward:
             needs = frozenset({"u", "delta", "A", "B", "C", "D", "delta_bias", "z"})
-            scan_backward(found.out, None, ScanCall(directions, x, **options), found.checkpoints, needs=needs)
+            scan_backward(result.out, None, ScanCall(directions, x, **options), result.checkpoints, needs=needs)

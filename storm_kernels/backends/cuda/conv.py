@@ -10,55 +10,55 @@ from .launcher import THREADS, Launch, current
 from .tokens import FORMATS, sum_terms
 
 LARGEST_TAPS = 16  # the window of inputs lies in registers
-_TOKENS = 64  # a block's tokens: a halo of 3 on each side costs a tenth more reads
-_TOKENS_BACKWARD = 256  # longer: each block writes a partial result of weight and bias
+TILE = 64  # tokens of a block: a halo of 3 on each side costs a tenth more reads
+TILE_BACKWARD = 256  # longer: each block writes a partial result of weight and bias
 
 
-def _defines(x: Tensor, filters: tuple[ConvFilter, ...], cu_seqlens: Tensor | None, tokens: int) -> dict[str, object]:
-    reverse = [one.reverse for one in filters]
+def _defines(x: Tensor, filters: tuple[ConvFilter, ...], cu_seqlens: Tensor | None, tile: int) -> dict[str, object]:
+    reverse = [f.reverse for f in filters]
     return {
         "X_T": FORMATS[x.dtype],
         "TAPS": filters[0].weight.shape[1],
         "FORWARD": int(False in reverse),
         "REVERSE": int(True in reverse),
         "PACKED": int(cu_seqlens is not None),
-        "TOKENS": tokens,
+        "CONV_TILE": tile,
     }
 
 
-def _slots(filters: tuple[ConvFilter, ...], outs, grads, partials) -> list[dict]:
+def _filter_values(filters: tuple[ConvFilter, ...], outs, grads, partials) -> list[dict]:
     """The forward filter's values, then the reverse one's; one that is missing repeats the other
     and is never looked at.
     """
-    slots: dict[bool, dict] = {}
-    for one, out, grad, partial in zip(filters, outs, grads, partials, strict=True):
+    values: dict[bool, dict] = {}
+    for conv_filter, out, grad, partial in zip(filters, outs, grads, partials, strict=True):
         strides = (0, 0, 0) if grad is None else grad.stride()
-        slots[one.reverse] = {
-            "weight": one.weight,
-            "bias": one.bias,
+        values[conv_filter.reverse] = {
+            "weight": conv_filter.weight,
+            "bias": conv_filter.bias,
             "out": out,
             "grad": grad,
             **dict(zip(("grad_batch", "grad_row", "grad_channel"), strides, strict=True)),
             "partial": partial,
         }
-    only = next(iter(slots.values()))
-    return [slots.get(False, only), slots.get(True, only)]
+    only = next(iter(values.values()))
+    return [values.get(False, only), values.get(True, only)]
 
 
 def _values(
     x: Tensor,
-    slots: list[dict],
+    filters: list[dict],
     *,
     silu: bool,
     initial_state,
     cu_seqlens,
-    tokens: int,
+    tile: int,
     grad_x=None,
     grad_initial_state=None,
 ) -> dict:
     batch, length, channels = x.shape
     return {
-        "filter": slots,
+        "filter": filters,
         "x": x,
         "x_batch": x.stride(0),
         "x_row": x.stride(1),
@@ -66,7 +66,7 @@ def _values(
         "length": length,
         "channels": channels,
         "channel_blocks": -(-channels // THREADS),
-        "tiles": -(-length // tokens),
+        "tiles": -(-length // tile),
         "silu": silu,
         "sequences": batch if cu_seqlens is None else len(cu_seqlens) - 1,
         "cu_seqlens": None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous(),
@@ -87,13 +87,13 @@ def conv(call: ConvCall) -> tuple[Tensor, ...]:
     none = [None] * len(filters)
     values = _values(
         x,
-        _slots(filters, outs, none, none),
+        _filter_values(filters, outs, none, none),
         silu=silu,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
-        tokens=_TOKENS,
+        tile=TILE,
     )
-    defines = _defines(x, filters, cu_seqlens, _TOKENS)
+    defines = _defines(x, filters, cu_seqlens, TILE)
     current().launch(Launch("conv.cu", "conv", defines, "ConvArgs", values, _blocks(values)))
     return outs
 
@@ -105,15 +105,15 @@ def conv_backward(grads: tuple[Tensor, ...], call: ConvCall, needs: frozenset[st
     taps = filters[0].weight.shape[1]
     empty = {"dtype": torch.float32, "device": x.device}
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if "x" in needs else None
-    shape = (1, batch * -(-length // _TOKENS_BACKWARD), (taps + 1) * channels)
+    shape = (1, batch * -(-length // TILE_BACKWARD), (taps + 1) * channels)
     partials = [torch.empty(shape, **empty) if needs & {"weight", "bias"} else None for _ in filters]
     start = (
         torch.empty(initial_state.shape, **empty) if initial_state is not None and "initial_state" in needs else None
     )
-    slots = _slots(filters, [None] * len(filters), grads, partials)
-    options = {"silu": silu, "initial_state": initial_state, "cu_seqlens": cu_seqlens, "tokens": _TOKENS_BACKWARD}
-    values = _values(x, slots, **options, grad_x=grad_x, grad_initial_state=start)
-    defines = _defines(x, filters, cu_seqlens, _TOKENS_BACKWARD)
+    filter_values = _filter_values(filters, [None] * len(filters), grads, partials)
+    options = {"silu": silu, "initial_state": initial_state, "cu_seqlens": cu_seqlens, "tile": TILE_BACKWARD}
+    values = _values(x, filter_values, **options, grad_x=grad_x, grad_initial_state=start)
+    defines = _defines(x, filters, cu_seqlens, TILE_BACKWARD)
     if grad_x is not None or partials[0] is not None:
         current().launch(Launch("conv.cu", "conv_backward", defines, "ConvArgs", values, _blocks(values)))
     if start is not None and taps > 1:
@@ -121,17 +121,17 @@ def conv_backward(grads: tuple[Tensor, ...], call: ConvCall, needs: frozenset[st
         current().launch(Launch("conv.cu", "conv_state_backward", defines, "ConvArgs", values, blocks))
     return (
         grad_x,
-        tuple(_filter_gradients(one, partial, needs) for one, partial in zip(filters, partials, strict=True)),
+        tuple(_filter_gradients(f, partial, needs) for f, partial in zip(filters, partials, strict=True)),
         start,
     )
 
 
 def _filter_gradients(
-    one: ConvFilter, partial: Tensor | None, needs: frozenset[str]
+    conv_filter: ConvFilter, partial: Tensor | None, needs: frozenset[str]
 ) -> tuple[Tensor | None, Tensor | None]:
     if partial is None:
         return None, None
-    channels, taps = one.weight.shape
+    channels, taps = conv_filter.weight.shape
     summed = sum_terms(partial, torch.float32).view(taps + 1, channels)
     weight = summed[:taps].t().clone(memory_format=torch.contiguous_format) if "weight" in needs else None
-    return weight, summed[taps].clone() if one.bias is not None and "bias" in needs else None
+    return weight, summed[taps].clone() if conv_filter.bias is not None and "bias" in needs else None

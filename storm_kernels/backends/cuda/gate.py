@@ -9,17 +9,17 @@ from ...tokens import TokenGrid, TokenReduction
 from .launcher import THREADS, Launch, current
 from .tokens import FORMATS, token_map
 
-_WIDTH = 8  # channels a thread
-_TOKENS = 16  # a block: what a thread works out once serves as many
+WIDTH = 8  # channels a thread
+TILE = 16  # tokens of a block: what a thread works out once serves so many
 
 
 def _aligned(*rows: Tensor | None) -> bool:
-    """Whether every row is made of whole runs of 8 channels, each aligned as 16 bytes."""
+    """Whether every row consists of whole runs of WIDTH channels, each beginning on 16 bytes."""
     for t in rows:
         if t is None:
             continue
         strides = [stride for stride, size in zip(t.stride()[:-1], t.shape, strict=False) if size > 1]
-        if t.shape[-1] % _WIDTH or t.stride(-1) != 1 or t.data_ptr() % 16 or any(n % _WIDTH for n in strides):
+        if t.shape[-1] % WIDTH or t.stride(-1) != 1 or t.data_ptr() % 16 or any(n % WIDTH for n in strides):
             return False
     return True
 
@@ -36,25 +36,26 @@ def _near_rows(t: Tensor | None) -> Tensor | None:
 def _launch(
     kernel: str, struct: str, like: Tensor, result: Tensor, z: Tensor | None, flags: dict[str, bool], values: dict
 ) -> None:
-    """``like``: (batch, L, E), whose tokens are gone through; ``result``: whose format is G_T."""
+    """One launch over the tokens of ``like`` (batch, L, E); ``result`` has the format G_T."""
     batch, length, channels = like.shape
-    if length > 2**31 - _TOKENS:
-        raise ValueError(f"a gate takes at most 2^31 - {_TOKENS} tokens a batch row, got {length}")
-    blocks, runs = -(-channels // (_WIDTH * THREADS)), -(-length // _TOKENS)
-    defines = {"G_T": FORMATS[result.dtype], "Z_T": FORMATS[(result if z is None else z).dtype], "TOKENS": _TOKENS}
-    defines |= {name: int(flag) for name, flag in flags.items()}
-    values |= {"extent": {"length": length, "channels": channels, "runs": runs, "blocks": blocks}}
+    if length > 2**31 - TILE:
+        raise ValueError(f"a gate takes at most 2^31 - {TILE} tokens a batch row, got {length}")
+    blocks, tiles = -(-channels // (WIDTH * THREADS)), -(-length // TILE)
+    defines = {"G_T": FORMATS[result.dtype], "Z_T": FORMATS[(result if z is None else z).dtype]}
+    defines |= {"GATE_TILE": TILE, "WIDTH": WIDTH} | {name: int(flag) for name, flag in flags.items()}
+    values |= {"extent": {"length": length, "channels": channels, "tiles": tiles, "blocks": blocks}}
     values |= {"z": z, "z_batch": 0 if z is None else z.stride(0), "z_row": _row_bytes(z)}
-    current().launch(Launch("gate.cu", kernel, defines, struct, values, batch * runs * blocks))
+    current().launch(Launch("gate.cu", kernel, defines, struct, values, batch * tiles * blocks))
 
 
-def merge_directions(y: Tensor, second: Tensor, z: Tensor | None, dtype: torch.dtype, *, keep: bool) -> Tensor:
+def merge_directions(y: Tensor, second: Tensor, z: Tensor | None, dtype: torch.dtype, *, save_y: bool) -> Tensor:
     """``(y + second) * SiLU(z)``, (batch, L, E) in ``dtype``, of two contiguous float32 tensors;
-    with ``keep`` their sum is left in ``y``.
+    with ``save_y`` their sum is left in ``y``.
     """
     out, z = torch.empty_like(y, dtype=dtype), _near_rows(z)
     flags = {"GATED": z is not None, "REDUCED": False, "SUMMED": True, "ALIGNED": _aligned(y, second, z, out)}
-    _launch("merge_directions", "MergeArgs", y, out, z, flags, {"y": y, "second": second, "keep": keep, "out": out})
+    values = {"y": y, "second": second, "save_y": save_y, "out": out}
+    _launch("merge_directions", "MergeArgs", y, out, z, flags, values)
     return out
 
 

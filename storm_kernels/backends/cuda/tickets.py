@@ -40,16 +40,16 @@ class Work(NamedTuple):
         return -(-self.longest // self.step_tokens)
 
 
-def step_tokens(tokens: int, chunk: int, group: int) -> int:
-    """Tokens of a step for chains of ``tokens``: whole chunks and, unless they are large, whole
-    pooled groups of ``group`` tokens (0: none).
+def step_tokens(tokens: int, interval: int, pool: int) -> int:
+    """Tokens of a step for chains of ``tokens``: whole intervals between checkpoints of ``interval``
+    tokens and, unless they are large, whole pools of ``pool`` tokens (0: none).
 
-    k blocks a multiprocessor lose k tokens / W hand-overs and, at the end, half an item, k W / 2:
-    both the same at W = sqrt(64 tokens).
+    With steps of W tokens, k blocks a multiprocessor lose k tokens / W hand-overs of HAND_OVER tokens
+    and, at the end, half an item, k W / 2: the same at W = sqrt(64 tokens).
     """
     wanted = 8 * math.isqrt(tokens)
-    whole = math.lcm(chunk, group or chunk)
-    unit = whole if whole <= 2 * wanted else chunk
+    whole = math.lcm(interval, pool or interval)
+    unit = whole if whole <= 2 * wanted else interval
     return unit * max(1, round(wanted / unit))
 
 

@@ -36,44 +36,44 @@ def token_map(grid: TokenGrid, reduction: TokenReduction, device: torch.device) 
     """(L, 4) int32: the `TokenEntry` of each token. Raises ValueError for a grid of more than 2^31 - 1 tokens."""
     if grid.tokens >= 2**31:
         raise ValueError(f"grid must have fewer than 2^31 tokens, got {grid}")
-    made = torch.empty(grid.tokens, 4, dtype=torch.int32, device=device)
+    entries = torch.empty(grid.tokens, 4, dtype=torch.int32, device=device)
     _launch(
         "token_map",
         (torch.float32, torch.float32),
         "MapArgs",
-        {"r": _reduction(grid, reduction), "map": made},
+        {"r": _reduction(grid, reduction), "map": entries},
         grid.tokens,
     )
-    return made
+    return entries
 
 
 def _reduce(
-    kernel: str, x: Tensor, rows: int, out_rows: int, grid: TokenGrid, reduction: TokenReduction, where: Tensor | None
+    kernel: str, x: Tensor, cells: int, out_rows: int, grid: TokenGrid, reduction: TokenReduction, places: Tensor | None
 ) -> Tensor:
     out = torch.empty(x.shape[0], out_rows, x.shape[2], dtype=x.dtype, device=x.device)
     values = {
         "r": _reduction(grid, reduction),
         "batch": x.shape[0],
         "channels": x.shape[2],
-        "rows": rows,
+        "cells": cells,
         "in": x,
         "out": out,
     }
     strides = dict(zip(("in_batch", "in_row", "in_channel"), x.stride(), strict=True))
-    _launch(kernel, (x.dtype, x.dtype), "ReduceArgs", {**values, **strides, "map": where}, out.numel())
+    _launch(kernel, (x.dtype, x.dtype), "ReduceArgs", {**values, **strides, "map": places}, out.numel())
     return out
 
 
 def reduce(x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:
     """`Backend.reduce`."""
-    rows = reduction.reduced(grid).tokens
-    return _reduce("reduce_tokens", x, rows, rows, grid, reduction, None)
+    cells = reduction.reduced(grid).tokens
+    return _reduce("reduce_tokens", x, cells, cells, grid, reduction, None)
 
 
 def reduce_backward(grad: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:
     """`Backend.reduce_backward`."""
-    where = token_map(grid, reduction, grad.device)
-    return _reduce("reduce_tokens_backward", grad, grad.shape[1], grid.tokens, grid, reduction, where)
+    places = token_map(grid, reduction, grad.device)
+    return _reduce("reduce_tokens_backward", grad, grad.shape[1], grid.tokens, grid, reduction, places)
 
 
 def sum_terms(x: Tensor, dtype: torch.dtype) -> Tensor:

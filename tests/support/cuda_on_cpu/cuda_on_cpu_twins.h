@@ -67,8 +67,10 @@ inline T* row_at(T* first, int row, int bytes) {
     return (T*)((char*)first + (int64)row * bytes);
 }
 
-inline int held(int x) { return x; }
-inline int64 held(int64 x) { return x; }
+template <typename T>
+inline T pinned(T x) {
+    return x;
+}
 
 inline uint32 load_acquire(const uint32* flag) { return __atomic_load_n(flag, __ATOMIC_ACQUIRE); }
 inline void store_release(uint32* flag, uint32 value) { __atomic_store_n(flag, value, __ATOMIC_RELEASE); }

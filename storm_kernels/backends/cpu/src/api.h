@@ -1,19 +1,20 @@
-// The plain C interface: what `structs.py` fills in through ctypes. Strides are in elements;
-// offsets are 64-bit. Each buffer comes with the number of elements that its memory holds; a call
-// whose buffers hold too few is refused before it reads or writes. Each instruction-set variant
-// exports the same functions with its own suffix (storm_scan_avx2, ...).
+// The plain C interface: structures that `structs.py` fills in through ctypes. Strides are in
+// elements; offsets are 64-bit. Each buffer comes with the number of elements that its memory holds;
+// a call whose buffers hold too few is refused before it reads or writes. Each instruction-set
+// variant exports the same functions with its own suffix (storm_scan_avx2, ...). Words are those of
+// storm_kernels/backends/contract.py.
 #pragma once
 #include <stdint.h>
 
 enum { STORM_FLOAT32 = 0, STORM_BFLOAT16 = 1, STORM_FLOAT16 = 2 };
 enum { STORM_OK = 0, STORM_NO_MEMORY = 1, STORM_REFUSED = 2 };  // refused: the structure's `refused` names the buffer
 
-// Tokens between two checkpoints of the scan; `checkpoint_shapes` in scan.py reads it through
-// storm_checkpoint_interval().
-enum { STORM_CHECKPOINT = 64 };
+// Tokens from a checkpoint of the scan to the next: an interval. `checkpoint_shapes` in scan.py reads
+// the number through storm_checkpoint_interval().
+enum { STORM_INTERVAL = 64 };
 
-// (batch, rows, [groups,] channels), the last axis of stride 1; data is null where the tensor is
-// absent.
+// (batch, rows, channels) or (batch, rows, groups, states), the last axis of stride 1; data is null
+// where the tensor is absent.
 typedef struct {
   void* data;
   int64_t count;  // elements from `data` to the end of its memory
@@ -44,7 +45,7 @@ typedef struct {
 typedef struct {
   StormTensor u, delta, B, C;
   StormFloats A, D, delta_bias;  // (E, S), (E,), (E,)
-  // (chunks of all sequences, S, E): the state before each STORM_CHECKPOINT-th scanned token
+  // (intervals of all sequences, S, E): the state before each interval's first token in scan order
   StormFloats checkpoints;
   int64_t reverse;
 } StormDirection;
@@ -57,7 +58,7 @@ typedef struct {
   StormFloats initial_state;  // (sequences, E, S)
   StormFloats final_state;    // likewise
   int64_t states, groups, directions, softplus;
-  int64_t z_is_kept;  // z holds only the tokens that survive the sampling
+  int64_t z_is_kept;  // whether z holds the kept tokens only
   const char* refused;
 } StormScan;
 

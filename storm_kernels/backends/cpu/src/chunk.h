@@ -1,8 +1,11 @@
-// How tensors are cut: channel chunks, rows in scan order, pieces of a workspace.
+// How tensors are cut: chunks of channels, rows in scan order, pieces of a workspace.
 //
-// Glossary: a tile is a run of tokens in scan order; a chunk is a run of channels of one group,
-// that one thread takes through time; a block is LANES channels of a chunk, one vector. Tiles are
-// stored [token][channel], states and A [block][state][lane].
+// Words beside those of storm_kernels/backends/contract.py. Chunk: channels of one group that one
+// thread takes through time. Block: LANES channels of a chunk, one vector. Span: sequences beside
+// each other whose sums one thread adds up. In a workspace:
+//
+//     tile             [token][channel]          | block 0 | block 1 | ...      pitch floats a token
+//     states, A        [block][state][lane]      | state 0 | state 1 | ... of block 0 | state 0 ...
 #pragma once
 #include "common.h"
 #include "vec.h"
@@ -10,8 +13,8 @@
 namespace {
 
 struct Chunk {
-  int64_t group, first;  // first channel
-  int width, pitch;      // pitch: width rounded up to whole vectors
+  int64_t group, first;  // first: its first channel
+  int width, pitch;      // its channels; the same rounded up to whole vectors
   int blocks() const { return pitch / LANES; }
 };
 
@@ -50,8 +53,8 @@ struct Arena {
   }
 };
 
-// Rows of `t` for `count` scanned tokens from `first` on. With a map, token l is row map[l], and a
-// token mapped to -1 gives zeros.
+// The rows of `t` of `count` tokens from position `first` on, in scan order. With a map, token l has
+// row map[l], or zeros where that is -1.
 void load_token_rows(const StormTensor& t, const int64_t* map, const StormSequence& q, bool reverse, int64_t first,
     int count, const Chunk& c, float* to) {
   if (!map) return load_rows(scan_rows(t, q, reverse, c.first, c.width).skip(first), count, to, c.pitch);
@@ -62,8 +65,8 @@ void load_token_rows(const StormTensor& t, const int64_t* map, const StormSequen
   }
 }
 
-// Halves a chunk's width until there are enough for the threads. Only for kernels whose channels do
-// not depend on their chunk.
+// Halves a chunk's width until there are two chunks for each thread. Only for kernels where the result
+// of a channel does not depend on its chunk.
 INLINE int narrowed(int width, int64_t sequences, int64_t channels, int64_t groups, int64_t threads) {
   while (width > LANES && sequences * groups * chunks_per_group(channels, groups, width) < 2 * threads) width /= 2;
   return width;
@@ -78,12 +81,12 @@ INLINE void add_compensated(float* sum, float* error, vf value) {
   store(sum, after);
 }
 
-// to[i] = sum over slots of partial[slot][i], in that order; nothing where `to` is null
+// to[i] = sum over spans of partial[span][i], in that order; nothing where `to` is null.
 template <class Partial>
-INLINE void add_slots(float* to, const Partial* partial, int64_t slots, int64_t count) {
+INLINE void add_spans(float* to, const Partial* partial, int64_t spans, int64_t count) {
   for (int64_t i = 0; to && i < count; i++) {
     double total = 0.0;
-    for (int64_t slot = 0; slot < slots; slot++) total += partial[slot * count + i];
+    for (int64_t span = 0; span < spans; span++) total += partial[span * count + i];
     to[i] = (float)total;
   }
 }

@@ -11,7 +11,7 @@
 namespace {
 
 constexpr size_t LARGE = size_t(4) << 20;           // as LEAST_BYTES of pages.py
-constexpr size_t KEPT_WORKSPACE = size_t(32) << 20;  // bytes per thread between calls
+constexpr size_t LARGEST_IDLE = size_t(32) << 20;    // bytes of a workspace between calls
 
 struct Workspace {
   char* data = nullptr;
@@ -47,7 +47,7 @@ char* storm_workspace(size_t bytes) {
 }
 
 void storm_trim_workspace() {
-  if (workspace.size <= KEPT_WORKSPACE) return;
+  if (workspace.size <= LARGEST_IDLE) return;
   free(workspace.data);
   workspace.data = nullptr;
   workspace.size = 0;
@@ -56,32 +56,32 @@ void storm_trim_workspace() {
 int64_t storm_sequence_count(const StormShape& shape) { return shape.cu_seqlens ? shape.sequences : shape.batch; }
 
 StormSequence storm_sequence(const StormShape& shape, int64_t index) {
-  if (!shape.cu_seqlens) return {index, 0, shape.length, index * ceil_div(shape.length, STORM_CHECKPOINT)};
+  if (!shape.cu_seqlens) return {index, 0, shape.length, index * ceil_div(shape.length, STORM_INTERVAL)};
   int64_t start = shape.cu_seqlens[index];
-  return {0, start, shape.cu_seqlens[index + 1] - start, start / STORM_CHECKPOINT + index};
+  return {0, start, shape.cu_seqlens[index + 1] - start, start / STORM_INTERVAL + index};
 }
 
-bool storm_build_row_map(const StormReduction& r, StormRowMap* map) {
+bool storm_build_token_map(const StormReduction& r, StormTokenMap* map) {
   int64_t k = r.temporal_pool, p = r.spatial_pool, stride = r.temporal_stride;
   int64_t rows = ceil_div(r.height, p), columns = ceil_div(r.width, p),
-          groups = ceil_div(ceil_div(r.frames, k), stride);
+          frames = ceil_div(ceil_div(r.frames, k), stride);
   map->tokens = r.frames * r.height * r.width;
-  map->reduced_tokens = groups * rows * columns;
-  map->reduced = (int64_t*)malloc(map->tokens * sizeof(int64_t));
+  map->cells = frames * rows * columns;
+  map->cell = (int64_t*)malloc(map->tokens * sizeof(int64_t));
   map->kept = (int64_t*)malloc(map->tokens * sizeof(int64_t));
-  map->count = (float*)calloc(map->reduced_tokens, sizeof(float));
-  if (!map->reduced || !map->kept || !map->count) {
-    storm_free_row_map(map);
+  map->count = (float*)calloc(map->cells, sizeof(float));
+  if (!map->cell || !map->kept || !map->count) {
+    storm_free_token_map(map);
     return false;
   }
-  int64_t token = 0, survivor = 0;
+  int64_t token = 0, kept_tokens = 0;
   for (int64_t t = 0; t < r.frames; t++) {
     bool kept = t / k % stride == 0;
     for (int64_t i = 0; i < r.height; i++) {
       int64_t first = (t / k / stride * rows + i / p) * columns;
       for (int64_t j = 0; j < r.width; j++, token++) {
-        map->reduced[token] = kept ? first + j / p : -1;
-        map->kept[token] = kept ? survivor++ : -1;
+        map->cell[token] = kept ? first + j / p : -1;
+        map->kept[token] = kept ? kept_tokens++ : -1;
         if (kept) map->count[first + j / p] += 1.0f;
       }
     }
@@ -89,14 +89,14 @@ bool storm_build_row_map(const StormReduction& r, StormRowMap* map) {
   return true;
 }
 
-void storm_free_row_map(StormRowMap* map) {
-  free(map->reduced);
+void storm_free_token_map(StormTokenMap* map) {
+  free(map->cell);
   free(map->kept);
   free(map->count);
   *map = {};
 }
 
-EXPORT int storm_checkpoint_interval(void) { return STORM_CHECKPOINT; }
+EXPORT int storm_checkpoint_interval(void) { return STORM_INTERVAL; }
 
 // The size of each structure of api.h, in the order in which structs.py lists them; 0 after the last.
 EXPORT int64_t storm_structure_bytes(int number) {

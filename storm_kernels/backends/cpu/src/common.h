@@ -1,26 +1,26 @@
-// What does not depend on the instruction set: sequences, reduced rows, workspaces.
+// What does not depend on the instruction set: sequences, where tokens go, workspaces.
 #pragma once
 #include <stddef.h>
 
 #include "api.h"
 
+// One sequence: `length` tokens of a batch entry from token `start` on.
 struct StormSequence {
   int64_t batch, start, length;
   int64_t first_checkpoint;  // row of its first checkpoint
 };
 
-// For each token of the grid: the reduced row it is averaged into, and its place among the tokens
-// that survive the sampling; -1 if dropped.
-struct StormRowMap {
-  int64_t *reduced, *kept;
-  float* count;  // per reduced row: the tokens it averages
-  int64_t tokens, reduced_tokens;
+// Where tokens go under a reduction.
+struct StormTokenMap {
+  int64_t *cell, *kept;   // of each token: its cell and its index among the kept ones; -1, -1 if it is dropped
+  float* count;           // of each cell: the tokens that it averages
+  int64_t tokens, cells;  // how many there are
 };
 
 int64_t storm_sequence_count(const StormShape& shape);
 StormSequence storm_sequence(const StormShape& shape, int64_t index);
-bool storm_build_row_map(const StormReduction& r, StormRowMap* map);
-void storm_free_row_map(StormRowMap* map);
+bool storm_build_token_map(const StormReduction& r, StormTokenMap* map);
+void storm_free_token_map(StormTokenMap* map);
 
 // The name of the first buffer that is absent or too small for what the call reads and writes there
 // (fits.cpp); null if all fit.

@@ -8,12 +8,12 @@
 
 namespace {
 
-constexpr int TILE = 8;            // tokens: a tile of x and one of y stay in the first-level cache
-constexpr int CHUNK_WIDTH = 256;   // channels
-constexpr int64_t MOST_SLOTS = 16;  // runs of sequences whose weight gradients are summed apart, then in order
+constexpr int CONV_TILE = 8;        // tokens: a tile of x and one of y stay in the first-level cache
+constexpr int CHUNK_WIDTH = 256;    // channels
+constexpr int64_t MOST_SPANS = 16;  // each has weight gradients of its own, which are then added in order
 
-// y[i] = then(bias + sum_k w[k] x[i + k step], i, channel) for `count` rows; x points at the row
-// that meets w[0].
+// y[i] = then(bias + sum_k w[k] x[i + k step], i, channel) for `count` rows i; `x` is the row that w[0]
+// meets for row 0.
 template <int TAPS, class Then>
 void filter_rows(const float* x, int step, const float* w, const float* bias, int taps_, int count, int pitch,
     float* y, Then then) {
@@ -35,8 +35,11 @@ void filter_rows_any(const float* x, int step, const float* w, const float* bias
             : filter_rows<0>(x, step, w, bias, taps, count, pitch, y, then);
 }
 
-// One thread's work: a chunk of channels of one sequence (forward) or of a slot of sequences
-// (backward).
+// One thread's work: a chunk of channels of one sequence (forward) or of a span of them (backward).
+// Buffers of a tile, 3 taps:
+//
+//     x    | halo | halo | CONV_TILE tokens | halo | halo |
+//     y    | CONV_TILE tokens | halo | halo |                  outputs; the halo backward only
 struct ConvWork {
   const StormConv& a;
   Chunk c;
@@ -44,8 +47,8 @@ struct ConvWork {
   int64_t sequence;
   StormSequence q;
   float *w[2], *bias[2];        // [tap][pitch], (pitch,)
-  float *x, *y;                 // [halo + TILE + halo][pitch]; [TILE + halo][pitch]
-  float *dx, *dy;               // [TILE][pitch]; [TILE + halo][pitch]
+  float *x, *y;                 // [halo + CONV_TILE + halo][pitch]; [CONV_TILE + halo][pitch]
+  float *dx, *dy;               // [CONV_TILE][pitch]; [CONV_TILE + halo][pitch]
   double* sums[2];              // [tap, then bias][pitch]
 
   ConvWork(const StormConv& args, const Chunk& chunk) : a(args), c(chunk), taps((int)a.taps), halo(taps - 1) {}
@@ -58,9 +61,12 @@ struct ConvWork {
         bias[f] = arena.floats(c.pitch);
         if (backward) sums[f] = (double*)arena.floats(size_t(taps + 1) * c.pitch * 2);
       }
-      x = arena.floats(size_t(TILE + 2 * halo) * c.pitch);
-      y = arena.floats(size_t(TILE + halo) * c.pitch);
-      if (backward) dx = arena.floats(size_t(TILE) * c.pitch), dy = arena.floats(size_t(TILE + halo) * c.pitch);
+      x = arena.floats(size_t(CONV_TILE + 2 * halo) * c.pitch);
+      y = arena.floats(size_t(CONV_TILE + halo) * c.pitch);
+      if (backward) {
+        dx = arena.floats(size_t(CONV_TILE) * c.pitch);
+        dy = arena.floats(size_t(CONV_TILE + halo) * c.pitch);
+      }
       if (pass == 0 && !(arena = {storm_workspace(arena.used), 0}).base) return false;
     }
     for (int f = 0; f < a.filters; f++) {
@@ -113,10 +119,10 @@ struct ConvWork {
   }
 
   void run_forward() {
-    for (int64_t first = 0; first < q.length; first += TILE) {
-      int count = (int)(q.length - first < TILE ? q.length - first : TILE);
+    for (int64_t first = 0; first < q.length; first += CONV_TILE) {
+      int count = (int)(q.length - first < CONV_TILE ? q.length - first : CONV_TILE);
       load_positions(first - halo, count + 2 * halo, x);
-      const int64_t ahead = first + 2 * TILE + halo <= q.length ? first + TILE + halo : first;
+      const int64_t ahead = first + 2 * CONV_TILE + halo <= q.length ? first + CONV_TILE + halo : first;
       const Rows next = scan_rows(a.x, q, false, c.first, c.width).skip(ahead);
       for (int f = 0; f < a.filters; f++) {
         const Rows out = scan_rows(a.filter[f].out, q, false, c.first, c.width).skip(first);
@@ -133,8 +139,8 @@ struct ConvWork {
   void run_backward() {
     bool extend = a.grad_initial_state.data, reverse = a.filter[0].reverse;
     int64_t begin = extend && !reverse ? -halo : 0, end = q.length + (extend && reverse ? halo : 0);
-    for (int64_t first = begin; first < end; first += TILE) {
-      int count = (int)(end - first < TILE ? end - first : TILE);
+    for (int64_t first = begin; first < end; first += CONV_TILE) {
+      int count = (int)(end - first < CONV_TILE ? end - first : CONV_TILE);
       load_positions(first - halo, count + 2 * halo, x);
       memset(dx, 0, sizeof(float) * count * c.pitch);
       for (int f = 0; f < a.filters; f++) run_backward_filter(f, first, count);
@@ -222,9 +228,9 @@ struct ConvWork {
     }
   }
 
-  // The slot's sums: (slots, E, K) weights and (slots, E) biases.
-  void write_sums(int f, int64_t slot, double* weights, double* biases) {
-    int64_t at = slot * a.shape.channels + c.first;
+  // The span's sums: (spans, E, K) weights and (spans, E) biases.
+  void write_sums(int f, int64_t span, double* weights, double* biases) {
+    int64_t at = span * a.shape.channels + c.first;
     for (int e = 0; e < c.width; e++) {
       for (int k = 0; k < taps; k++) weights[(at + e) * taps + k] = sums[f][k * c.pitch + e];
       biases[at + e] = sums[f][taps * c.pitch + e];
@@ -254,26 +260,26 @@ int run_conv(const StormConv& a) {
   return failed ? STORM_NO_MEMORY : STORM_OK;
 }
 
-int run_conv_backward(const StormConv& a, int64_t slots, double* weights[2], double* biases[2]) {
+int run_conv_backward(const StormConv& a, int64_t spans, double* weights[2], double* biases[2]) {
   int64_t sequences = storm_sequence_count(a.shape), channels = a.shape.channels;
-  int width = narrowed(CHUNK_WIDTH, slots, channels, 1, a.shape.threads), failed = 0;
+  int width = narrowed(CHUNK_WIDTH, spans, channels, 1, a.shape.threads), failed = 0;
   int64_t chunks = chunks_per_group(channels, 1, width);
 #pragma omp parallel num_threads((int)a.shape.threads)
   {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < slots * chunks; item++) {
-      int64_t slot = item / chunks;
+    for (int64_t item = 0; item < spans * chunks; item++) {
+      int64_t span = item / chunks;
       ConvWork work(a, chunk_at(item % chunks, channels, 1, width));
       if (!work.allocate(true)) {
 #pragma omp atomic write
         failed = 1;
         continue;
       }
-      for (work.sequence = slot * sequences / slots; work.sequence < (slot + 1) * sequences / slots; work.sequence++) {
+      for (work.sequence = span * sequences / spans; work.sequence < (span + 1) * sequences / spans; work.sequence++) {
         work.q = storm_sequence(a.shape, work.sequence);
         work.run_backward();
       }
-      for (int f = 0; f < a.filters; f++) work.write_sums(f, slot, weights[f], biases[f]);
+      for (int f = 0; f < a.filters; f++) work.write_sums(f, span, weights[f], biases[f]);
     }
     storm_trim_workspace();
   }
@@ -290,19 +296,19 @@ STORM_EXPORT(storm_conv)(StormConv* args) {
 STORM_EXPORT(storm_conv_backward)(StormConv* args) {
   if ((args->refused = storm_refused_by_conv(*args))) return STORM_REFUSED;
   const StormConv& a = *args;
-  int64_t sequences = storm_sequence_count(a.shape), slots = sequences < MOST_SLOTS ? sequences : MOST_SLOTS,
-          per_slot = a.shape.channels * (a.taps + 1);
-  double* all = (double*)storm_fresh(sizeof(double) * (a.filters * slots * per_slot + 1));
+  int64_t sequences = storm_sequence_count(a.shape), spans = sequences < MOST_SPANS ? sequences : MOST_SPANS,
+          per_span = a.shape.channels * (a.taps + 1);
+  double* all = (double*)storm_fresh(sizeof(double) * (a.filters * spans * per_span + 1));
   if (!all) return STORM_NO_MEMORY;
   double *weights[2], *biases[2];
   for (int f = 0; f < a.filters; f++) {
-    weights[f] = all + f * slots * per_slot;
-    biases[f] = weights[f] + slots * a.shape.channels * a.taps;
+    weights[f] = all + f * spans * per_span;
+    biases[f] = weights[f] + spans * a.shape.channels * a.taps;
   }
-  int status = run_conv_backward(a, slots, weights, biases);
+  int status = run_conv_backward(a, spans, weights, biases);
   for (int f = 0; status == STORM_OK && f < a.filters; f++) {
-    add_slots(a.filter[f].grad_weight.data, weights[f], slots, a.shape.channels * a.taps);
-    add_slots(a.filter[f].grad_bias.data, biases[f], slots, a.shape.channels);
+    add_spans(a.filter[f].grad_weight.data, weights[f], spans, a.shape.channels * a.taps);
+    add_spans(a.filter[f].grad_bias.data, biases[f], spans, a.shape.channels);
   }
   free(all);
   return status;

@@ -6,7 +6,7 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t reduced_tokens(const StormReduction& r) {
+int64_t cells_of(const StormReduction& r) {
   int64_t frames = ceil_div(ceil_div(r.frames, r.temporal_pool), r.temporal_stride);
   return frames * ceil_div(r.height, r.spatial_pool) * ceil_div(r.width, r.spatial_pool);
 }
@@ -60,21 +60,21 @@ Fits scan_fits(const StormScan& a, bool backward) {
       "grid");
   fits.require(a.groups > 0 && s.channels % a.groups == 0, "groups");
   if (fits.refused) return fits;
-  int64_t chunks =
-      s.cu_seqlens ? s.length / STORM_CHECKPOINT + s.sequences : s.batch * ceil_div(s.length, STORM_CHECKPOINT);
+  int64_t intervals =
+      s.cu_seqlens ? s.length / STORM_INTERVAL + s.sequences : s.batch * ceil_div(s.length, STORM_INTERVAL);
   for (int d = 0; d < a.directions; d++) {
-    const StormDirection& one = a.direction[d];
-    fits.rows(d ? "u_b" : "u", one.u, s.batch, s.length, 1, s.channels, NEEDED);
-    fits.rows(d ? "delta_b" : "delta", one.delta, s.batch, s.length, 1, s.channels, NEEDED);
-    fits.rows(d ? "B_b" : "B", one.B, s.batch, s.length, a.groups, a.states, NEEDED);
-    fits.rows(d ? "C_b" : "C", one.C, s.batch, s.length, a.groups, a.states, NEEDED);
-    fits.floats(d ? "A_b" : "A", one.A, s.channels * a.states, NEEDED);
-    fits.floats(d ? "D_b" : "D", one.D, s.channels, OPTIONAL);
-    fits.floats(d ? "delta_bias_b" : "delta_bias", one.delta_bias, s.channels, OPTIONAL);
-    fits.floats("checkpoints", one.checkpoints, chunks * a.states * s.channels, backward);
+    const StormDirection& direction = a.direction[d];
+    fits.rows(d ? "u_b" : "u", direction.u, s.batch, s.length, 1, s.channels, NEEDED);
+    fits.rows(d ? "delta_b" : "delta", direction.delta, s.batch, s.length, 1, s.channels, NEEDED);
+    fits.rows(d ? "B_b" : "B", direction.B, s.batch, s.length, a.groups, a.states, NEEDED);
+    fits.rows(d ? "C_b" : "C", direction.C, s.batch, s.length, a.groups, a.states, NEEDED);
+    fits.floats(d ? "A_b" : "A", direction.A, s.channels * a.states, NEEDED);
+    fits.floats(d ? "D_b" : "D", direction.D, s.channels, OPTIONAL);
+    fits.floats(d ? "delta_bias_b" : "delta_bias", direction.delta_bias, s.channels, OPTIONAL);
+    fits.floats("checkpoints", direction.checkpoints, intervals * a.states * s.channels, backward);
   }
   fits.rows("z", a.z, s.batch, a.z_is_kept && reduced ? kept_tokens(a.reduction) : s.length, 1, s.channels, OPTIONAL);
-  fits.rows(backward ? "gradient of out" : "out", a.out, s.batch, reduced ? reduced_tokens(a.reduction) : s.length,
+  fits.rows(backward ? "gradient of out" : "out", a.out, s.batch, reduced ? cells_of(a.reduction) : s.length,
       1, s.channels, NEEDED);
   fits.floats("initial_state", a.initial_state, storm_sequence_count(s) * s.channels * a.states, OPTIONAL);
   fits.floats("final_state", a.final_state, storm_sequence_count(s) * s.channels * a.states, OPTIONAL);
@@ -89,14 +89,14 @@ const char* storm_refused_by_scan_backward(const StormScan& a, const StormScanGr
   Fits fits = scan_fits(a, true);
   const StormShape& s = a.shape;
   for (int d = 0; d < a.directions && !fits.refused; d++) {
-    const StormDirectionGrads& one = grads.direction[d];
-    fits.rows(d ? "gradient of u_b" : "gradient of u", one.u, s.batch, s.length, 1, s.channels, OPTIONAL);
-    fits.rows(d ? "gradient of delta_b" : "gradient of delta", one.delta, s.batch, s.length, 1, s.channels, OPTIONAL);
-    fits.rows(d ? "gradient of B_b" : "gradient of B", one.B, s.batch, s.length, a.groups, a.states, OPTIONAL);
-    fits.rows(d ? "gradient of C_b" : "gradient of C", one.C, s.batch, s.length, a.groups, a.states, OPTIONAL);
-    fits.floats(d ? "gradient of A_b" : "gradient of A", one.A, s.channels * a.states, OPTIONAL);
-    fits.floats(d ? "gradient of D_b" : "gradient of D", one.D, s.channels, OPTIONAL);
-    fits.floats(d ? "gradient of delta_bias_b" : "gradient of delta_bias", one.delta_bias, s.channels, OPTIONAL);
+    const StormDirectionGrads& grad = grads.direction[d];
+    fits.rows(d ? "gradient of u_b" : "gradient of u", grad.u, s.batch, s.length, 1, s.channels, OPTIONAL);
+    fits.rows(d ? "gradient of delta_b" : "gradient of delta", grad.delta, s.batch, s.length, 1, s.channels, OPTIONAL);
+    fits.rows(d ? "gradient of B_b" : "gradient of B", grad.B, s.batch, s.length, a.groups, a.states, OPTIONAL);
+    fits.rows(d ? "gradient of C_b" : "gradient of C", grad.C, s.batch, s.length, a.groups, a.states, OPTIONAL);
+    fits.floats(d ? "gradient of A_b" : "gradient of A", grad.A, s.channels * a.states, OPTIONAL);
+    fits.floats(d ? "gradient of D_b" : "gradient of D", grad.D, s.channels, OPTIONAL);
+    fits.floats(d ? "gradient of delta_bias_b" : "gradient of delta_bias", grad.delta_bias, s.channels, OPTIONAL);
   }
   if (fits.refused) return fits.refused;
   int64_t states = storm_sequence_count(s) * s.channels * a.states;
@@ -116,12 +116,12 @@ const char* storm_refused_by_conv(const StormConv& a) {
   fits.rows("x", a.x, s.batch, s.length, 1, s.channels, NEEDED);
   fits.rows("gradient of x", a.grad_x, s.batch, s.length, 1, s.channels, OPTIONAL);
   for (int f = 0; f < a.filters; f++) {
-    const StormFilter& one = a.filter[f];
-    fits.floats(f ? "weight_b" : "weight", one.weight, s.channels * a.taps, NEEDED);
-    fits.floats(f ? "bias_b" : "bias", one.bias, s.channels, OPTIONAL);
-    fits.rows(f ? "out_b" : "out", one.out, s.batch, s.length, 1, s.channels, NEEDED);
-    fits.floats(f ? "gradient of weight_b" : "gradient of weight", one.grad_weight, s.channels * a.taps, OPTIONAL);
-    fits.floats(f ? "gradient of bias_b" : "gradient of bias", one.grad_bias, s.channels, OPTIONAL);
+    const StormFilter& filter = a.filter[f];
+    fits.floats(f ? "weight_b" : "weight", filter.weight, s.channels * a.taps, NEEDED);
+    fits.floats(f ? "bias_b" : "bias", filter.bias, s.channels, OPTIONAL);
+    fits.rows(f ? "out_b" : "out", filter.out, s.batch, s.length, 1, s.channels, NEEDED);
+    fits.floats(f ? "gradient of weight_b" : "gradient of weight", filter.grad_weight, s.channels * a.taps, OPTIONAL);
+    fits.floats(f ? "gradient of bias_b" : "gradient of bias", filter.grad_bias, s.channels, OPTIONAL);
   }
   fits.floats("initial_state", a.initial_state, halo, OPTIONAL);
   fits.floats("gradient of initial_state", a.grad_initial_state, halo, OPTIONAL);
@@ -131,6 +131,6 @@ const char* storm_refused_by_conv(const StormConv& a) {
 const char* storm_refused_by_reduce(const StormReduce& a) {
   Fits fits;
   fits.rows("x", a.x, a.batch, a.reduction.frames * a.reduction.height * a.reduction.width, 1, a.channels, NEEDED);
-  fits.rows("out", a.out, a.batch, reduced_tokens(a.reduction), 1, a.channels, NEEDED);
+  fits.rows("out", a.out, a.batch, cells_of(a.reduction), 1, a.channels, NEEDED);
   return fits.refused;
 }

@@ -1,12 +1,12 @@
-// Token reduction (docs/spec.md): averages over k frames and p x p tokens, of the pooled frames
-// that the sampling keeps; and its gradient.
+// Token reduction (docs/spec.md) and its gradient: averages over the frames of a pool and p x p tokens
+// of each, for the pools that sampling keeps.
 #include "chunk.h"
 
 namespace {
 
-constexpr int WIDTH = 512;  // channels summed at a time, in the first-level cache
+constexpr int CHUNK_WIDTH = 512;  // channels summed at a time, in the first-level cache
 
-// One reduced token of one batch entry.
+// One cell of one batch entry, from its tokens.
 bool average(const StormReduce& a, int64_t batch, int64_t frame, int64_t row, int64_t column, int64_t to) {
   const StormReduction& r = a.reduction;
   int64_t p = r.spatial_pool, t0 = frame * r.temporal_stride * r.temporal_pool;
@@ -14,11 +14,11 @@ bool average(const StormReduce& a, int64_t batch, int64_t frame, int64_t row, in
   int64_t i1 = (row + 1) * p < r.height ? (row + 1) * p : r.height,
           j1 = (column + 1) * p < r.width ? (column + 1) * p : r.width;
   float count = (float)((t1 - t0) * (i1 - row * p) * (j1 - column * p));
-  float* sum = (float*)storm_workspace(sizeof(float) * 2 * WIDTH);
+  float* sum = (float*)storm_workspace(sizeof(float) * 2 * CHUNK_WIDTH);
   if (!sum) return false;
-  float* in = sum + WIDTH;
-  for (int64_t index = 0; index < chunks_per_group(a.channels, 1, WIDTH); index++) {
-    Chunk c = chunk_at(index, a.channels, 1, WIDTH);
+  float* in = sum + CHUNK_WIDTH;
+  for (int64_t index = 0; index < chunks_per_group(a.channels, 1, CHUNK_WIDTH); index++) {
+    Chunk c = chunk_at(index, a.channels, 1, CHUNK_WIDTH);
     memset(sum, 0, sizeof(float) * c.pitch);
     for (int64_t t = t0; t < t1; t++)
       for (int64_t i = row * p; i < i1; i++)
@@ -32,14 +32,13 @@ bool average(const StormReduce& a, int64_t batch, int64_t frame, int64_t row, in
   return true;
 }
 
-// The gradient of one token: its reduced token's, divided by the tokens averaged there; zero where
-// dropped.
-bool spread(const StormReduce& a, const StormRowMap& map, int64_t batch, int64_t token) {
-  float* row = (float*)storm_workspace(sizeof(float) * WIDTH);
+// The gradient of one token: its cell's, divided by the tokens of the cell; zero if it is dropped.
+bool spread(const StormReduce& a, const StormTokenMap& map, int64_t batch, int64_t token) {
+  float* row = (float*)storm_workspace(sizeof(float) * CHUNK_WIDTH);
   if (!row) return false;
-  int64_t from = map.reduced[token];
-  for (int64_t index = 0; index < chunks_per_group(a.channels, 1, WIDTH); index++) {
-    Chunk c = chunk_at(index, a.channels, 1, WIDTH);
+  int64_t from = map.cell[token];
+  for (int64_t index = 0; index < chunks_per_group(a.channels, 1, CHUNK_WIDTH); index++) {
+    Chunk c = chunk_at(index, a.channels, 1, CHUNK_WIDTH);
     memset(row, 0, sizeof(float) * c.pitch);
     if (from >= 0) load_rows(row_at(a.out, batch, from, c), 1, row, c.pitch);
     for (int e = 0; from >= 0 && e < c.pitch; e += LANES) store(row + e, load(row + e) / map.count[from]);
@@ -75,8 +74,8 @@ STORM_EXPORT(storm_reduce)(StormReduce* args) {
 STORM_EXPORT(storm_reduce_backward)(StormReduce* args) {
   if ((args->refused = storm_refused_by_reduce(*args))) return STORM_REFUSED;
   const StormReduce& a = *args;
-  StormRowMap map = {};
-  if (!storm_build_row_map(a.reduction, &map)) return STORM_NO_MEMORY;
+  StormTokenMap map = {};
+  if (!storm_build_token_map(a.reduction, &map)) return STORM_NO_MEMORY;
   int failed = 0;
 #pragma omp parallel for num_threads((int)a.threads) schedule(static)
   for (int64_t item = 0; item < a.batch * map.tokens; item++)
@@ -84,6 +83,6 @@ STORM_EXPORT(storm_reduce_backward)(StormReduce* args) {
 #pragma omp atomic write
       failed = 1;
     }
-  storm_free_row_map(&map);
+  storm_free_token_map(&map);
   return failed ? STORM_NO_MEMORY : STORM_OK;
 }

@@ -1,21 +1,26 @@
-// The two passes of the backward scan over one block and one tile: the states again, then the
-// adjoint.
+// The two passes of the backward scan over one block and one interval: the states again, then the
+// adjoint. A thread's arrays:
+//
+//     decay             [token][state][lane]
+//     h                 [token][state][lane]   one row more: h[0] is the checkpoint, h[i + 1] follows token i
+//     sum_B, sum_C      [token][state][lane]   summed over the chunk's blocks
+//     g, dA, dA_error   [state][lane]
 #pragma once
 #include "scan_tile.h"
 
 namespace {
 
-constexpr int TILE = STORM_CHECKPOINT;
+constexpr int INTERVAL = STORM_INTERVAL;
 
 struct Block {
   const float *delta, *u, *dy, *B, *C, *A;  // A times log2(e), over its unit
   float unit;
-  float *h, *decay;          // [token][state][lane]; h has one row more: h[0] is the state before the tile
+  float *h, *decay;
   float *y;                  // null where not asked for
-  float *sum_B, *sum_C;      // [token][state][lane], summed over the chunk's blocks
-  float *g;                  // [state][lane]: gradient of the state, carried from the later tile to the earlier
-  float *d_input, *d_delta;  // of delta u, and of delta through the decay
-  float *dA, *dA_error;      // [state][lane]
+  float *sum_B, *sum_C;
+  float *g;                  // gradient of the state, handed on from each interval to the one before it
+  float *d_input, *d_delta;  // gradients of delta u, and of delta through the decay
+  float *dA, *dA_error;      // the sum and its rounding error
   int pitch, d_pitch, bc_pitch, count;  // d_pitch: of d_input and d_delta
   int64_t states;
 };

@@ -1,10 +1,11 @@
-// Backward selective scan. A tile is the run of tokens between two checkpoints: its states are
-// recomputed from the first, then the adjoint
+// Backward selective scan. Its tile is an interval: the tokens from a checkpoint to the next. A
+// thread takes a chunk of channels through them from the last to the first. It recomputes the states
+// of an interval from its checkpoint; then the adjoint
 //   g_i = dy_i C_i + exp(delta_{i+1} A) g_{i+1}      (gradient of the state after token i)
-// runs through it from the end. Sums over channels (dB, dC) go through one partial per chunk, sums
-// over tokens (dA, dD, d delta_bias) through one per slot of sequences; both are added up in a
-// fixed order that depends on shapes only, so results do not depend on the threads.
-// The pieces share a tile's scratch memory and are one pass: so they stand in one file.
+// runs back through it. Sums over channels (dB, dC) go to one partial result a chunk, sums over
+// tokens (dA, dD, d delta_bias) to one a span of sequences. Partial results are added in a fixed
+// order that depends on shapes only, so results do not depend on the threads.
+// The pieces share the scratch memory of an interval and are one pass: so they stand in one file.
 #include <stdlib.h>
 
 #include <initializer_list>
@@ -13,24 +14,24 @@
 
 namespace {
 
-// The call's shared partial sums. Chunks, slots: see `Layout`.
+// The call's partial results, which its threads share.
 struct Partials {
   float* BC[2];  // per direction (chunks, batch * L, 2 S): dB, then dC
-  float* A[2];   // per direction (slots, E, S)
-  float *D[2], *bias[2];  // per direction (slots, E)
+  float* A[2];   // per direction (spans, E, S)
+  float *D[2], *bias[2];  // per direction (spans, E)
 };
 
 // How the work is cut: by shapes alone, never by the number of threads.
 struct Layout {
   int width;
-  int64_t chunks, sequences, slots;
+  int64_t chunks, sequences, spans;
   explicit Layout(const StormScan& a) {
     int64_t size = a.shape.channels / a.groups, wanted = (size + 31) / 32;
     width = round_up(wanted < 16 ? 16 : wanted > 128 ? 128 : wanted, 16);
     chunks = a.groups * chunks_per_group(a.shape.channels, a.groups, width);
     sequences = storm_sequence_count(a.shape);
     int64_t most = chunks < 64 ? 64 / chunks : 1;
-    slots = sequences < most ? sequences : most;
+    spans = sequences < most ? sequences : most;
   }
 };
 
@@ -47,11 +48,11 @@ struct Sums {
   }
 };
 
-// One thread's work: a chunk of channels through the sequences of a slot.
+// One thread's work: a chunk of channels through the sequences of a span.
 struct BackwardWork {
   const StormScan& a;
   const StormScanGrads& grads;
-  const StormRowMap* map;  // null without a reduction
+  const StormTokenMap* map;  // null without a reduction
   const Partials& partials;
   int64_t chunk, sequence;
   Chunk c;
@@ -62,24 +63,24 @@ struct BackwardWork {
   float *dy, *dout, *gate, *y, *d_input, *d_delta;  // [token][pitch]
   float *h, *decay, *sum_B, *sum_C;                 // see Block
   float *g;                                         // [block][state][lane]
-  float* first_y;  // [token of the sequence][pitch]: the first direction's y, for the gradient of the gate; else null
+  float* first_y;  // [token of the sequence][pitch]: the first of two directions' y, for the gradient of z; else null
 
-  BackwardWork(const StormScan& args, const StormScanGrads& to, const StormRowMap* row_map, const Partials& shared,
+  BackwardWork(const StormScan& args, const StormScanGrads& to, const StormTokenMap* token_map, const Partials& shared,
       const Layout& cut, int64_t chunk_index)
       : a(args),
         grads(to),
-        map(row_map),
+        map(token_map),
         partials(shared),
         chunk(chunk_index),
         c(chunk_at(chunk, a.shape.channels, a.groups, cut.width)) {}
 
   void take(Arena& arena, int64_t longest) {
-    size_t plane = size_t(TILE) * c.pitch, per_block = size_t(TILE) * a.states * LANES;
+    size_t plane = size_t(INTERVAL) * c.pitch, per_block = size_t(INTERVAL) * a.states * LANES;
     for (int d = 0; d < a.directions; d++) {
       parameters[d].take(arena, c.pitch, a.states);
       sums[d].take(arena, c.pitch, a.states);
     }
-    tile.take(arena, TILE, c.pitch, a.states, true);
+    tile.take(arena, INTERVAL, c.pitch, a.states, true);
     for (float** piece : {&dy, &dout, &gate, &y, &d_input, &d_delta}) *piece = arena.floats(plane);
     for (float** piece : {&decay, &sum_B, &sum_C}) *piece = arena.floats(per_block);
     h = arena.floats(per_block + a.states * LANES);
@@ -87,7 +88,7 @@ struct BackwardWork {
     first_y = grads.z.data && a.directions == 2 ? arena.floats(longest * c.pitch) : nullptr;
   }
 
-  bool run(int64_t slot, int64_t from, int64_t to) {
+  bool run(int64_t span, int64_t from, int64_t to) {
     int64_t longest = 0;
     for (int64_t s = from; s < to; s++) {
       int64_t length = storm_sequence(a.shape, s).length;
@@ -106,17 +107,17 @@ struct BackwardWork {
       q = storm_sequence(a.shape, sequence);
       for (int d = 0; d < a.directions; d++) run_direction(d);
     }
-    for (int d = 0; d < a.directions; d++) write_sums(d, slot);
+    for (int d = 0; d < a.directions; d++) write_sums(d, span);
     return true;
   }
 
   void run_direction(int d) {
     const StormDirection& direction = a.direction[d];
-    load_state(grads.final_state.data, sequence, a.shape.channels, c, a.states, g);
+    load_states(grads.final_state.data, sequence, a.shape.channels, c, a.states, g);
     ScanRows rows = direction_rows(direction, q, c, a.states);
-    for (int64_t index = (q.length + TILE - 1) / TILE - 1; index >= 0; index--) {
-      int64_t first = index * TILE;
-      int count = (int)(q.length - first < TILE ? q.length - first : TILE);
+    for (int64_t index = (q.length + INTERVAL - 1) / INTERVAL - 1; index >= 0; index--) {
+      int64_t first = index * INTERVAL;
+      int count = (int)(q.length - first < INTERVAL ? q.length - first : INTERVAL);
       load_tile(tile, rows, first, count, c, parameters[d], a.softplus);
       load_output_gradient(direction.reverse, first, count);
       run_blocks(d, index, count);
@@ -124,20 +125,20 @@ struct BackwardWork {
       if (partials.BC[d]) write_partial_BC(d, first, count);
       if (grads.z.data) write_gate(d, first, count);
     }
-    if (grads.initial_state.data) store_state(grads.initial_state.data, sequence, a.shape.channels, c, a.states, g);
+    if (grads.initial_state.data) store_states(grads.initial_state.data, sequence, a.shape.channels, c, a.states, g);
   }
 
   int64_t token(bool reverse, int64_t i) const { return reverse ? q.length - 1 - i : i; }
 
-  // dout: of the gated output's rows, spread over the tokens they average; dy: of the direction's
-  // own y.
+  // Loads dout, the gradient of the gated output, each cell's divided among its tokens; and makes dy,
+  // the gradient of y before the gate.
   void load_output_gradient(bool reverse, int64_t first, int count) {
-    load_token_rows(a.out, map ? map->reduced : nullptr, q, reverse, first, count, c, dout);
+    load_token_rows(a.out, map ? map->cell : nullptr, q, reverse, first, count, c, dout);
     if (map)
       for (int i = 0; i < count; i++) {
-        int64_t row = map->reduced[token(reverse, first + i)];
-        float count_of_row = row < 0 ? 1.0f : map->count[row];
-        for (int j = i * c.pitch; j < (i + 1) * c.pitch; j += LANES) store(dout + j, load(dout + j) / count_of_row);
+        int64_t cell = map->cell[token(reverse, first + i)];
+        float tokens_of_cell = cell < 0 ? 1.0f : map->count[cell];
+        for (int j = i * c.pitch; j < (i + 1) * c.pitch; j += LANES) store(dout + j, load(dout + j) / tokens_of_cell);
       }
     if (a.z.data) load_token_rows(a.z, a.z_is_kept ? map->kept : nullptr, q, reverse, first, count, c, gate);
     for (int j = 0; j < count * c.pitch; j += LANES)
@@ -168,7 +169,7 @@ struct BackwardWork {
     for (int64_t begin = 0; begin < b.states; begin += STATE_RUN) {
       const int64_t end = b.states - begin < STATE_RUN ? b.states : begin + STATE_RUN;
       float* const totals[2] = {b.d_input, b.d_delta};
-      float run[2][TILE * LANES] = {};
+      float run[2][INTERVAL * LANES] = {};
       Block part = b;
       part.d_input = run[0], part.d_delta = run[1], part.d_pitch = LANES;
       int64_t s = begin;
@@ -191,7 +192,7 @@ struct BackwardWork {
     }
   }
 
-  // Gradients of u and of delta before bias and softplus; sums for D and the bias.
+  // Writes the gradients of u and of delta before bias and softplus; adds to those of D and the bias.
   void write_inputs(int d, int64_t first, int count) {
     const Parameters& p = parameters[d];
     for (int j = 0; j < c.pitch; j += LANES) {
@@ -229,7 +230,7 @@ struct BackwardWork {
     }
   }
 
-  // Gradient of z: dout silu'(z) times the directions' summed y, once both are known.
+  // Gradient of z: dout silu'(z) times y, in the last direction, where the y of all is known.
   void write_gate(int d, int64_t first, int count) {
     const StormDirection& direction = a.direction[d];
     const Parameters& p = parameters[d];
@@ -250,9 +251,9 @@ struct BackwardWork {
     }
   }
 
-  void write_sums(int d, int64_t slot) {
-    int64_t at = slot * a.shape.channels + c.first;
-    store_state(partials.A[d], slot, a.shape.channels, c, a.states, sums[d].A);
+  void write_sums(int d, int64_t span) {
+    int64_t at = span * a.shape.channels + c.first;
+    store_states(partials.A[d], span, a.shape.channels, c, a.states, sums[d].A);
     memcpy(partials.D[d] + at, sums[d].D, sizeof(float) * c.width);
     memcpy(partials.bias[d] + at, sums[d].bias, sizeof(float) * c.width);
   }
@@ -278,16 +279,16 @@ void add_chunks(const StormScan& a, const StormDirectionGrads& to, const float* 
 }
 
 // The whole call, given its partial sums.
-int run_backward(const StormScan& a, const StormScanGrads& grads, const StormRowMap* map, const Partials& partials,
+int run_backward(const StormScan& a, const StormScanGrads& grads, const StormTokenMap* map, const Partials& partials,
     const Layout& cut) {
   int failed = 0;
 #pragma omp parallel num_threads((int)a.shape.threads)
   {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < cut.slots * cut.chunks; item++) {
-      int64_t chunk = item % cut.chunks, slot = item / cut.chunks;
+    for (int64_t item = 0; item < cut.spans * cut.chunks; item++) {
+      int64_t chunk = item % cut.chunks, span = item / cut.chunks;
       BackwardWork work(a, grads, map, partials, cut, chunk);
-      if (!work.run(slot, slot * cut.sequences / cut.slots, (slot + 1) * cut.sequences / cut.slots)) {
+      if (!work.run(span, span * cut.sequences / cut.spans, (span + 1) * cut.sequences / cut.spans)) {
 #pragma omp atomic write
         failed = 1;
       }
@@ -314,30 +315,30 @@ int run_backward(const StormScan& a, const StormScanGrads& grads, const StormRow
 STORM_EXPORT(storm_scan_backward)(StormScan* args, const StormScanGrads* grads) {
   if ((args->refused = storm_refused_by_scan_backward(*args, *grads))) return STORM_REFUSED;
   const StormScan& a = *args;
-  StormRowMap map = {};
-  if (a.reduction.frames && !storm_build_row_map(a.reduction, &map)) return STORM_NO_MEMORY;
+  StormTokenMap map = {};
+  if (a.reduction.frames && !storm_build_token_map(a.reduction, &map)) return STORM_NO_MEMORY;
   Layout cut(a);
   Partials partials = {};
   bool allocated = true;
   for (int d = 0; d < a.directions; d++) {
-    int64_t per_slot = cut.slots * a.shape.channels, rows = cut.chunks * a.shape.batch * a.shape.length;
+    int64_t per_span = cut.spans * a.shape.channels, rows = cut.chunks * a.shape.batch * a.shape.length;
     if (grads->direction[d].B.data || grads->direction[d].C.data)
       allocated &= (partials.BC[d] = (float*)storm_fresh(sizeof(float) * (rows * 2 * a.states + 1))) != nullptr;
-    allocated &= (partials.A[d] = (float*)storm_fresh(sizeof(float) * per_slot * (a.states + 2))) != nullptr;
-    partials.D[d] = partials.A[d] + per_slot * a.states;
-    partials.bias[d] = partials.D[d] + per_slot;
+    allocated &= (partials.A[d] = (float*)storm_fresh(sizeof(float) * per_span * (a.states + 2))) != nullptr;
+    partials.D[d] = partials.A[d] + per_span * a.states;
+    partials.bias[d] = partials.D[d] + per_span;
   }
   int status = allocated ? run_backward(a, *grads, a.reduction.frames ? &map : nullptr, partials, cut)
                          : (int)STORM_NO_MEMORY;
   for (int d = 0; d < a.directions; d++) {
     if (status == STORM_OK) {
-      add_slots(grads->direction[d].A.data, partials.A[d], cut.slots, a.shape.channels * a.states);
-      add_slots(grads->direction[d].D.data, partials.D[d], cut.slots, a.shape.channels);
-      add_slots(grads->direction[d].delta_bias.data, partials.bias[d], cut.slots, a.shape.channels);
+      add_spans(grads->direction[d].A.data, partials.A[d], cut.spans, a.shape.channels * a.states);
+      add_spans(grads->direction[d].D.data, partials.D[d], cut.spans, a.shape.channels);
+      add_spans(grads->direction[d].delta_bias.data, partials.bias[d], cut.spans, a.shape.channels);
     }
     free(partials.BC[d]);
     free(partials.A[d]);
   }
-  storm_free_row_map(&map);
+  storm_free_token_map(&map);
   return status;
 }

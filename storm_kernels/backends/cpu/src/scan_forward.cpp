@@ -1,15 +1,16 @@
 // Forward selective scan (docs/spec.md, Mixer): sequential in time, channels across lanes, the
 // states of a block in registers. One thread takes a chunk of channels of one sequence through all
-// its tokens, first in one direction, then in the other.
+// its tokens, tile after tile, first in one direction, then in the other. Within a tile block after
+// block goes through the tokens.
 #include "scan_tile.h"
 
 namespace {
 
-constexpr int TILE = 32;          // tokens; delta, u and y of a chunk stay in the first-level cache
+constexpr int SCAN_TILE = 32;     // tokens; delta, u and y of a chunk stay in the first-level cache
 // Channels: whole cache lines of every row, and B and C converted once for many blocks
 constexpr int CHUNK_WIDTH = 64;
 
-// A block's columns of rows that will be wanted soon.
+// A block's columns of rows that it will read or write soon, for the prefetcher.
 struct Soon {
   const char* data;
   int64_t step;
@@ -27,11 +28,11 @@ struct Block {
 // One block through one tile: h = exp(delta A) h + delta u B, y = C h + D u.
 template <int STATES, bool WITH_Y, bool DECAY>
 void scan_block(const Block& b) {
-  constexpr int KEPT = STATES ? STATES : 1;
+  constexpr int IN_REGISTERS = STATES ? STATES : 1;  // other numbers of states stay in memory
   const int64_t states = STATES ? STATES : b.states;
-  vf kept[KEPT];
+  vf h[IN_REGISTERS];
   if (STATES)
-    for (int s = 0; s < KEPT; s++) kept[s] = load(b.h + s * LANES);
+    for (int s = 0; s < IN_REGISTERS; s++) h[s] = load(b.h + s * LANES);
   const vf D = b.D ? load(b.D) : vf{};
   for (int i = 0; i < b.count; i++) {
 #pragma GCC unroll 4
@@ -40,15 +41,15 @@ void scan_block(const Block& b) {
              rate = DECAY ? delta : delta * b.unit;
     const float *B = b.B + i * b.bc_pitch, *C = b.C + i * b.bc_pitch;
     vf even = {}, odd = {}, y = {};
-    auto step = [&](int64_t s, vf h) INLINE_LAMBDA {
+    auto step = [&](int64_t s, vf before) INLINE_LAMBDA {
       vf exponent = rate * load(b.A + s * LANES);
-      h = (DECAY ? exp2_in_range(exponent) : exp2_any(exponent)) * h + delta_u * B[s];
-      if (WITH_Y) (s % 2 ? odd : even) += h * C[s];
-      return h;
+      vf after = (DECAY ? exp2_in_range(exponent) : exp2_any(exponent)) * before + delta_u * B[s];
+      if (WITH_Y) (s % 2 ? odd : even) += after * C[s];
+      return after;
     };
     if (STATES) {
 #pragma GCC unroll 16
-      for (int s = 0; s < KEPT; s++) kept[s] = step(s, kept[s]);
+      for (int s = 0; s < IN_REGISTERS; s++) h[s] = step(s, h[s]);
     } else {
       for (int64_t begin = 0; begin < states; begin += STATE_RUN) {
         const int64_t end = states - begin < STATE_RUN ? states : begin + STATE_RUN;
@@ -61,7 +62,7 @@ void scan_block(const Block& b) {
     if (WITH_Y) store(b.y + i * b.pitch, b.D ? y + D * u : y);
   }
   if (STATES)
-    for (int s = 0; s < KEPT; s++) store(b.h + s * LANES, kept[s]);
+    for (int s = 0; s < IN_REGISTERS; s++) store(b.h + s * LANES, h[s]);
 }
 
 template <int STATES>
@@ -73,27 +74,27 @@ void scan_block_any(const Block& b, bool with_y, bool decay) {
 // One thread's work: a chunk of channels of one sequence.
 struct ScanWork {
   const StormScan& a;
-  const StormRowMap* map;  // null without a reduction
+  const StormTokenMap* map;  // null without a reduction
   StormSequence q;
   int64_t sequence;
   Chunk c;
   Parameters p;
   Tile tile;
   float *y, *gate, *h;
-  // float32 rows [row][pitch]: reduced sums, or the first direction's y where `out` cannot hold it;
-  // else null
+  // [row][pitch] float32: sums of cells, or the first direction's y where `out` cannot hold it; else
+  // null
   float* sums;
 
-  ScanWork(const StormScan& args, const StormRowMap* row_map) : a(args), map(row_map) {}
+  ScanWork(const StormScan& args, const StormTokenMap* token_map) : a(args), map(token_map) {}
 
   bool needs_sums() const { return map || (a.directions == 2 && a.out.dtype != STORM_FLOAT32); }
-  int64_t sum_rows() const { return map ? map->reduced_tokens : q.length; }
+  int64_t sum_rows() const { return map ? map->cells : q.length; }
 
   void take(Arena& arena) {
     p.take(arena, c.pitch, a.states);
-    tile.take(arena, TILE, c.pitch, a.states, false);
-    y = arena.floats(TILE * c.pitch);
-    gate = arena.floats(TILE * c.pitch);
+    tile.take(arena, SCAN_TILE, c.pitch, a.states, false);
+    y = arena.floats(SCAN_TILE * c.pitch);
+    gate = arena.floats(SCAN_TILE * c.pitch);
     h = arena.floats(c.pitch * a.states);
     sums = needs_sums() ? arena.floats(sum_rows() * c.pitch) : nullptr;
   }
@@ -106,25 +107,25 @@ struct ScanWork {
     take(arena);
     if (map) memset(sums, 0, sizeof(float) * sum_rows() * c.pitch);
     for (int d = 0; d < a.directions; d++) run_direction(d);
-    if (map) write_reduced();
+    if (map) write_cells();
     return true;
   }
 
   void run_direction(int d) {
     const StormDirection& direction = a.direction[d];
     load_parameters(p, direction, c, a.states);
-    load_state(a.initial_state.data, sequence, a.shape.channels, c, a.states, h);
+    load_states(a.initial_state.data, sequence, a.shape.channels, c, a.states, h);
     ScanRows rows = direction_rows(direction, q, c, a.states);
-    for (int64_t first = 0; first < q.length; first += TILE) {
-      int count = (int)(q.length - first < TILE ? q.length - first : TILE);
-      if (direction.checkpoints.data && first % STORM_CHECKPOINT == 0)
-        write_checkpoint(direction, first / STORM_CHECKPOINT);
+    for (int64_t first = 0; first < q.length; first += SCAN_TILE) {
+      int count = (int)(q.length - first < SCAN_TILE ? q.length - first : SCAN_TILE);
+      if (direction.checkpoints.data && first % STORM_INTERVAL == 0)
+        write_checkpoint(direction, first / STORM_INTERVAL);
       load_tile(tile, rows, first, count, c, p, a.softplus);
-      bool with_y = !map || any_survives(direction.reverse, first, count);
+      bool with_y = !map || any_kept(direction.reverse, first, count);
       scan_tile(rows, d, first, count, with_y);
       if (with_y) emit(d, first, count);
     }
-    if (a.final_state.data) store_state(a.final_state.data, sequence, a.shape.channels, c, a.states, h);
+    if (a.final_state.data) store_states(a.final_state.data, sequence, a.shape.channels, c, a.states, h);
   }
 
   void write_checkpoint(const StormDirection& direction, int64_t index) {
@@ -135,23 +136,23 @@ struct ScanWork {
 
   int64_t token(bool reverse, int64_t i) const { return reverse ? q.length - 1 - i : i; }
 
-  bool any_survives(bool reverse, int64_t first, int count) const {
+  bool any_kept(bool reverse, int64_t first, int count) const {
     for (int i = 0; i < count; i++)
-      if (map->reduced[token(reverse, first + i)] >= 0) return true;
+      if (map->cell[token(reverse, first + i)] >= 0) return true;
     return false;
   }
 
   Rows out_rows(bool reverse, int64_t first) const {
     return scan_rows(a.out, q, reverse, c.first, c.width).skip(first);
   }
-  // Where the first direction's y waits for the other's.
+  // Where the first direction's y waits for the second one's.
   Rows partial_rows(bool reverse, int64_t first) const {
     if (!sums) return out_rows(reverse, first);
     return {(char*)(sums + token(reverse, first) * c.pitch), (reverse ? -1 : 1) * c.pitch * 4, STORM_FLOAT32, c.pitch};
   }
 
   void scan_tile(const ScanRows& rows, int d, int64_t first, int count, bool with_y) {
-    int64_t ahead = first + 2 * TILE <= q.length ? first + TILE : first;
+    int64_t ahead = first + 2 * SCAN_TILE <= q.length ? first + SCAN_TILE : first;
     const bool reverse = a.direction[d].reverse, last = d == a.directions - 1;
     Rows u = rows.u.skip(ahead), delta = rows.delta.skip(ahead), y_to = u, z = u;
     if (!map) y_to = last ? out_rows(reverse, first) : partial_rows(reverse, first);
@@ -166,8 +167,8 @@ struct ScanWork {
     }
   }
 
-  // Adds the other direction, gates, and writes or accumulates a tile's y. Reduced sums are linear
-  // in y, so each direction gates its own.
+  // Adds the other direction's y to a tile's, gates, and writes it. With a reduction it adds to the sums
+  // of cells instead: they are linear in y, so each direction gates its own y.
   void emit(int d, int64_t first, int count) {
     const StormDirection& direction = a.direction[d];
     bool reverse = direction.reverse, last = d == a.directions - 1;
@@ -182,18 +183,18 @@ struct ScanWork {
     }
     if (!map) return store_rows(out_rows(reverse, first), count, y, c.pitch);
     for (int i = 0; i < count; i++) {
-      int64_t row = map->reduced[token(reverse, first + i)];
-      if (row < 0) continue;
-      float* sum = sums + row * c.pitch;
+      int64_t cell = map->cell[token(reverse, first + i)];
+      if (cell < 0) continue;
+      float* sum = sums + cell * c.pitch;
       for (int j = 0; j < c.pitch; j += LANES) store(sum + j, load(sum + j) + load(y + i * c.pitch + j));
     }
   }
 
-  void write_reduced() {
-    for (int64_t row = 0; row < map->reduced_tokens; row++) {
-      float* sum = sums + row * c.pitch;
-      for (int j = 0; j < c.pitch; j += LANES) store(sum + j, load(sum + j) / map->count[row]);
-      store_rows(row_at(a.out, q.batch, row, c), 1, sum, c.pitch);
+  void write_cells() {
+    for (int64_t cell = 0; cell < map->cells; cell++) {
+      float* sum = sums + cell * c.pitch;
+      for (int j = 0; j < c.pitch; j += LANES) store(sum + j, load(sum + j) / map->count[cell]);
+      store_rows(row_at(a.out, q.batch, cell, c), 1, sum, c.pitch);
     }
   }
 };
@@ -202,8 +203,8 @@ struct ScanWork {
 
 STORM_EXPORT(storm_scan)(StormScan* args) {
   if ((args->refused = storm_refused_by_scan(*args))) return STORM_REFUSED;
-  StormRowMap map = {};
-  if (args->reduction.frames && !storm_build_row_map(args->reduction, &map)) return STORM_NO_MEMORY;
+  StormTokenMap map = {};
+  if (args->reduction.frames && !storm_build_token_map(args->reduction, &map)) return STORM_NO_MEMORY;
   int64_t sequences = storm_sequence_count(args->shape);
   int width = narrowed(CHUNK_WIDTH, sequences, args->shape.channels, args->groups, args->shape.threads);
   int64_t chunks = args->groups * chunks_per_group(args->shape.channels, args->groups, width);
@@ -223,6 +224,6 @@ STORM_EXPORT(storm_scan)(StormScan* args) {
     }
     storm_trim_workspace();
   }
-  storm_free_row_map(&map);
+  storm_free_token_map(&map);
   return failed ? STORM_NO_MEMORY : STORM_OK;
 }

@@ -1,5 +1,4 @@
-// What the forward and the backward scan share: parameters, states and the inputs of one tile of
-// tokens.
+// What the forward and the backward scan share: parameters, states and the inputs of one tile.
 #pragma once
 #include "chunk.h"
 #include "vmath.h"
@@ -57,8 +56,8 @@ void load_parameters(Parameters& p, const StormDirection& d, const Chunk& c, int
       p.A[state_index(e, s, states)] = times_log2e(d.A.data[(c.first + e) * states + s] / p.unit[e / LANES]);
 }
 
-// (sequence, E, S) <-> [block][state][lane]; a null source means zeros.
-void load_state(const float* from, int64_t sequence, int64_t channels, const Chunk& c, int64_t states, float* h) {
+// Between (sequence, E, S) and [block][state][lane]; a null source means zeros.
+void load_states(const float* from, int64_t sequence, int64_t channels, const Chunk& c, int64_t states, float* h) {
   memset(h, 0, sizeof(float) * c.pitch * states);
   if (!from) return;
   from += (sequence * channels + c.first) * states;
@@ -66,7 +65,7 @@ void load_state(const float* from, int64_t sequence, int64_t channels, const Chu
     for (int64_t s = 0; s < states; s++) h[state_index(e, s, states)] = from[e * states + s];
 }
 
-void store_state(float* to, int64_t sequence, int64_t channels, const Chunk& c, int64_t states, const float* h) {
+void store_states(float* to, int64_t sequence, int64_t channels, const Chunk& c, int64_t states, const float* h) {
   to += (sequence * channels + c.first) * states;
   for (int e = 0; e < c.width; e++)
     for (int64_t s = 0; s < states; s++) to[e * states + s] = h[state_index(e, s, states)];

@@ -40,7 +40,7 @@ INLINE vf exp2_any(vf x) {
   return x < EXP2_LOWEST ? vf{} : result;
 }
 
-// x log2(e) - n, small beside both
+// x log2(e) - n, small beside either
 INLINE vf past_round(vf x, vf n) {
 #if defined(__FMA__) || defined(__aarch64__) || defined(__FP_FAST_FMAF)
   return (x * LOG2E - n) + x * 1.92596299e-8f;  // a product is not rounded before n is subtracted

@@ -1,43 +1,49 @@
 // What the scan's backward is built of: arguments, shared memory, and how a lane finds its share of
 // arrays there and in device memory.
 //
-// Defined by the launch code (scan_backward.py) besides scan.cuh's names: GY_T (format of dL/dy);
-// SOFTPLUS; PAIRED: channels come in aligned pairs, states too; TILE: tokens whose B and C are
-// prepared together, GROUP or CHUNK; BATCH: tokens between two elementwise steps, at most
-// STATE_LANES.
+// The launch code (scan_backward.py) defines, besides scan.cuh's names: GY_T (number format of
+// dL/dy); SOFTPLUS; PAIRED: channels come in aligned pairs, and states too; BC_TILE: tokens whose B
+// and C are prepared together, SEGMENT or INTERVAL; BATCH: tokens whose elementwise steps are done
+// together, at most STATE_LANES. With BC_TILE = INTERVAL and two batches a segment:
+//
+//     | BC_TILE: one interval                                    |
+//     | segment     | segment     | segment     | segment        |
+//     | batch batch | batch batch | batch batch | ...
+//
+// An element is a lane's part of a batch: one token and one pair of channels.
 #pragma once
 #include "scan.cuh"
 
 struct Gradients {
-    U_T* u;             // (batch, length, channels), as delta
-    DELTA_T* delta;
-    float* BC;          // (group_blocks, batch * length, groups, 2, D_STATE): partial dB and dC
-    float* A;           // (sequences, channels, D_STATE): partial
-    float* D;           // (sequences, channels): partial, as delta_bias
-    float* delta_bias;
+    U_T* u;             // (batch, length, channels)
+    DELTA_T* delta;     // (batch, length, channels)
+    float* BC;          // (group_blocks, batch * length, groups, 2, D_STATE): dB, then dC, of one block's channels
+    float* A;           // (sequences, channels, D_STATE): of one sequence, as D and delta_bias
+    float* D;           // (sequences, channels)
+    float* delta_bias;  // (sequences, channels)
 };
 
-// Bytes from a batch to the next in scan order.
-struct Steps {
-    int64 B;   // from a token to the next, as C
-    int64 C;
+// Bytes from a batch to the next in scan order, but of B, C and BC.
+struct Strides {
+    int64 B;   // from a token to the next
+    int64 C;   // from a token to the next
     int64 u;
     int64 delta;
     int64 du;
     int64 ddelta;
     int64 gy;
-    int64 BC;  // from a group to the next
+    int64 BC;  // from a segment to the next
 };
 
 struct BackwardArgs {
     Direction direction[2];
     Gradients gradients[2];
-    Steps steps[2];
+    Strides strides[2];
     Problem p;
     int64 blocks;
     int64 groups;
-    float* dA_sums;     // (blocks of threads, 2, 2 LANE_STATES, THREADS): what each thread has summed, and lost
-    const GY_T* gy;     // (batch, length, channels): dL/dy, of both directions; any strides
+    float* dA_sums;     // (blocks of threads, 2, ITEMS, THREADS): each thread's sums and their rounding errors
+    const GY_T* gy;     // (batch, length, channels): dL/dy, the same for two directions; any strides
     int64 gy_batch;
     int64 gy_row;
     int64 gy_channel;
@@ -46,56 +52,64 @@ struct BackwardArgs {
 };
 
 constexpr float LN2 = 0.6931471805599453f;
-constexpr int GROUPS = CHUNK / GROUP;
-constexpr int RUN = LANE_STATES < 4 ? LANE_STATES : 4;         // floats moved at once
-constexpr int RUNS = 2 * LANE_STATES / RUN;                    // of a lane's dB and dC
-constexpr int GROUP_FLOATS = GROUP * 2 * STATES;               // of dB and dC
-// That a thread writes at once
-constexpr int PIECE = GROUP_FLOATS / THREADS < 1 ? 1 : GROUP_FLOATS / THREADS < RUN ? GROUP_FLOATS / THREADS : RUN;
-constexpr int OUTPUTS = BATCH * RUNS * STATE_LANES;            // runs of a warp's dB and dC in a batch
-constexpr int LIVE = OUTPUTS < 32 ? OUTPUTS : 32;               // lanes that add them up, in 32 / LIVE pieces
-constexpr int PARTS = CHANNEL_LANES * LIVE / 32 > 1 ? CHANNEL_LANES * LIVE / 32 : 1;  // a piece
-// Padded: the lanes of one output write without a bank conflict
+constexpr int SEGMENTS = INTERVAL / SEGMENT;
+constexpr int RUN = LANE_STATES < 4 ? LANE_STATES : 4;  // floats moved at once
+constexpr int RUNS = 2 * LANE_STATES / RUN;             // of a lane's dB and dC of a token
+constexpr int SEGMENT_FLOATS = SEGMENT * 2 * STATES;    // of a segment's dB and dC
+// Of these a thread writes so many at once:
+constexpr int PIECE =
+    SEGMENT_FLOATS / THREADS < 1 ? 1 : SEGMENT_FLOATS / THREADS < RUN ? SEGMENT_FLOATS / THREADS : RUN;
+constexpr int OUTPUTS = BATCH * RUNS * STATE_LANES;     // runs of a warp's dB and dC in a batch
+// Lanes take an output each. Where outputs are fewer than lanes, LIVE of them, the 32 / LIVE lanes of
+// one output take PARTS of its parts each.
+constexpr int LIVE = OUTPUTS < 32 ? OUTPUTS : 32;
+constexpr int PARTS = CHANNEL_LANES * LIVE / 32 > 1 ? CHANNEL_LANES * LIVE / 32 : 1;
+// Floats of a lane's row in `WarpSums`, padded: lanes write the parts of one output without a bank
+// conflict
 constexpr int ROW = OUTPUTS * RUN + (RUN == 4 ? RUN : 1);
 
-// A warp's sums of dB and dC. Where a lane has one run of each, an output's first part and its sum
-// are equally far from the beginnings of the two.
+// A warp's sums of dB and dC:
+//
+//     state[lane of channels]   token of the batch | run: dB, then dC | lane of states   RUN floats each
+//     BC[token of the segment]  dB of all states | dC of all states    summed over the warp's channels
+//
+// Where a lane has one run of each, an output's first part lies as far from the beginning of `state`
+// as its sum lies from the beginning of `BC`.
 struct WarpSums {
-    __align__(16) float state[CHANNEL_LANES][ROW];             // each lane's part of dB and dC of a batch
-    __align__(16) float BC[GROUP][2 * STATES];                 // dB and dC, summed over the warp's channels
+    __align__(16) float state[CHANNEL_LANES][ROW];
+    __align__(16) float BC[SEGMENT][2 * STATES];
 };
 
-// A pair's bias and D lie together, for one load, but on sm_100: there the pair of them spills a
+// Whether a pair's biases and Ds lie beside each other, for one load. On sm_100 that load spills a
 // register.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr bool TOGETHER = false;
 #else
 constexpr bool TOGETHER = true;
 #endif
-__device__ __forceinline__ int term_at(int which, int c) {
-    return TOGETHER ? c / PAIR * 2 * PAIR + which * PAIR + c % PAIR : which * BLOCK_CHANNELS + c;
+// Where channel `c` has its bias (term 0) or its D (term 1).
+__device__ __forceinline__ int term_at(int term, int c) {
+    return TOGETHER ? c / PAIR * 2 * PAIR + term * PAIR + c % PAIR : term * BLOCK_CHANNELS + c;
 }
 
 struct Shared {
-    // States before each group: a thread reads back what it wrote
-    __align__(16) float saved[GROUPS][RUNS][THREADS][RUN];
-    __align__(16) float4 step[CHUNK][BLOCK_CHANNELS / PAIR];   // a pair's log2(e) delta, and its delta u
-    __align__(16) float B[TILE][STATES];
-    __align__(16) float C[TILE][STATES];
-    __align__(16) float channel[BATCH][THREADS][2 * PAIR];      // each lane's part of g . B and (g a h_{l-1}) . A
+    // States before each segment of an interval; a thread reads only what it wrote
+    __align__(16) float saved[SEGMENTS][RUNS][THREADS][RUN];
+    __align__(16) float4 step[INTERVAL][BLOCK_CHANNELS / PAIR];  // a pair's two log2(e) delta, then its two delta u
+    __align__(16) float B[BC_TILE][STATES];
+    __align__(16) float C[BC_TILE][STATES];
+    __align__(16) float channel[BATCH][THREADS][2 * PAIR];     // each lane's part of g . B and (g a h_{l-1}) . A
     __align__(16) WarpSums warp[WARPS];
     __align__(16) float gy[BATCH][BLOCK_CHANNELS];             // dL/dy
-    __align__(16) float terms[2 * BLOCK_CHANNELS];             // each channel's bias and D, at term_at()
-    // A chunk's share of each lane's gradients of D and the bias
-    __align__(16) float row_sums[THREADS][2 * PAIR];
-    Sum dD[PAIR][THREADS];                                     // each lane's own, like the bias's
+    __align__(16) float terms[2 * BLOCK_CHANNELS];             // each channel's bias and D, at `term_at`
+    __align__(16) float row_sums[THREADS][2 * PAIR];           // of an interval: each lane's dD and d(delta_bias)
+    Sum dD[PAIR][THREADS];                                     // of all intervals so far
     Sum dbias[PAIR][THREADS];
-    // Of the sequence's token at position 0; kept here for want of registers
-    __align__(16) const B_T* B_rows;
+    __align__(16) const B_T* B_rows;                           // the row of position 0; here for want of registers
     const C_T* C_rows;
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "scan_backward.py counts the same");
-static_assert(BATCH <= STATE_LANES && GROUP % BATCH == 0, "a lane has one pair of a batch");
+static_assert(BATCH <= STATE_LANES && SEGMENT % BATCH == 0, "a lane has one element of a batch");
 
 template <int WIDTH = RUN, int N>
 __device__ __forceinline__ void store_floats(float* to, const float (&v)[N], int first) {
@@ -116,8 +130,8 @@ __device__ __forceinline__ void load_floats(float (&v)[N], int first, const floa
     if (WIDTH == 1) v[first] = from[0];
 }
 
-// A thread's states in an array whose row 0 is its first channel; zero where there are none.
-__device__ __forceinline__ void load_runs(float (&v)[ITEMS], const float* from, int state, int channels) {
+// A thread's states in a checkpoint whose row 0 is its first channel; zero where there are none.
+__device__ __forceinline__ void load_checkpoint(float (&v)[ITEMS], const float* from, int state, int channels) {
     if (D_STATE != STATES) {
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
@@ -164,36 +178,16 @@ __device__ __forceinline__ Two<DELTA_T> no_delta() {
     return x;
 }
 
-// A value that is kept in a register rather than computed anew at each use.
-#ifndef STORM_ON_CPU
-template <typename T>
-__device__ __forceinline__ T* pinned(T* x) {
-    asm volatile("" : "+l"(x));
-    __builtin_assume(__isGlobal(x));
-    return x;
-}
-__device__ __forceinline__ uint32 pinned(uint32 x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-#else
-template <typename T>
-inline T* pinned(T* x) {
-    return x;
-}
-inline uint32 pinned(uint32 x) { return x; }
-#endif
-
 // Where a lane's share lies within the arrays of `Shared`, in bytes.
 struct Offsets {
-    uint32 pair;      // of the channels, 16 bytes each pair
-    uint32 states;    // of the states
-    uint32 own;       // of the thread, 16 bytes each
+    uint32 pair;      // its channels, where a pair has 16 bytes
+    uint32 states;    // its states, 4 bytes each
+    uint32 own;       // what is the thread's own, where a thread has 16 bytes
     uint32 part;      // its parts of dB and dC
     uint32 element;   // the first part of its element of a batch, 16 bytes each
-    uint32 output;    // the first part of the run of dB or dC it adds up
+    uint32 output;    // the first part of the run of dB or dC that it adds up
     uint32 sum;       // where that sum goes; `output` where a lane's dB and dC are a run each
-    uint32 step;      // of its element, 16 bytes each pair; cheap from `pair`, and a register more spills on sm_100
+    uint32 step;      // its element, where a pair has 16 bytes; not pinned: one register more spills on sm_100
 
     __device__ __forceinline__ Offsets(const Place& at) {
         const uint32 warp = threadIdx.x / 32, lane = at.lane;
@@ -216,14 +210,6 @@ struct Offsets {
         step = lane / CHANNEL_LANES * BLOCK_CHANNELS * 8 + pair;
     }
 };
-template <typename T>
-__device__ __forceinline__ T* beyond(T* first, uint32 bytes) {
-    return (T*)((char*)first + bytes);
-}
-template <typename T>
-__device__ __forceinline__ const T* beyond(const T* first, uint32 bytes) {
-    return (const T*)((const char*)first + bytes);
-}
 
 // A lane's pair of channels in rows that are visited in order.
 template <typename T>
@@ -231,9 +217,8 @@ struct Column {
     T* now;
     int64 channel;  // elements from a channel to the next
 
-    // Bytes on.
     __device__ __forceinline__ void move(int64 bytes) { now = pinned((T*)((char*)now + bytes)); }
-    // `missing` where there is no channel.
+    // The pair, of which `channels` exist; `missing` in place of the others.
     __device__ __forceinline__ Two<T> read(int channels, Two<T> missing = Two<T>()) const {
         Two<T> x = missing;
         if (PAIRED) {

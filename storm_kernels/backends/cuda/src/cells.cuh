@@ -1,35 +1,38 @@
-// Sums of a reduction: in shared memory, [cells][BLOCK_CHANNELS], those of one pooled group at a
-// time. The frames of a group follow each other in either order: when another group begins, all its
-// cells are complete.
+// Sums of a reduction. The frames of a pool follow each other in either direction, so a block sums
+// one pool at a time, in shared memory behind `Shared`:
+//
+//     sums[cell of the pool: H' W' of them][channel of the block]
+//
+// When the next pool begins, the sums are complete and are written. A pool whose sums are in shared
+// memory is open.
 #pragma once
 #include "tile.cuh"
 
 struct Reduced {
-    float* partial;  // (batch, L', channels) float32; zeros if the sums do not fit in shared memory
-    int cells;       // H' W', cells of a group; 0 if their sums do not fit in shared memory
+    float* partial;  // (batch, L', channels) float32; begins as zeros if the sums do not fit in shared memory
+    int cells;       // of a pool, H' W'; 0 if their sums do not fit in shared memory
 };
 
 struct OpenCells {
     static constexpr int ROW = BLOCK_CHANNELS * sizeof(float);
     float* sums;
-    int begin;                // first cell of the open group; far below 0 if none is
-    int own;                  // bytes from the sums to this thread's channels of what would be cell 0
+    int begin;                // first cell of the open pool; far below 0 if none is open
+    int own;                  // bytes from the sums to where cell 0 would have this thread's channels
     const TokenEntry* entry;  // of this thread's first token of the tile
-    // Bytes from there to that of the token after it in scan order, and to that of the next tile
-    int64 next, step;
+    int64 next, step;         // bytes to the next token's entry in scan order; to the next tile's
 
     __device__ __forceinline__ OpenCells(float* memory, const Problem& p, const Share& s, const Quad& at)
         : sums(memory), begin(-0x7fffffff - 1), own(0) {
         entry = REDUCED ? p.map + s.token(at.token) : nullptr;
-        next = held((s.reverse ? -1 : 1) * (int64)sizeof(TokenEntry));
-        step = held(next * TILE);
+        next = pinned((s.reverse ? -1 : 1) * (int64)sizeof(TokenEntry));
+        step = pinned(next * SCAN_TILE);
     }
 
     __device__ __forceinline__ bool holds(int cell, const Reduced& r) const {
         return (uint32)cell - (uint32)begin < (uint32)r.cells;
     }
 
-    // Writes the group that is open, if one is; every thread those sums that it has zeroed.
+    // Writes the sums of the open pool, if one is open. Each thread writes those that it zeroed.
     __device__ __forceinline__ void close(const Reduced& r, const Problem& p, const Share& s) {
         __syncthreads();
         if (begin >= 0)
@@ -39,7 +42,7 @@ struct OpenCells {
                     r.partial[(s.batch * p.out_rows + begin + i / BLOCK_CHANNELS) * p.channels + s.channel +
                               i % BLOCK_CHANNELS] = sums[i];
     }
-    // Opens the group of `cell` in place of what is open.
+    // Opens the pool of `cell`, unless it is open, in place of the one that is.
     __device__ __forceinline__ void open(const Reduced& r, const Problem& p, const Share& s, const Quad& at, int cell) {
         if (holds(cell, r)) return;
         close(r, p, s);
@@ -49,8 +52,8 @@ struct OpenCells {
         for (int i = threadIdx.x; i < r.cells * BLOCK_CHANNELS; i += THREADS) sums[i] = 0.0f;
         __syncthreads();
     }
-    // Opens the group of `cell`, which the step before left open if `before`, the cell of its last
-    // token, is of that group too.
+    // Opens the pool of `cell` at the beginning of a step (tickets.cuh). If `before`, the cell of the
+    // token before it, is of that pool too, goes on from the sums that the step before wrote.
     __device__ __forceinline__ void resume(
         const Reduced& r, const Problem& p, const Share& s, const Quad& at, int cell, int before) {
         open(r, p, s, at, cell);
@@ -72,8 +75,8 @@ struct OpenCells {
         __syncthreads();
     }
 
-    // A usual tile's entries: all its tokens are of the open group, and each thread's in cells of
-    // its own.
+    // `load` and `add` are for a tile whose tokens are all of the open pool, and where no two threads
+    // add to one cell.
     __device__ __forceinline__ void load(uint4 (&entries)[2]) const {
         entries[0] = *(const uint4*)entry;
         entries[1] = *(const uint4*)((const char*)entry + next);
@@ -92,7 +95,7 @@ struct OpenCells {
 
     __device__ __forceinline__ void next_tile() { entry = (const TokenEntry*)((const char*)entry + step); }
 
-    // Any tile: token by token, each channel one thread's.
+    // For any tile: token by token, each channel by one thread.
     __device__ __forceinline__ void add_each(const float (&y)[2][QUAD], Shared& shared, const TokenEntry* map,
         const Quad& at, int tokens, const Reduced& r, const Problem& p, const Share& s) {
         if (!at.idle())
@@ -102,14 +105,14 @@ struct OpenCells {
         __syncthreads();
         int t = 0;
         do {
-            const TokenEntry one = map[s.reverse ? -t : t];
-            if (one.cell < 0) continue;
-            if (r.cells) open(r, p, s, at, one.cell);
-            float* row = &r.partial[(s.batch * p.out_rows + one.cell) * p.channels + s.channel];
-            if (r.cells) row = &sums[(one.cell - begin) * BLOCK_CHANNELS];
+            const TokenEntry token = map[s.reverse ? -t : t];
+            if (token.cell < 0) continue;
+            if (r.cells) open(r, p, s, at, token.cell);
+            float* row = &r.partial[(s.batch * p.out_rows + token.cell) * p.channels + s.channel];
+            if (r.cells) row = &sums[(token.cell - begin) * BLOCK_CHANNELS];
             for (int c = threadIdx.x; c < s.channels; c += THREADS)
                 row[c] = fmaf(
-                    ((const float*)&shared.y[t / 2][0][slot_of(c / 2)])[t % 2 * 2 + c % 2], one.weight, row[c]);
+                    ((const float*)&shared.y[t / 2][0][pair_column(c / 2)])[t % 2 * 2 + c % 2], token.weight, row[c]);
         } while (++t < tokens);
     }
 };

@@ -1,14 +1,20 @@
-// Causal depthwise convolution over time with SiLU, forward and backward; both directions in one
-// read of x. A thread owns one channel and slides along TOKENS tokens with the inputs it needs in
-// registers.
+// Causal depthwise convolution over time with SiLU, forward and backward; a forward and a reverse
+// filter read x once. A thread owns one channel and slides along the CONV_TILE tokens of a tile with
+// the inputs that it needs in registers, its window. With 3 taps and two filters, at token l:
 //
-// Defined by the launch code (conv.py): X_T (format); TAPS; FORWARD, REVERSE (1 or 0: the filters
-// there are); PACKED; TOKENS. In either direction the output at a token is the bias plus the sum
-// over d of weight[TAPS - 1 - d] times the input d steps before it in scan order.
+//     window             l-2  l-1   l   l+1  l+2
+//     forward filter     [0]  [1]  [2]                 index into its weights
+//     reverse filter               [2]  [1]  [0]
+//
+// So for either filter the output at a token is the bias plus the sum over d of weight[TAPS - 1 - d]
+// times the input d steps before the token in scan order.
+//
+// The launch code (conv.py) defines X_T (number format); TAPS; FORWARD, REVERSE: whether there is
+// such a filter, 1 or 0; PACKED; CONV_TILE.
 #include "device.cuh"
 
 constexpr int HALO = TAPS - 1;
-// Of the two slots: 0 for the forward filter, 1 for the reverse one
+// Those there are of filter 0, the forward one, and filter 1, the reverse one
 constexpr int FIRST = FORWARD ? 0 : 1, LAST = REVERSE ? 1 : 0;
 
 struct Filter {
@@ -40,7 +46,7 @@ struct ConvArgs {
     float* grad_initial_state;
 };
 
-// The sequence around a token that only moves forward.
+// The sequence that a token belongs to, for tokens that only move forward.
 struct Cursor {
     int64 sequence, start, end;
 
@@ -50,7 +56,7 @@ struct Cursor {
             end = a.cu_seqlens[1];
         }
     }
-    // By halving: a first token may lie far along.
+    // By halving: the first token of a tile may lie in any sequence.
     __device__ __forceinline__ void find(const ConvArgs& a, int64 token) {
         int64 low = 0, high = a.sequences - 1;
         while (low < high) {
@@ -80,9 +86,9 @@ struct Column {
     // outside, the initial state or zero.
     __device__ __forceinline__ float seen(const Cursor& at, int64 token, float inside) const {
         if (token >= at.start && token < at.end) return inside;
-        int64 beyond = token < at.start ? at.start - 1 - token : token - at.end;
-        return a.initial_state && beyond < HALO
-                   ? a.initial_state[(at.sequence * a.channels + channel) * HALO + HALO - 1 - beyond]
+        int64 outside = token < at.start ? at.start - 1 - token : token - at.end;
+        return a.initial_state && outside < HALO
+                   ? a.initial_state[(at.sequence * a.channels + channel) * HALO + HALO - 1 - outside]
                    : 0.0f;
     }
 };
@@ -103,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv(const __grid_constant
     float weight[2][TAPS], bias[2], window[BEHIND + 1 + AHEAD];  // window[i] is the input at token - BEHIND + i
 #pragma unroll
     for (int f = FIRST; f <= LAST; f++) load_filter(a.filter[f], channel, weight[f], bias[f]);
-    const int64 begin = tile * TOKENS, end = smaller(begin + TOKENS, a.length);
+    const int64 begin = tile * CONV_TILE, end = smaller(begin + CONV_TILE, a.length);
 #pragma unroll
     for (int i = 0; i < BEHIND + AHEAD; i++) window[i + 1] = column.x(begin - BEHIND + i);
     Cursor at(a, column.batch);
@@ -127,8 +133,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv(const __grid_constant
     }
 }
 
-// Gradient before the SiLU, given the inputs in scan order (the newest first) and what arrives at
-// the output.
+// The gradient before SiLU at a token, from the gradient of the output there. inputs[d] is the input d
+// steps before the token in scan order.
 __device__ __forceinline__ float before_silu(
     const ConvArgs& a, const float (&weight)[TAPS], float bias, const float (&inputs)[TAPS], float grad) {
     if (!a.silu) return grad;
@@ -161,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_backward(const __grid
 #pragma unroll
         for (int i = 0; i < TAPS; i++) arrived[f][i] = 0.0f;
     }
-    const int64 begin = tile * TOKENS, end = smaller(begin + TOKENS, a.length);
+    const int64 begin = tile * CONV_TILE, end = smaller(begin + CONV_TILE, a.length);
 #pragma unroll
     for (int i = 0; i < HALO; i++) window[i + 1] = column.x(begin - HALO + i);
     Cursor here(a, column.batch), ahead(a, column.batch);
@@ -212,8 +218,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_backward(const __grid
                     sums[f][i].value;
 }
 
-// The initial state reaches the first HALO outputs of its sequence: one thread a sequence and
-// channel, one filter.
+// Gradient of the initial state, which reaches the first HALO outputs of its sequence. A thread has a
+// channel of one sequence; there is one filter.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_state_backward(const __grid_constant__ ConvArgs a) {
     constexpr int f = FIRST;
     const int64 work = (int64)blockIdx.x * THREADS + threadIdx.x, sequence = work / a.channels;

@@ -54,13 +54,13 @@ __device__ __forceinline__ void copy16_async(void* shared, const void* source, i
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(valid) : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most `PENDING` of this thread's committed groups are still under way.
+// Waits until of this thread's commits at most the last `PENDING` are still under way.
 template <int PENDING>
 __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// `first`, in global memory, and `row` times `bytes` more, in one instruction.
+// What lies `row` times `bytes` past `first`, in global memory: in one instruction.
 template <typename T>
 __device__ __forceinline__ T* row_at(T* first, int row, int bytes) {
     T* there;
@@ -69,10 +69,22 @@ __device__ __forceinline__ T* row_at(T* first, int row, int bytes) {
     return there;
 }
 
-// The same number, which the compiler cannot know: it stays in a register instead of being computed
-// again wherever it is used.
-__device__ __forceinline__ int held(int x) { return __shfl_xor_sync(0xffffffffu, x, 0); }
-__device__ __forceinline__ int64 held(int64 x) { return __shfl_xor_sync(0xffffffffu, x, 0); }
+// The same value, but the compiler does not know that: it keeps the value in a register instead of
+// computing it again wherever it is used. Signed numbers pass through a shuffle with the lane
+// itself, one instruction; the others through an assembly statement that holds none.
+__device__ __forceinline__ int pinned(int x) { return __shfl_xor_sync(0xffffffffu, x, 0); }
+__device__ __forceinline__ int64 pinned(int64 x) { return __shfl_xor_sync(0xffffffffu, x, 0); }
+__device__ __forceinline__ uint32 pinned(uint32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+// `x` points into global memory.
+template <typename T>
+__device__ __forceinline__ T* pinned(T* x) {
+    asm volatile("" : "+l"(x));
+    __builtin_assume(__isGlobal(x));
+    return x;
+}
 
 // What was written before a release by one block is seen after the acquire that reads it in
 // another.
@@ -89,11 +101,17 @@ __device__ __forceinline__ void spin() { __nanosleep(20); }
 #include "cuda_on_cpu_twins.h"
 #endif
 
+// What lies a number of bytes past `first`.
+template <typename T, typename Bytes>
+__device__ __forceinline__ T* past(T* first, Bytes bytes) {
+    return (T*)((char*)first + bytes);
+}
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return bits_to_float((uint32)x.bits << 16); }
 __device__ __forceinline__ void from_float(float x, float& y) { y = x; }
 
-// Two values that lie beside each other, aligned as two.
+// Two values beside each other, whose address is a multiple of their size.
 __device__ __forceinline__ float2 load_pair(const float* x) { return *(const float2*)x; }
 __device__ __forceinline__ float2 load_pair(const bf16* x) {
     uint32 bits = *(const uint32*)x;
@@ -120,7 +138,7 @@ __device__ __forceinline__ void store_pair(float2 x, T* to, bool whole, bool ali
     }
 }
 
-// Four values beside each other, aligned as four.
+// Four values beside each other, whose address is a multiple of their size.
 __device__ __forceinline__ void load_quad(float (&v)[4], const float* x) {
     const float4 four = *(const float4*)x;
     v[0] = four.x;
@@ -158,12 +176,12 @@ __device__ constexpr bool alike(T, V) {
     return false;
 }
 
-// Where a token goes under a reduction.
+// Where a token goes under a reduction. 16 bytes: one load, one asynchronous copy.
 struct __align__(16) TokenEntry {
-    int cell;      // row of the reduced output; -1 if sampling drops the token
-    int kept;      // row among the kept tokens; -1 if dropped
-    float weight;  // one over the tokens of the cell
-    int token;     // its own index; 16 bytes: one load, one asynchronous copy
+    int cell;      // -1 if sampling drops the token
+    int kept;      // index among the kept tokens; -1 if the token is dropped
+    float weight;  // one over the number of tokens of the cell
+    int token;     // its own index
 };
 
 __device__ __forceinline__ int64 smaller(int64 a, int64 b) { return a < b ? a : b; }
@@ -189,14 +207,14 @@ __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log
 
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp_fast(-x)); }
 
-// With what rounding x log2(e) loses put back: where arithmetic is to spare.
+// Without the error that rounding x log2(e) makes in `sigmoid`: for kernels that memory limits.
 __device__ __forceinline__ float sigmoid_close(float x) {
-    // log2(e) in two parts
+    // 1.925963e-8 is what LOG2E lacks of log2(e).
     float power = -x * LOG2E, lost = fmaf(-x, 1.925963e-8f, fmaf(-x, LOG2E, -power)), e = exp2_fast(power);
     return reciprocal(1.0f + (fabsf(power) < 126.0f ? fmaf(e * 0.6931471805599453f, lost, e) : e));
 }
 
-// A sum that does not lose what is small beside it (Kahan): long sums stay as good as a tree's.
+// A sum that keeps its rounding error beside it (Kahan): however long, it is as exact as a tree's.
 struct Sum {
     float value = 0.0f, lost = 0.0f;
 

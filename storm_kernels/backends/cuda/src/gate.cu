@@ -1,17 +1,18 @@
-// What goes over y beside the scans: the sum of both directions and its gate; the backward of the
-// gate and of the token reduction. A block has a run of channels of TOKENS tokens, a thread WIDTH
-// channels of each of them.
-// Defined by the launch code (gate.py): G_T (format of the result and of its gradient), Z_T;
-// TOKENS; GATED, REDUCED; SUMMED: y is the sum of two directions; ALIGNED: every thread's channels
-// are whole and aligned as 16 bytes.
+// What is done to y outside the scans: the sum of two directions and its gate; the backward of the
+// gate and of the token reduction.
+//
+//     a block                GATE_TILE tokens x (THREADS x WIDTH) channels
+//     one of its threads     each of these tokens, WIDTH channels beside each other
+//
+// The launch code (gate.py) defines G_T (number format of the result and of its gradient), Z_T;
+// GATE_TILE, WIDTH; GATED, REDUCED; SUMMED: y is the sum of two directions; ALIGNED: every thread's
+// channels exist and begin on 16 bytes.
 #include "device.cuh"
-
-constexpr int WIDTH = 8;
 
 struct Extent {
     int64 length;         // tokens of a batch row
     int64 channels;
-    int64 runs;           // of tokens, a batch row
+    int64 tiles;          // of tokens, a batch row
     int64 blocks;         // of channels
 };
 
@@ -40,21 +41,21 @@ __device__ __forceinline__ void store_aligned(const float (&v)[WIDTH], T* x) {
         packed(make_float2(v[4], v[5]), T()), packed(make_float2(v[6], v[7]), T()));
 }
 
-// A thread's share. Rows are counted from the first of the batch row; bytes from a row to the next
-// are below 2^31.
+// A thread's share. Rows are counted from the batch row's first; from a row to the next there are
+// less than 2^31 bytes.
 struct Strip {
     int64 batch, channel;
-    int begin, end, channels;  // tokens; the channels that exist
+    int begin, end, channels;  // first token, token after the last; how many channels exist
 
     __device__ __forceinline__ explicit Strip(const Extent& of) {
-        const uint32 run = blockIdx.x / (uint32)of.blocks;
-        batch = run / (uint32)of.runs;
-        begin = (int)(run % (uint32)of.runs) * TOKENS;
-        end = (int)smaller(begin + TOKENS, of.length);
+        const uint32 tile = blockIdx.x / (uint32)of.blocks;
+        batch = tile / (uint32)of.tiles;
+        begin = (int)(tile % (uint32)of.tiles) * GATE_TILE;
+        end = (int)smaller(begin + GATE_TILE, of.length);
         channel = (int64)(blockIdx.x % (uint32)of.blocks * THREADS + threadIdx.x) * WIDTH;
         channels = (int)smaller(WIDTH, of.channels - channel);
     }
-    // `array`: of row 0. Zero where there is no channel.
+    // `array` is row 0's channel. Zero where there is no channel.
     template <typename T>
     __device__ __forceinline__ void load(
         float (&v)[WIDTH], const T* array, int row, int64 bytes, int64 channel_step = 1) const {
@@ -81,9 +82,9 @@ struct Strip {
 
 struct MergeArgs {
     Extent extent;
-    float* y;             // (batch, length, channels): of the first direction; receives the sum if it is to be kept
+    float* y;             // (batch, length, channels): of the first direction
     const float* second;  // of the second
-    int64 keep;
+    int64 save_y;         // whether `y` receives the sum
     const Z_T* z;         // with GATED
     int64 z_batch;        // elements
     int64 z_row;          // bytes
@@ -107,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_directions(const __g
         if (GATED) at.load(z, gate, t, a.z_row);
 #pragma unroll
         for (int c = 0; c < WIDTH; c++) y[c] += second[c];
-        if (a.keep) at.store(y, sums, t, width * sizeof(float));
+        if (a.save_y) at.store(y, sums, t, width * sizeof(float));
 #pragma unroll
         for (int c = 0; c < WIDTH; c++)
             if (GATED) y[c] *= z[c] * sigmoid(z[c]);
@@ -125,18 +126,18 @@ struct GateBackwardArgs {
     const Z_T* z;           // with GATED, like y and dz
     int64 z_batch;          // elements
     int64 z_row;            // bytes
-    int64 z_kept;           // z and dz hold the kept tokens only
+    int64 z_kept;           // whether z and dz hold the kept tokens only
     int64 z_rows;           // of dz, a batch row
     const float* y;         // (batch, kept_rows, channels): before the gate
-    const float* second;    // with SUMMED: what is to be added to it
-    int64 kept_rows;
+    const float* second;    // with SUMMED: the other direction's
+    int64 kept_rows;        // kept tokens of a batch row
     float* gy;              // (batch, length, channels): dL/dy, zero for dropped tokens
     Z_T* dz;
 };
 
+// gy = w grad_out[cell] SiLU(z) and dz = w grad_out[cell] y SiLU'(z), w one over the tokens of the cell.
 // Eight blocks a multiprocessor: else the compiler aims at more, and spills or keeps fewer loads in
 // flight.
-// gy = w grad_out[cell] SiLU(z) and dz = w grad_out[cell] y SiLU'(z).
 extern "C" __global__ void __launch_bounds__(THREADS, 8) gate_backward(const __grid_constant__ GateBackwardArgs a) {
     const Strip at(a.extent);
     if (at.channels <= 0) return;
@@ -153,9 +154,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8) gate_backward(const __g
         if (REDUCED) entry = a.map[t];
         const int z_row = a.z_kept ? entry.kept : entry.token;
         if (REDUCED && entry.cell < 0) {
-            const float none[WIDTH] = {};
-            at.store(none, out, t, width * sizeof(float));
-            if (GATED && z_row >= 0) at.store(none, gate_out, z_row, width * sizeof(Z_T));
+            const float zeros[WIDTH] = {};
+            at.store(zeros, out, t, width * sizeof(float));
+            if (GATED && z_row >= 0) at.store(zeros, gate_out, z_row, width * sizeof(Z_T));
             continue;
         }
         float gy[WIDTH], z[WIDTH], y[WIDTH], second[WIDTH], dz[WIDTH];

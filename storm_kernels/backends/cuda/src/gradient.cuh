@@ -1,15 +1,15 @@
-// What surrounds the adjoint in the scan's backward: the elementwise steps, and the sums over
+// What surrounds the adjoint in the scan's backward: the elementwise strides, and the sums over
 // states and channels.
 #pragma once
 #include "backward.cuh"
 
-// A lane's share of the elementwise steps: its own pair of channels, of every BATCH-th token.
-// Tokens `t` are counted from the lane's first of the chunk.
+// A lane's elements: its pair of channels, of every BATCH-th token. The lane counts tokens `t` from
+// its first one of the interval.
 struct Elements {
-    // The first token; the pair's first channel within the block; of the pair, those that exist
+    // The first token; the pair's first channel within the block; how many of the pair exist
     int token, channel, channels;
-    int limit[PAIR];                 // tokens of the present chunk that exist; none for a channel that does not
-    Column<GY_T> gy;                 // of the batch to come
+    int limit[PAIR];                 // tokens of the present interval that exist; 0 for a channel that does not
+    Column<GY_T> gy;                 // of the next batch
     Column<U_T> u, du;               // of the present batch
     Column<DELTA_T> delta, ddelta;
 
@@ -29,60 +29,60 @@ struct Elements {
 #pragma unroll
         for (int c = 0; c < PAIR; c++) limit[c] = c < channels && left > token ? left - token : 0;
     }
-    // Channels the lane has of token `t`; none of one before the chunk.
+    // How many channels the lane has of token `t`; none of one before the interval.
     __device__ __forceinline__ int count(int t) const {
         return PAIRED ? ((uint32)t < (uint32)limit[0] ? PAIR : 0)
                       : ((uint32)t < (uint32)limit[0]) + ((uint32)t < (uint32)limit[1]);
     }
-    __device__ __forceinline__ void to_last_batch(const Steps& steps, int back) {
-        u.move(back * steps.u);
-        delta.move(back * steps.delta);
-        du.move(back * steps.du);
-        ddelta.move(back * steps.ddelta);
+    __device__ __forceinline__ void to_last_batch(const Strides& strides, int back) {
+        u.move(back * strides.u);
+        delta.move(back * strides.delta);
+        du.move(back * strides.du);
+        ddelta.move(back * strides.ddelta);
     }
 };
 
-// log2(e) delta and delta u of a chunk, each warp its own channels'. `batches` from the chunk's
-// first batch to the present one.
+// log2(e) delta and delta u of an interval; each warp prepares its own channels'. The present batch
+// is `batches` after the interval's first.
 __device__ __forceinline__ void prepare_steps(
-    Shared& shared, const Elements& e, const Offsets& at, const Steps& steps, int batches) {
+    Shared& shared, const Elements& e, const Offsets& at, const Strides& strides, int batches) {
     Column<U_T> us = e.u;
     Column<DELTA_T> deltas = e.delta;
-    const float2 bias = load_pair(beyond(shared.terms, TOGETHER ? at.pair : at.pair / 2));
-    us.move(-batches * steps.u);
-    deltas.move(-batches * steps.delta);
+    const float2 bias = load_pair(past(shared.terms, TOGETHER ? at.pair : at.pair / 2));
+    us.move(-batches * strides.u);
+    deltas.move(-batches * strides.delta);
 #pragma unroll 4
-    for (int k = 0; k < (CHUNK + STATE_LANES - 1) / STATE_LANES; k++) {
+    for (int k = 0; k < (INTERVAL + STATE_LANES - 1) / STATE_LANES; k++) {
         const int t = k * STATE_LANES;
-        if (CHUNK % STATE_LANES != 0 && e.token + t >= CHUNK) break;
+        if (INTERVAL % STATE_LANES != 0 && e.token + t >= INTERVAL) break;
         const float2 u = unpacked(us.read(e.count(t)));
         float2 delta = unpacked(deltas.read(e.count(t), no_delta()));
         delta = make_float2(delta.x + bias.x, delta.y + bias.y);
         if (SOFTPLUS) delta = make_float2(softplus(delta.x), softplus(delta.y));
         if (!SOFTPLUS && t >= e.limit[0]) delta.x = 0.0f;
         if (!SOFTPLUS && t >= e.limit[1]) delta.y = 0.0f;
-        *(float4*)beyond(shared.step[t], at.step) =
+        *(float4*)past(shared.step[t], at.step) =
             make_float4(LOG2E * delta.x, LOG2E * delta.y, delta.x * u.x, delta.y * u.y);
-        us.move(STATE_LANES / BATCH * steps.u);
-        deltas.move(STATE_LANES / BATCH * steps.delta);
+        us.move(STATE_LANES / BATCH * strides.u);
+        deltas.move(STATE_LANES / BATCH * strides.delta);
     }
 }
 
-// The tile that begins at position `begin`, of which `tokens` exist. `rows`: of position 0, `step`
-// bytes apart.
+// B or C of the tile that begins at position `begin`, of which `tokens` exist. `rows` is the row of
+// position 0; rows lie `step` bytes apart.
 template <typename T>
 __device__ __forceinline__ void prepare_rows(
-    float (&to)[TILE][STATES], const T* rows, int64 step, int64 begin, int tokens) {
+    float (&to)[BC_TILE][STATES], const T* rows, int64 step, int64 begin, int tokens) {
     constexpr int WIDTH = STATES % 2 ? 1 : 2, AT_ONCE = THREADS * WIDTH;
-    // At once; of a token
+    // Tokens at once; pieces of a token
     constexpr int TOKENS = AT_ONCE > STATES ? AT_ONCE / STATES : 1, PIECES = STATES > AT_ONCE ? STATES / AT_ONCE : 1;
     const int first = threadIdx.x * WIDTH / STATES, n = threadIdx.x * WIDTH % STATES;
     Column<T> from = column(rows, n);
     from.move((begin + first) * step);
 #pragma unroll
-    for (int k = 0; k < (TILE + TOKENS - 1) / TOKENS; k++) {
+    for (int k = 0; k < (BC_TILE + TOKENS - 1) / TOKENS; k++) {
         const int t = first + k * TOKENS;
-        if (TILE % TOKENS != 0 && t >= TILE) break;
+        if (BC_TILE % TOKENS != 0 && t >= BC_TILE) break;
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             const float2 x = unpacked(from.read(t < tokens ? D_STATE - n - i * AT_ONCE : 0));
@@ -96,13 +96,61 @@ __device__ __forceinline__ void prepare_rows(
     }
 }
 
-__device__ __forceinline__ void prepare_states(Shared& shared, const Steps& steps, const Share& s, int64 first) {
-    const int tokens = (int)smaller(TILE, s.length - first);
-    prepare_rows(shared.B, shared.B_rows, steps.B, first, tokens);
-    prepare_rows(shared.C, shared.C_rows, steps.C, first, tokens);
+__device__ __forceinline__ void prepare_states(Shared& shared, const Strides& strides, const Share& s, int64 first) {
+    const int tokens = (int)smaller(BC_TILE, s.length - first);
+    prepare_rows(shared.B, shared.B_rows, strides.B, first, tokens);
+    prepare_rows(shared.C, shared.C_rows, strides.C, first, tokens);
 }
 
-// What a lane's element of a batch needs before the adjoint and after it.
+// A thread's sums of dA over all intervals, in device memory for want of registers, each with its
+// rounding error as in `Sum`. Each is RUN floats a thread beside each other:
+//
+//     ITEMS / RUN rows of sums, then as many of errors    | thread 0 | thread 1 | ...
+struct SumsOfA {
+    float* memory;
+
+    __device__ __forceinline__ SumsOfA(const BackwardArgs& a, int64 block)
+        : memory(a.dA_sums + block * 2 * ITEMS * THREADS + threadIdx.x * RUN) {}
+    __device__ __forceinline__ float& value(int i) const { return memory[i / RUN * RUN * THREADS + i % RUN]; }
+    __device__ __forceinline__ float& lost(int i) const { return memory[(ITEMS + i / RUN * RUN) * THREADS + i % RUN]; }
+    __device__ __forceinline__ void clear() const {
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) value(i) = lost(i) = 0.0f;
+    }
+    __device__ __forceinline__ void load(float (&values)[ITEMS], float (&errors)[ITEMS]) const {
+#pragma unroll
+        for (int r = 0; r < RUNS; r++) {
+            load_floats(values, r * RUN, memory + r * RUN * THREADS);
+            load_floats(errors, r * RUN, memory + (ITEMS + r * RUN) * THREADS);
+        }
+    }
+    __device__ __forceinline__ void store(const float (&values)[ITEMS], const float (&errors)[ITEMS]) const {
+#pragma unroll
+        for (int r = 0; r < RUNS; r++) {
+            store_floats(memory + r * RUN * THREADS, values, r * RUN);
+            store_floats(memory + (ITEMS + r * RUN) * THREADS, errors, r * RUN);
+        }
+    }
+};
+
+// Adds the lanes' sums of dD and d(delta_bias) over a warp and writes them.
+__device__ __forceinline__ void write_row_gradients(
+    const Shared& shared, const Gradients& grad, const Elements& e, const Problem& p, const Share& s) {
+#pragma unroll
+    for (int c = 0; c < PAIR; c++) {
+        const int64 row = s.sequence * p.channels + s.channel + e.channel + c;
+        float D = shared.dD[c][threadIdx.x].value, bias = shared.dbias[c][threadIdx.x].value;
+#pragma unroll
+        for (int bit = CHANNEL_LANES; bit < 32; bit *= 2) {
+            D += __shfl_xor_sync(0xffffffffu, D, bit);
+            bias += __shfl_xor_sync(0xffffffffu, bias, bit);
+        }
+        if (e.token == 0 && c < e.channels && grad.D) grad.D[row] = D;
+        if (e.token == 0 && c < e.channels && grad.delta_bias) grad.delta_bias[row] = bias;
+    }
+}
+
+// What a lane reads of its element of a batch: before the adjoint and after it.
 struct Element {
     Two<GY_T> gy;
     Two<U_T> u;
@@ -115,24 +163,24 @@ struct Element {
     }
 };
 
-// The gradients of u and delta, and shares of those of D and the bias.
+// Writes the gradients of u and delta of an element, and adds to those of D and the bias.
 __device__ __forceinline__ void write_gradients(
     Shared& shared, const Elements& e, const Element& x, const Offsets& at, int t) {
     const int count = e.count(t);
     float4 sums = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
     for (int j = 0; j < STATE_LANES; j++) {
-        const float4 part = *(const float4*)beyond(shared.channel[0][j * CHANNEL_LANES], at.element);
+        const float4 part = *(const float4*)past(shared.channel[0][j * CHANNEL_LANES], at.element);
         sums = j ? make_float4(sums.x + part.x, sums.y + part.y, sums.z + part.z, sums.w + part.w) : part;
     }
-    const float2 u = unpacked(x.u), raw = unpacked(x.delta), gy = load_pair(beyond(shared.gy[0], at.step / 2));
-    const float2 bias = load_pair(beyond(shared.terms, TOGETHER ? at.pair : at.pair / 2)),
-                 skip = load_pair(beyond(shared.terms + term_at(1, 0), TOGETHER ? at.pair : at.pair / 2));
-    const float2 rate = *(const float2*)beyond(shared.step[t], at.step),
+    const float2 u = unpacked(x.u), raw = unpacked(x.delta), gy = load_pair(past(shared.gy[0], at.step / 2));
+    const float2 bias = load_pair(past(shared.terms, TOGETHER ? at.pair : at.pair / 2)),
+                 skip = load_pair(past(shared.terms + term_at(1, 0), TOGETHER ? at.pair : at.pair / 2));
+    const float2 rate = *(const float2*)past(shared.step[t], at.step),
                  delta = make_float2(rate.x * LN2, rate.y * LN2);
     float2 ddelta = make_float2(fmaf(sums.x, u.x, sums.z), fmaf(sums.y, u.y, sums.w));
     if (SOFTPLUS) ddelta = make_float2(ddelta.x * sigmoid(raw.x + bias.x), ddelta.y * sigmoid(raw.y + bias.y));
-    float4& rows = *(float4*)beyond(shared.row_sums[0], at.own);
+    float4& rows = *(float4*)past(shared.row_sums[0], at.own);
     if (!SOFTPLUS && count < 1) ddelta.x = 0.0f;
     if (!SOFTPLUS && count < 2) ddelta.y = 0.0f;
     rows = make_float4(fmaf(gy.x, u.x, rows.x), fmaf(gy.y, u.y, rows.y), rows.z + ddelta.x, rows.w + ddelta.y);
@@ -140,17 +188,17 @@ __device__ __forceinline__ void write_gradients(
     e.ddelta.write(ddelta, count);
 }
 
-// Adds the lanes' parts of a batch's dB and dC over the warp's channels. `first`: the batch's first
-// token within the group.
+// Adds the lanes' parts of a batch's dB and dC over the warp's channels. `first` is the batch's first
+// token within the segment.
 __device__ __forceinline__ void add_channels(Shared& shared, const Offsets& at, int first) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int k = 0; k < (OUTPUTS + 31) / 32; k++) {
         float sum[RUN], part[RUN];
-        load_floats(sum, 0, beyond(&shared.warp[0].state[0][32 * k * RUN], at.output));
+        load_floats(sum, 0, past(&shared.warp[0].state[0][32 * k * RUN], at.output));
 #pragma unroll
         for (int j = 1; j < PARTS; j++) {
-            load_floats(part, 0, beyond(&shared.warp[0].state[j][32 * k * RUN], at.output));
+            load_floats(part, 0, past(&shared.warp[0].state[j][32 * k * RUN], at.output));
 #pragma unroll
             for (int i = 0; i < RUN; i++) sum[i] += part[i];
         }
@@ -161,22 +209,22 @@ __device__ __forceinline__ void add_channels(Shared& shared, const Offsets& at, 
         constexpr int MORE = 32 / STATE_LANES;  // runs from one output of a lane to its next
         float* to = &shared.warp[0].BC[first + k * MORE / RUNS]
                                       [k * MORE % RUNS / (RUNS / 2) * STATES + k * MORE % (RUNS / 2) * RUN];
-        if (lane < LIVE) store_floats(beyond(to, at.sum), sum, 0);
+        if (lane < LIVE) store_floats(past(to, at.sum), sum, 0);
     }
 }
 
-// Adds a group's dB and dC over the warps and writes them, `left` of its tokens. `to`: where the
-// thread's first piece goes, `row` floats a token.
+// Adds a segment's dB and dC over the warps and writes those of its first `left` tokens. `to` is
+// where the thread's first piece goes; tokens lie `row` floats apart.
 __device__ __forceinline__ void write_states(const Shared& shared, const Offsets& at, float* to, int64 row, int left) {
     constexpr int AT_ONCE = THREADS * PIECE;
 #pragma unroll
-    for (int k = 0; k < (GROUP_FLOATS + AT_ONCE - 1) / AT_ONCE; k++) {
+    for (int k = 0; k < (SEGMENT_FLOATS + AT_ONCE - 1) / AT_ONCE; k++) {
         const int t = threadIdx.x * PIECE / (2 * STATES) + k * AT_ONCE / (2 * STATES), n = threadIdx.x * PIECE % STATES;
-        if ((GROUP_FLOATS % AT_ONCE != 0 && t >= GROUP) || t >= left) break;
+        if ((SEGMENT_FLOATS % AT_ONCE != 0 && t >= SEGMENT) || t >= left) break;
         float sum[PIECE], part[PIECE];
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            load_floats<PIECE>(part, 0, beyond(&shared.warp[w].BC[0][0] + k * AT_ONCE, at.own / (4 / PIECE)));
+            load_floats<PIECE>(part, 0, past(&shared.warp[w].BC[0][0] + k * AT_ONCE, at.own / (4 / PIECE)));
 #pragma unroll
             for (int j = 0; j < PIECE; j++) sum[j] = w ? sum[j] + part[j] : part[j];
         }

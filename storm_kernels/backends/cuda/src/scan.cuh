@@ -1,23 +1,30 @@
 // What the scan and its backward share: arguments, and the mapping of threads to channels and
 // states.
 //
-// Defined by the launch code (scan.py): D_STATE; STATE_LANES, LANE_STATES; TILE, CHUNK, GROUP
-// (tokens); U_T, DELTA_T, B_T, C_T, Z_T (formats).
+// The launch code (scan.py) defines D_STATE (states); PAIR (channels a thread), STATE_LANES,
+// LANE_STATES (states a thread); INTERVAL (tokens from a checkpoint to the next), SEGMENT (tokens
+// whose states the backward recomputes together); U_T, DELTA_T, B_T, C_T, Z_T (number formats).
 //
-// Glossary. Position: index of a token in scan order within its sequence. Tile: tokens prepared
-// together in shared memory. Chunk: tokens between two checkpoints. Cell: row of the reduced output
-// that a token is averaged into. A warp's lanes hold CHANNEL_LANES channel pairs (low bits) times
-// STATE_LANES runs of LANE_STATES states (high bits), so that lanes beside each other read
-// neighbouring channels and the same B and C.
+// Words beside those at the head of storm_kernels/backends/contract.py. Position: index of a token
+// in scan order within its sequence. Interval: the tokens from a checkpoint to the next. Block: a
+// block of threads; it computes a run of BLOCK_CHANNELS channels, all of one group.
+//
+// A warp's lanes hold CHANNEL_LANES channel pairs times STATE_LANES runs of LANE_STATES states. With
+// 16 states these are 8, 4 and 4:
+//
+//     lane       0  1 ... 7 |  8 ... 15 | 16 ... 23 | 24 ... 31
+//     pair       0  1 ... 7 |  0 ...  7 |  0 ...  7 |  0 ...  7
+//     states        0 - 3   |   4 - 7   |   8 - 11  |  12 - 15
+//
+// So lanes beside each other read neighbouring channels and the same B and C.
 #pragma once
 #include "device.cuh"
 
 constexpr int WARPS = THREADS / 32;
 constexpr int CHANNEL_LANES = 32 / STATE_LANES;
-constexpr int PAIR = 2;                                  // channels a thread
 constexpr int BLOCK_CHANNELS = WARPS * CHANNEL_LANES * PAIR;
-constexpr int STATES = STATE_LANES * LANE_STATES;        // D_STATE and padding
-constexpr int ITEMS = PAIR * LANE_STATES;                // states a thread
+constexpr int STATES = STATE_LANES * LANE_STATES;  // D_STATE and padding
+constexpr int ITEMS = PAIR * LANE_STATES;          // states of all channels of a thread
 
 struct Direction {
     const U_T* u;
@@ -45,24 +52,24 @@ struct Problem {
     int64 length;
     int64 channels;
     int64 group_channels;
-    int64 group_blocks;       // channel blocks a group: a block never straddles two
+    int64 group_blocks;       // blocks of channels a group: none straddles two groups
     int64 sequences;
     const int64* cu_seqlens;  // null: sequence i is batch row i
-    int64 checkpoint_rows;    // a batch row
+    int64 checkpoint_rows;    // checkpoints of a batch row
     int64 softplus;
     const float* initial_state;
     const Z_T* z;
     int64 z_batch;
     int64 z_row;
-    int64 z_kept;             // z holds the kept tokens only
-    const TokenEntry* map;    // (length,), null without a reduction
+    int64 z_kept;             // whether z holds the kept tokens only
+    const TokenEntry* map;    // (length,): where each token goes; null without a reduction
     int64 out_rows;           // L'
 };
 
-// One block's share: a sequence, a direction, a run of channels of one group.
+// What one block computes: a run of channels of one group, of one direction of one sequence.
 struct Share {
     int64 sequence, batch, start, length, channel, group, block;
-    int channels;             // of BLOCK_CHANNELS, those that exist
+    int channels;  // of its BLOCK_CHANNELS, those that exist
     bool reverse;
 
     __device__ __forceinline__ int64 token(int64 position) const {
@@ -85,13 +92,18 @@ __device__ __forceinline__ Share share_of(const Problem& p, const Direction& d, 
     return s;
 }
 
-__device__ __forceinline__ int64 checkpoint_row(const Problem& p, const Share& s, int64 chunk) {
-    return s.batch * p.checkpoint_rows + (p.cu_seqlens ? s.start / CHUNK + s.sequence : 0) + chunk;
+// The row of the checkpoint at the beginning of an interval. Checkpoints are (rows, channels,
+// D_STATE), the sequences' one after the other:
+//
+//     one sequence a batch row     | 0 1 2 ... of sequence 0 | 0 1 2 ... of sequence 1 | ...
+//     packed, from token `start`   | ... | from row start / INTERVAL + sequence on | ...
+__device__ __forceinline__ int64 checkpoint_row(const Problem& p, const Share& s, int64 interval) {
+    return s.batch * p.checkpoint_rows + (p.cu_seqlens ? s.start / INTERVAL + s.sequence : 0) + interval;
 }
 
-// Where this thread's channels and states lie within the block.
+// Which of the block's channels and states are this thread's: the first of each.
 struct Place {
-    int lane, channel, state;  // channel: the first of its pair
+    int lane, channel, state;
 
     __device__ __forceinline__ Place() {
         lane = threadIdx.x % 32;
@@ -100,7 +112,7 @@ struct Place {
     }
 };
 
-// A run of a thread's states, aligned as a whole.
+// LANE_STATES numbers beside each other; their address is a multiple of their size.
 __device__ __forceinline__ void load_run(float (&v)[LANE_STATES], const float* from) {
     if (LANE_STATES % 4 == 0) {
 #pragma unroll

@@ -1,50 +1,48 @@
-// A tile's inputs as they lie in memory, brought into shared memory while the tile before is
-// computed. With ASYNC every row is made of whole 16-byte pieces and comes by asynchronous copies;
-// else element by element.
+// A tile's inputs in their own number formats, brought into shared memory while the tile before is
+// computed. There are two stages; the tiles take them in turn:
+//
+//     Stage   u, delta, z   [token][channel of the block]
+//             B, C          [token][state]
+//
+// With ASYNC every row consists of whole 16-byte pieces, which come by asynchronous copies; else
+// rows come element by element.
 #pragma once
 #include "scan.cuh"
 
 struct Stage {
-    __align__(16) U_T u[TILE][BLOCK_CHANNELS];
-    __align__(16) DELTA_T delta[TILE][BLOCK_CHANNELS];
-    __align__(16) Z_T z[TILE][BLOCK_CHANNELS];
-    __align__(16) B_T B[TILE][STATES];
-    __align__(16) C_T C[TILE][STATES];
+    __align__(16) U_T u[SCAN_TILE][BLOCK_CHANNELS];
+    __align__(16) DELTA_T delta[SCAN_TILE][BLOCK_CHANNELS];
+    __align__(16) Z_T z[SCAN_TILE][BLOCK_CHANNELS];
+    __align__(16) B_T B[SCAN_TILE][STATES];
+    __align__(16) C_T C[SCAN_TILE][STATES];
 };
-// Tokens: no token is as far off as this, and no count of tokens that are left says more.
+// A number of tokens: no token that a thread looks at is as far off, and counts of tokens that are
+// left stop here.
 constexpr int FAR = 1 << 30;
-constexpr int C_AFTER_B = (TILE * STATES * sizeof(B_T) + 15) / 16 * 16;  // bytes
+constexpr int C_AFTER_B = (SCAN_TILE * STATES * sizeof(B_T) + 15) / 16 * 16;  // bytes from a stage's B to its C
 
-// `p` and a number of bytes: offsets that a thread uses tile after tile are `held` in registers.
-template <typename T>
-__device__ __forceinline__ T* past(T* p, int bytes) {
-    return (T*)((char*)p + bytes);
-}
-template <typename T>
-__device__ __forceinline__ const T* past(const T* p, int bytes) {
-    return (const T*)((const char*)p + bytes);
-}
-
-// A thread's part in copying the rows of one array, tile after tile: with ASYNC 16 bytes of its row
-// and of every PER_ROUND-th after it.
+// A thread's part in copying the rows of one array, tile after tile. With ASYNC it is one piece of
+// 16 bytes of every PER_ROUND-th row of the tile, from the thread's first row on.
 template <int WIDTH, typename T>
 struct Rows {
     static constexpr int PIECE = 16 / sizeof(T), PIECES = WIDTH >= PIECE ? WIDTH / PIECE : 1,
                          PER_ROUND = THREADS / PIECES;
-    static constexpr int ROUNDS = (TILE + PER_ROUND - 1) / PER_ROUND;
+    static constexpr int ROUNDS = (SCAN_TILE + PER_ROUND - 1) / PER_ROUND;
     const T* from;       // the thread's piece of the tile's first row; without ASYNC that row
     int64 row, step;     // elements from a token to the next in scan order; bytes from a tile to the next
-    int thread, count;   // without ASYNC `count` elements of a row exist
-    int token, to;       // the thread's first row, far off if its piece does not exist; where the piece goes in bytes
+    int thread, count;   // count: elements of a row that exist, used without ASYNC
+    // token: the thread's first row, FAR if its piece does not exist. to: where the piece goes, in
+    // bytes from the beginning of the stage's array.
+    int token, to;
 
     // `row0` is the row of position 0, of which `columns` elements exist.
     __device__ __forceinline__ Rows(const T* row0, int64 row, int columns, int thread = threadIdx.x)
-        : from(row0), row(row), step(held(row * TILE * (int64)sizeof(T))), thread(thread), count(columns),
+        : from(row0), row(row), step(pinned(row * SCAN_TILE * (int64)sizeof(T))), thread(thread), count(columns),
           token(0), to(0) {
         if (!ASYNC) return;
         const int column = thread % PIECES * PIECE, first = thread / PIECES;
-        token = held(column < columns ? first : FAR);
-        to = held((first * WIDTH + column) * (int)sizeof(T));
+        token = pinned(column < columns ? first : FAR);
+        to = pinned((first * WIDTH + column) * (int)sizeof(T));
         from += first * row + column;
     }
     __device__ __forceinline__ void seek(const T* row0) {
@@ -58,10 +56,10 @@ struct Rows {
         to = other.to;
     }
     __device__ __forceinline__ bool owns(int round) const {
-        return TILE % PER_ROUND == 0 || thread / PIECES + round * PER_ROUND < TILE;
+        return SCAN_TILE % PER_ROUND == 0 || thread / PIECES + round * PER_ROUND < SCAN_TILE;
     }
 
-    __device__ __forceinline__ void copy(T (&rows)[TILE][WIDTH], int tokens) {
+    __device__ __forceinline__ void copy(T (&rows)[SCAN_TILE][WIDTH], int tokens) {
         if (ASYNC) {
 #pragma unroll
             for (int k = 0; k < ROUNDS; k++)
@@ -69,7 +67,7 @@ struct Rows {
                     copy16_async(past(&rows[k * PER_ROUND][0], to), from + k * PER_ROUND * row,
                         token + k * PER_ROUND < tokens ? 16 : 0);
         } else {
-            for (int i = threadIdx.x; i < TILE * WIDTH; i += THREADS) {
+            for (int i = threadIdx.x; i < SCAN_TILE * WIDTH; i += THREADS) {
                 int t = i / WIDTH, c = i % WIDTH;
                 rows[t][c] = t < tokens && c < count ? from[t * row + c] : T();
             }
@@ -78,9 +76,10 @@ struct Rows {
     }
 };
 
-// B and C: where one round of copies does for both, half the threads copy each.
+// The rows of B and C. Where one round of copies is enough for the two of them, half the threads
+// copy B and half C.
 struct StateRows {
-    static constexpr int EACH = TILE * Rows<STATES, B_T>::PIECES;
+    static constexpr int EACH = SCAN_TILE * Rows<STATES, B_T>::PIECES;
     static constexpr bool TOGETHER = sizeof(B_T) == sizeof(C_T) && 2 * EACH <= THREADS;
     Rows<STATES, B_T> B;
     Rows<STATES, C_T> C;
@@ -102,7 +101,7 @@ struct StateRows {
     }
 };
 
-// All the arrays of a block's share, tile after tile in order.
+// All arrays that a block reads, tile after tile in scan order.
 struct Inputs {
     Rows<BLOCK_CHANNELS, U_T> u;
     Rows<BLOCK_CHANNELS, DELTA_T> delta;
@@ -126,7 +125,8 @@ struct Inputs {
         z.share(u);
     }
 
-    // Everything but z: `tokens` of this tile and those after it exist, as far as they matter.
+    // Asks for a tile's u, delta, B and C. `tokens` tokens exist from the tile's first one on; what
+    // does not exist becomes zero.
     __device__ __forceinline__ void stage(Stage& to, int tokens) {
         u.copy(to.u, tokens);
         delta.copy(to.delta, tokens);
@@ -134,11 +134,11 @@ struct Inputs {
     }
 };
 
-// The rows of z under a reduction: those of a tile's kept tokens, wherever they lie.
+// A tile's rows of z under a reduction: those of its kept tokens; of the others zeros.
 __device__ __forceinline__ void load_kept(
-    Z_T (&rows)[TILE][BLOCK_CHANNELS], const Problem& p, const Share& s, int64 first, int tokens) {
+    Z_T (&rows)[SCAN_TILE][BLOCK_CHANNELS], const Problem& p, const Share& s, int64 first, int tokens) {
     const Z_T* z = p.z + s.batch * p.z_batch + s.channel;
-    for (int i = threadIdx.x; i < TILE * BLOCK_CHANNELS; i += THREADS) {
+    for (int i = threadIdx.x; i < SCAN_TILE * BLOCK_CHANNELS; i += THREADS) {
         const int t = i / BLOCK_CHANNELS, c = i % BLOCK_CHANNELS;
         const TokenEntry* own = p.map + s.token(first + (t < tokens ? t : 0));
         rows[t][c] = t < tokens && c < s.channels && own->cell >= 0

@@ -1,42 +1,53 @@
-// The forward scan's tile: its inputs prepared in float32, the recurrence through it, and its
-// outputs.
+// The forward scan's tile of SCAN_TILE tokens: its inputs prepared in float32, the recurrence
+// through it, and its outputs. In shared memory:
+//
+//     step[token][pair of channels]            log2(e) delta and delta u of either channel: a float4
+//     BC[0 is B, 1 is C][token][state]
+//     y[pair of tokens][lane of states][pair of channels]
+//                                              that lane's parts of y, 2 tokens x 2 channels: a float4
 #pragma once
 #include "stage.cuh"
 
-// In the elementwise steps a thread owns QUAD channels of two neighbouring tokens.
+// In the elementwise steps (all but the recurrence) a thread owns a quad: QUAD channels beside each
+// other, of two neighbouring tokens.
 constexpr int QUAD = 4;
 constexpr int QUADS = BLOCK_CHANNELS / QUAD;
-constexpr int WORKERS = QUADS * TILE / 2;  // threads that own any
-static_assert(WORKERS <= THREADS && TILE % 4 == 0, "a tile is one round of the elementwise steps");
+constexpr int WORKERS = QUADS * SCAN_TILE / 2;  // threads that own a quad
+static_assert(WORKERS <= THREADS && SCAN_TILE % 4 == 0, "a tile is one round of the elementwise steps");
 
-// Where the channel pair `p` lies in a row: a thread's two pairs apart, so that neither the
-// recurrence nor the elementwise steps meet a bank twice.
-constexpr int PAIR_SLOTS = 2 * QUADS;
-__device__ __forceinline__ int slot_of(int p) { return p % 2 * QUADS + (p / 2 ^ (QUADS >= 8 && p % 2 ? 4 : 0)); }
-// Padded where lanes beside each other hold other states
-constexpr int PART = PAIR_SLOTS + (CHANNEL_LANES >= 8 ? 0 : CHANNEL_LANES == 4 ? 2 : 1);
-constexpr int SLOT = 16;  // bytes
-// Of y: all of 32 loaded together do not fit in registers
+// The column of channel pair `p` in a row of `step` or `y`. A thread's two pairs lie apart, so that
+// neither the recurrence nor the elementwise steps meet a bank twice. With 16 quads:
+//
+//     column   0  1  2 ... 15 | 16 17 18 19 | 20 21 22 23 | 24 ... 27 | 28 ... 31
+//     pair     0  2  4 ... 30 |  9 11 13 15 |  1  3  5  7 | 25 ... 31 | 17 ... 23
+constexpr int PAIRS = 2 * QUADS;
+__device__ __forceinline__ int pair_column(int p) { return p % 2 * QUADS + (p / 2 ^ (QUADS >= 8 && p % 2 ? 4 : 0)); }
+// Columns of a row of y, padded where lanes beside each other hold other states
+constexpr int PART = PAIRS + (CHANNEL_LANES >= 8 ? 0 : CHANNEL_LANES == 4 ? 2 : 1);
+constexpr int FLOAT4 = sizeof(float4);
+// Parts of y that are loaded before the first one is added: 32 do not fit in registers.
 constexpr int PARTS_AT_ONCE = STATE_LANES < 8 ? STATE_LANES : 8;
 
 struct Shared {
     __align__(16) Stage stage[2];
-    // log2(e) delta and delta u of a pair; past the sequence's end 0: the state stays as it is
-    float4 step[TILE][PAIR_SLOTS];
-    __align__(16) float BC[2][TILE][STATES];
-    // Two tokens' parts of h . C; row 0 then holds the weighted y of a reduction's exceptional tile
-    float4 y[TILE / 2][STATE_LANES][PART];
+    // 0 past the sequence's end: the states stay as they are
+    float4 step[SCAN_TILE][PAIRS];
+    __align__(16) float BC[2][SCAN_TILE][STATES];
+    // `OpenCells::add_each` puts the finished y in place of lane 0's parts
+    float4 y[SCAN_TILE / 2][STATE_LANES][PART];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "scan.py counts the same");
 
+// A thread's quad and where it lies.
 struct Quad {
-    // Of the quad's channels, those that exist; none if the thread owns nothing: then the quad is
-    // another thread's
+    // Its first channel within the block, its first token within the tile, and how many of its
+    // channels exist. A thread that owns no quad has none, and the place of another thread's quad.
     int channel, token, channels;
-    float bias[QUAD], skip[QUAD];
-    // Offsets in bytes: in the stage's arrays of two-byte numbers; in step; in y; in BC
-    int staged, slot[2], part[2], BC;
-    int first_valid;                   // token where there is a channel, else past every tile
+    float bias[QUAD], skip[QUAD];      // delta_bias and D of the channels, 0 where there is none
+    // Offsets in bytes: in the stage's arrays, were their numbers of two bytes; in step and in y, of
+    // either pair; in BC
+    int staged, step[2], part[2], BC;
+    int first_valid;                   // `token` if a channel exists, else past every tile
 
     __device__ __forceinline__ Quad(const Direction& d, const Share& s) {
         channel = threadIdx.x % QUADS * QUAD;
@@ -47,24 +58,25 @@ struct Quad {
             bias[c] = c < channels && d.delta_bias ? d.delta_bias[s.channel + channel + c] : 0.0f;
             skip[c] = c < channels && d.D ? d.D[s.channel + channel + c] : 0.0f;
         }
-        staged = held((token * BLOCK_CHANNELS + channel) * 2);
+        staged = pinned((token * BLOCK_CHANNELS + channel) * 2);
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-            const int own = slot_of(threadIdx.x % QUADS * 2 + k);
-            slot[k] = held((token * PAIR_SLOTS + own) * SLOT);
-            part[k] = held((token / 2 * STATE_LANES * PART + own) * SLOT);
+            const int own = pair_column(threadIdx.x % QUADS * 2 + k);
+            step[k] = pinned((token * PAIRS + own) * FLOAT4);
+            part[k] = pinned((token / 2 * STATE_LANES * PART + own) * FLOAT4);
         }
-        first_valid = held(channels > 0 ? token : TILE);
-        BC = held((int)threadIdx.x * 16);
+        first_valid = pinned(channels > 0 ? token : SCAN_TILE);
+        BC = pinned((int)threadIdx.x * 16);
     }
-    // Whether the thread owns nothing: it may read what another one does, but writes nothing.
+    // Whether the thread owns no quad: it may read another thread's, but writes nothing.
     __device__ __forceinline__ static bool idle() { return WORKERS < THREADS && threadIdx.x >= WORKERS; }
     template <typename T>
-    __device__ __forceinline__ void load(float (&v)[QUAD], const T (&rows)[TILE][BLOCK_CHANNELS], int j) const {
+    __device__ __forceinline__ void load(float (&v)[QUAD], const T (&rows)[SCAN_TILE][BLOCK_CHANNELS], int j) const {
         load_quad(v, past(&rows[j][0], staged * (int)sizeof(T) / 2));
     }
 };
 
+// From the stage to `step` and `BC`; u stays with the thread that needs it for D u.
 __device__ __forceinline__ void prepare(Shared& shared, const Stage& stage, const Quad& at, float (&u)[2][QUAD]) {
     if (!at.idle()) {
 #pragma unroll
@@ -79,11 +91,11 @@ __device__ __forceinline__ void prepare(Shared& shared, const Stage& stage, cons
             }
 #pragma unroll
             for (int k = 0; k < 2; k++)
-                *past(&shared.step[j][0], at.slot[k]) = make_float4(LOG2E * delta[2 * k],
+                *past(&shared.step[j][0], at.step[k]) = make_float4(LOG2E * delta[2 * k],
                     delta[2 * k] * u[j][2 * k], LOG2E * delta[2 * k + 1], delta[2 * k + 1] * u[j][2 * k + 1]);
         }
     }
-    constexpr int EACH = TILE * STATES / QUAD;
+    constexpr int EACH = SCAN_TILE * STATES / QUAD;
 #pragma unroll
     for (int k = 0; k < (2 * EACH + THREADS - 1) / THREADS; k++) {
         const int i = threadIdx.x + k * THREADS;
@@ -101,34 +113,35 @@ __device__ __forceinline__ void prepare(Shared& shared, const Stage& stage, cons
     }
 }
 
-// Past the sequence's end nothing happens to the states.
+// Of the tile only the first `tokens` exist: nothing happens to the states at the others.
 __device__ __forceinline__ void stand_still(Shared& shared, const Quad& at, int tokens) {
     if (at.idle()) return;
 #pragma unroll
     for (int j = 0; j < 2; j++)
         if (at.token + j >= tokens)
-            *past(&shared.step[j][0], at.slot[0]) = *past(&shared.step[j][0], at.slot[1]) =
+            *past(&shared.step[j][0], at.step[0]) = *past(&shared.step[j][0], at.step[1]) =
                 make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 }
 
-// Where a thread's channels and states lie in the prepared tile, in bytes.
+// Where the channels and states that a thread takes through the recurrence lie in `step`, `BC` and
+// `y`, in bytes.
 struct Lane {
-    int slot, state, part;
+    int step, state, part;
 
     __device__ __forceinline__ explicit Lane(const Place& at) {
-        const int own = slot_of(at.channel / PAIR);
-        slot = held(own * SLOT);
-        state = held(at.state * (int)sizeof(float));
-        part = held((at.state / LANE_STATES * PART + own) * SLOT);
+        const int own = pair_column(at.channel / PAIR);
+        step = pinned(own * FLOAT4);
+        state = pinned(at.state * (int)sizeof(float));
+        part = pinned((at.state / LANE_STATES * PART + own) * FLOAT4);
     }
 };
 
-// One token for this thread's states: h = exp(delta A) h + delta u B and, with OUTPUT, its part of
-// h . C.
+// One token for this thread's states: h = exp(delta A) h + delta u B. With OUTPUT it returns the
+// thread's part of y = h . C for its two channels.
 template <bool OUTPUT>
 __device__ __forceinline__ float2 advance(
     float (&h)[ITEMS], const float (&A)[ITEMS], const Shared& shared, int t, const Lane& lane) {
-    const float4 step = *past(&shared.step[t][0], lane.slot);
+    const float4 step = *past(&shared.step[t][0], lane.step);
     float B[LANE_STATES], C[LANE_STATES], y[PAIR] = {0.0f, 0.0f};
     load_run(B, past(&shared.BC[0][t][0], lane.state));
     if (OUTPUT) load_run(C, past(&shared.BC[1][t][0], lane.state));
@@ -148,14 +161,14 @@ template <bool OUTPUT, int UNROLL>
 __device__ __forceinline__ void advance_tile(
     float (&h)[ITEMS], const float (&A)[ITEMS], Shared& shared, const Lane& lane) {
 #pragma unroll UNROLL
-    for (int t = 0; t < TILE; t += 2) {
+    for (int t = 0; t < SCAN_TILE; t += 2) {
         const float2 first = advance<OUTPUT>(h, A, shared, t, lane),
                      second = advance<OUTPUT>(h, A, shared, t + 1, lane);
         if (OUTPUT) *past(&shared.y[t / 2][0][0], lane.part) = make_float4(first.x, first.y, second.x, second.y);
     }
 }
 
-// y before the gate: its parts and D u added up.
+// y before the gate: the sum of its parts and D u.
 __device__ __forceinline__ void finish(
     float (&y)[2][QUAD], const Shared& shared, const float (&u)[2][QUAD], const Quad& at) {
 #pragma unroll
@@ -183,32 +196,31 @@ __device__ __forceinline__ void gate(float (&y)[2][QUAD], const Stage& stage, co
     }
 }
 
-// A thread's rows of the output: `to` is where the first one of this tile goes, `row` the elements
-// from there to the next token's in scan order.
+// Where a thread writes its quads in an array (batch, length, channels).
 template <typename T>
 struct OutputRows {
-    T* to;
-    int64 row, step;  // step: bytes to the next tile's
+    T* to;            // the quad's first channel in the row of its first token
+    int64 row, step;  // elements to the next token's row in scan order; bytes to the next tile's
 
     __device__ __forceinline__ OutputRows(T* out, const Problem& p, const Share& s, const Quad& at) {
         row = s.reverse ? -p.channels : p.channels;
-        step = held(row * TILE * (int64)sizeof(T));
+        step = pinned(row * SCAN_TILE * (int64)sizeof(T));
         to = nullptr;
         if (out) seek(out + (s.batch * p.length + s.token(0)) * p.channels, s, at);
     }
-    // `first`: the row of the tile's first token.
+    // `first` is the row of the tile's first token.
     __device__ __forceinline__ void seek(T* first, const Share& s, const Quad& at) {
         to = first + at.token * row + s.channel + at.channel;
     }
     __device__ __forceinline__ void write(const float (&y)[2][QUAD], const Quad& at) {
-        if (ASYNC && at.first_valid < TILE) {
+        if (ASYNC && at.first_valid < SCAN_TILE) {
             store_quad(y[0], to);
             store_quad(y[1], to + row);
         }
-        if (!ASYNC) write_some(y, at, TILE);
+        if (!ASYNC) write_first(y, at, SCAN_TILE);
     }
     __device__ __forceinline__ void next_tile() { to = (T*)((char*)to + step); }
-    __device__ __forceinline__ void write_some(const float (&y)[2][QUAD], const Quad& at, int tokens) {
+    __device__ __forceinline__ void write_first(const float (&y)[2][QUAD], const Quad& at, int tokens) {
         for (int j = 0; j < 2; j++)
             for (int c = 0; c < QUAD; c++)
                 if (at.token + j < tokens && c < at.channels) from_float(y[j][c], to[j * row + c]);
