@@ -35,7 +35,7 @@ FUNCTIONS = {
     "reduce_tokens": "reduce",
 }
 # By device type and operation, best first.
-ORDER = {
+ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {"scan": ("cpu", "torch"), "conv": ("cpu", "torch"), "reduce": ("cpu", "torch")},
     "cuda": {
         "scan": ("cuda", "triton", "torch"),
