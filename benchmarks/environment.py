@@ -15,6 +15,7 @@ import torch
 
 # Packages whose version can change a figure; absent ones are left out.
 _PACKAGES = ("torch", "triton", "transformers", "av", "numpy", "numba", "jax", "mambapy", "mamba-ssm", "cuda-core")
+_PACKAGES += ("torchcodec", "decord")  # readers of video
 
 
 @cache

@@ -215,7 +215,7 @@ class Film:
         options = {"format_whitelist": _DEMUXERS, "max_pixels": str(limits.MAX_PIXELS), **options}
         try:
             with av.open(self._source.for_ffmpeg, options=options, **ANY_TITLE) as container:
-                stream = _video_track(self.name, container, self._track)
+                stream = _video_track(self.name, container, self._track, self._held and self._held.blocks)
                 if stream.codec_context is None:
                     raise StormVideoError(f"{self.name}: this build of FFmpeg has no decoder for its video stream")
                 checks = "crccheck+explode" if strict or stream.codec_context.name in _STRICT else "crccheck"
@@ -254,8 +254,12 @@ class Film:
         return found
 
 
-def _video_track(name: str, container: av.container.InputContainer, track: int | None) -> av.VideoStream:
-    """The video track number ``track``; by default the first that is marked as the default one, or the first."""
+def _video_track(
+    name: str, container: av.container.InputContainer, track: int | None, held: list[int] | None
+) -> av.VideoStream:
+    """The video track number ``track``; by default the first that is marked as the default one, or the first. Those
+    that are known to be empty (``held``: frames of each video track) are the last choice.
+    """
     pictures = Disposition.attached_pic | Disposition.timed_thumbnails
     tracks = [s for s in container.streams.video if not s.disposition & pictures]
     if not tracks:
@@ -264,7 +268,8 @@ def _video_track(name: str, container: av.container.InputContainer, track: int |
         held = " and ".join(filter(None, (str(others) if others else "", cover)))
         raise StormVideoError(f"{name}: no video stream; it holds {held or 'nothing'}")
     if track is None:
-        return next((s for s in tracks if s.disposition & Disposition.default), tracks[0])
+        empty = {s.index for s, frames in zip(container.streams.video, held or (), strict=False) if frames == 0}
+        return min(tracks, key=lambda s: (s.index in empty, not s.disposition & Disposition.default))
     if track >= len(tracks):
         raise ValueError(f"track must be less than {len(tracks)}, the number of video tracks of {name}, got {track}")
     return tracks[track]

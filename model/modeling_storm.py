@@ -4,6 +4,8 @@ tower, projector, language model.
 A video is encoded a few frames at a time. All videos of a call go through the projector together,
 one after the other (`packed`), each reduced as if it were alone. Its tokens then take the place of
 the prompt's placeholders.
+
+The file is long by what its two ``forward`` take and say: transformers' models spell both out.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Wrong calls that a new user makes: each gives one line that names the argument and prints types
-and shapes, never contents (R10).
+and shapes, never contents (R10). One long table: a call, and what its line says.
 """
 
 import subprocess

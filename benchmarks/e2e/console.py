@@ -13,8 +13,9 @@ from rich.table import Table
 
 from . import figures, plot, summary, work
 
-# Into a pipe or a log, the table gets the room it needs; a terminal has its own width.
-console = Console(width=None if sys.stdout.isatty() else 120)
+# Into a pipe or a log, the table gets the room it needs, spreads of three digits included; a terminal has its own
+# width.
+console = Console(width=None if sys.stdout.isatty() else 150)
 # Seconds between two lines of progress into a pipe.
 LINE_EVERY = 5.0
 

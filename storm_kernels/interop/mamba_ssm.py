@@ -3,7 +3,8 @@ and parameter names are theirs.
 
 Symbols: b batch, d channels (d_inner), l tokens, n states, g groups of channels that share B and C.
 Every tensor argument gets a gradient, the RMS weights of ``mamba_inner_fn`` included. Contracts:
-docs/compat.md, Call signatures.
+docs/compat.md, Call signatures. The length of the file is that of the originals' argument lists, each
+argument explained; the work is done in inner.py and the operations.
 """
 
 from __future__ import annotations

@@ -130,3 +130,11 @@ def test_an_empty_track_before_the_film(tmp_path):
             out.mux(stream.encode(moving(i)))
         out.mux(stream.encode())
     assert sample_frames(path, 2, track=1).frames.shape == (2, 64, 96, 3)
+
+
+def test_an_empty_track_is_not_shown_by_default(tmp_path):
+    """FFmpeg's choice of a track prefers one that has frames, and so does ours."""
+    test_an_empty_track_before_the_film(tmp_path)
+    with av.open(str(tmp_path / "two.mkv")) as container:
+        assert container.streams.best("video").index == 1
+    assert sample_frames(tmp_path / "two.mkv", 2).frames.shape == (2, 64, 96, 3)
