@@ -86,7 +86,8 @@ class Film:
         if times is None:
             self._play()
         else:
-            self._set([float((pts - times.pts[0]) * times.unit) for pts in times.pts], float(self._last))
+            first, ticks, seconds = times.pts[0], times.unit.denominator, times.unit.numerator
+            self._set([(pts - first) * seconds / ticks for pts in times.pts], float(self._last))
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import av
@@ -196,10 +196,9 @@ class Groups:
         that are shown before their key frame may be predicted from what was not decoded.
         """
         key, begun = self._times.keys[group], False
-        if group:  # the first group is read as a whole decode begins: nothing was read yet
-            _seek(container, stream, key)
         fed: list[int | None] = []
-        for packet in container.demux(stream):
+        # The first group is read as a whole decode begins: nothing was read yet.
+        for packet in _packets_from(container, stream, key) if group else container.demux(stream):
             fed.append(packet.pts)
             frames = _decoded(packet)
             wrong = frames is None or any(frame.is_corrupt for frame in frames)
@@ -234,9 +233,8 @@ class Groups:
         after = times.keys[group + 1].pts if group + 1 < len(times.keys) else math.inf
         with self._opened(False) as (container, stream):
             try:
-                if group:
-                    _seek(container, stream, key)
-                for packet, frame in self._steps(container, stream, place):
+                packets = _packets_from(container, stream, key) if group else container.demux(stream)
+                for packet, frame in self._steps(packets, place):
                     if frame is None:
                         # What is shown before the key frame may be predicted from what was not decoded.
                         if packet.pts is None or packet.pts >= key.pts:
@@ -267,11 +265,11 @@ class Groups:
         if left and damaged == math.inf:
             raise Untrusted
 
-    def _steps(self, container, stream, place: dict) -> Iterator[tuple[av.Packet, av.VideoFrame | None]]:
+    def _steps(self, packets: Iterator[av.Packet], place: dict) -> Iterator[tuple[av.Packet, av.VideoFrame | None]]:
         """Each frame with the packet that the decoder was given last, and None for a packet in which it finds an error.
         ``place`` takes each packet's place in the order of decoding, by its time.
         """
-        for number, packet in enumerate(container.demux(stream)):
+        for number, packet in enumerate(packets):
             place.setdefault(packet.pts, number)
             frames = _decoded(packet)
             if frames is None:
@@ -293,11 +291,20 @@ def _suspect(fed: Collection[int | None], key: Key) -> bool:
     return key.pts in fed and next(iter(fed)) != key.pts
 
 
-def _seek(container: av.container.InputContainer, stream: av.VideoStream, key: Key) -> None:
+def _packets_from(container: av.container.InputContainer, stream: av.VideoStream, key: Key) -> Iterator[av.Packet]:
+    """The packets from a key frame on, or from one before it. Most formats lead right to it by the time that it is
+    shown; where that leads behind it (they go by the time of decoding), the earlier time is taken.
+    """
     try:
-        container.seek(key.seek, stream=stream)
+        for time in (key.pts, key.seek):
+            container.seek(time, stream=stream)
+            packets = container.demux(stream)
+            first = next(packets)
+            if first.pts is not None and first.pts <= key.pts:
+                break
     except av.FFmpegError as error:  # some formats cannot
         raise Untrusted from error
+    return chain([first], packets)
 
 
 def _decoded(packet: av.Packet) -> list[av.VideoFrame] | None:
