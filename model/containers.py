@@ -90,7 +90,7 @@ def _before_trailer(name: str, file: BinaryIO, size: int, read_header, kinds: se
     """
     begun = False
     try:
-        for chunk in _tiles(name, file, 0, size, read_header):
+        for chunk in tiles(name, file, 0, size, read_header):
             begun = True
             yield chunk
     except _Cut as cut:
@@ -102,14 +102,14 @@ def _before_trailer(name: str, file: BinaryIO, size: int, read_header, kinds: se
 
 def _check_mp4(name: str, file: BinaryIO, size: int) -> dict[int, int]:
     """Samples of each track in movie fragments; none unless it is fragmented."""
-    boxes = list(_before_trailer(name, file, size, _box_header, _MP4_PARTS))
+    boxes = list(_before_trailer(name, file, size, box_header, _MP4_PARTS))
     movie = next((box for box in boxes if box.kind == b"moov"), None)
     if movie is None:
         raise StormVideoError(
             f"{name}: no moov box in {size} bytes, so nothing says what the file holds; "
             "it is truncated or was never finished"
         )
-    if all(box.kind != b"mvex" for box in _tiles(name, file, movie.start, movie.end, _box_header)):
+    if all(box.kind != b"mvex" for box in tiles(name, file, movie.start, movie.end, box_header)):
         return {}
     while boxes[-1].kind not in _MP4_TOP:
         boxes.pop()  # a trailer that has the form of a box
@@ -118,7 +118,7 @@ def _check_mp4(name: str, file: BinaryIO, size: int) -> dict[int, int]:
         if box.kind == b"sidx":
             _check_index(name, file, box, size)
         for part in (
-            _known(name, _tiles(name, file, box.start, box.end, _box_header), _IN_MOOF) if box.kind == b"moof" else ()
+            _known(name, tiles(name, file, box.start, box.end, box_header), _IN_MOOF) if box.kind == b"moof" else ()
         ):
             if part.kind == b"traf":
                 track, count = _track_fragment(name, file, part)
@@ -144,7 +144,7 @@ def _check_index(name: str, file: BinaryIO, index: Chunk, size: int) -> None:
 def _track_fragment(name: str, file: BinaryIO, fragment: Chunk) -> tuple[int, int]:
     """A traf box's track and number of samples (ISO/IEC 14496-12, 8.8.7 and 8.8.8)."""
     track, samples = None, 0
-    for box in _known(name, _tiles(name, file, fragment.start, fragment.end, _box_header), _IN_TRAF):
+    for box in _known(name, tiles(name, file, fragment.start, fragment.end, box_header), _IN_TRAF):
         file.seek(box.start)
         flags, number = (int.from_bytes(file.read(4)) for _ in range(2))
         if box.kind == b"tfhd":
@@ -163,13 +163,13 @@ def _track_fragment(name: str, file: BinaryIO, fragment: Chunk) -> tuple[int, in
 
 def _check_matroska(name: str, file: BinaryIO, size: int) -> list[int]:
     """Frames of each video track, by its blocks."""
-    segment = next((part for part in _tiles(name, file, 0, size, _ebml_header) if part.kind == _SEGMENT), None)
+    segment = next((part for part in tiles(name, file, 0, size, _ebml_header) if part.kind == _SEGMENT), None)
     if segment is None:
         raise StormVideoError(f"{name}: no Segment in {size} bytes; the file is truncated")
     types: dict[int, int] = {}
     frames: Counter[int] = Counter()
     end = size if segment.end == segment.start else segment.end
-    parts = _tiles(name, file, segment.start, end, _ebml_header)
+    parts = tiles(name, file, segment.start, end, _ebml_header)
     # What follows a cluster of unknown size is its content, up to the next element of the segment.
     for part in _known(name, parts, _IN_SEGMENT | _IN_CLUSTER):
         if part.kind == _TRACKS:
@@ -188,10 +188,10 @@ def _check_matroska(name: str, file: BinaryIO, size: int) -> list[int]:
 
 def _tracks(name: str, file: BinaryIO, tracks: Chunk) -> Iterator[tuple[int, int]]:
     """Number and type (1 is video) of each track (RFC 9559, 5.1.4.1)."""
-    for entry in _tiles(name, file, tracks.start, tracks.end, _ebml_header):
+    for entry in tiles(name, file, tracks.start, tracks.end, _ebml_header):
         if entry.kind == b"\xae":
             values = {}
-            for item in _tiles(name, file, entry.start, entry.end, _ebml_header):
+            for item in tiles(name, file, entry.start, entry.end, _ebml_header):
                 file.seek(item.start)
                 values[item.kind] = int.from_bytes(file.read(min(item.end - item.start, 8)))
             yield values.get(b"\xd7", 0), values.get(b"\x83", 0)
@@ -200,12 +200,12 @@ def _tracks(name: str, file: BinaryIO, tracks: Chunk) -> Iterator[tuple[int, int
 def _blocks(name: str, file: BinaryIO, part: Chunk) -> Iterator[Chunk]:
     """The blocks in a cluster, or in a part of one."""
     if part.kind == _CLUSTER:
-        for inner in _known(name, _tiles(name, file, part.start, part.end, _ebml_header), _IN_CLUSTER):
+        for inner in _known(name, tiles(name, file, part.start, part.end, _ebml_header), _IN_CLUSTER):
             yield from _blocks(name, file, inner)
     elif part.kind == b"\xa3":
         yield part
     elif part.kind == b"\xa0":
-        yield from (item for item in _tiles(name, file, part.start, part.end, _ebml_header) if item.kind == b"\xa1")
+        yield from (item for item in tiles(name, file, part.start, part.end, _ebml_header) if item.kind == b"\xa1")
 
 
 def _block_frames(file: BinaryIO, block: Chunk) -> tuple[int, int]:
@@ -231,7 +231,7 @@ class _Cut(StormVideoError):
         self.start = start
 
 
-def _tiles(name: str, file: BinaryIO, start: int, end: int, read_header) -> Iterator[Chunk]:
+def tiles(name: str, file: BinaryIO, start: int, end: int, read_header) -> Iterator[Chunk]:
     """The chunks that fill bytes start..end of the file, one after the other; an error if one is
     cut or runs over the end. One that does not say how long it is is given as empty, and what follows is its content.
     """
@@ -258,7 +258,7 @@ def _tiles(name: str, file: BinaryIO, start: int, end: int, read_header) -> Iter
 # there is no valid one.
 
 
-def _box_header(file: BinaryIO, room: int) -> tuple[bytes, int, int] | None:
+def box_header(file: BinaryIO, room: int) -> tuple[bytes, int, int] | None:
     """ISO/IEC 14496-12, 4.2: 32-bit size and type; size 1: a 64-bit size follows; size 0: to the end."""
     head = file.read(8)
     if len(head) < 8:

@@ -4,13 +4,12 @@ key frames (seeking.py), or by decoding all where its times cannot be trusted (p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import NamedTuple
 
 import av
+import numpy as np
 from av.stream import Disposition
 
 from storm_kernels.callers import warn_caller
@@ -19,8 +18,10 @@ from . import frames as limits
 from .containers import Container, StormVideoError, checked_container
 from .display import Turn
 from .frames import Read, Store, VideoInfo, check_sides
+from .index import Index, Times, by_packets, by_samples
+from .mp4_samples import samples
 from .played import faults, played
-from .seeking import Groups, Mark, Opened, Times, Untrusted
+from .seeking import Groups, Opened, Untrusted
 from .source import Source
 
 # Titles in another encoding than UTF-8 are no reason to refuse a file. PyAV 19 has no such argument
@@ -42,15 +43,9 @@ _STRICT = {"mjpeg", "hevc"}
 # other pictures of VP8 where a reference is missing.
 _ONE_THREAD = {"mpeg1video", "mpeg2video", "mpeg4", "vp8"}
 
-# Packets that are decoded at most to see a first frame: its matrix says how large frames are shown.
-_TRIED = 64
-
-
-class First(NamedTuple):
-    """What the first frame says of all: its sides as shown, in pixels."""
-
-    height: int
-    width: int
+# Codecs in which a picture says itself whether others are predicted from it (H.264's nal_ref_idc). The names that HEVC
+# has for it hold within one temporal layer only.
+_TELLS_REFERENCES = {"h264"}
 
 
 class Film:
@@ -68,26 +63,40 @@ class Film:
         self._source, self._track, self._nearest = source, track, nearest
         self._turns: dict[int, Turn] = {}
         self._held = self._checked_container()
-        with self._opened(False) as (container, stream):
-            marks, first, self._last = _index(stream, self._turns)
-            self._stored = self._count(container, stream, len(marks))
-            if not any(mark.shown for mark in marks):
-                raise StormVideoError(f"{self.name}: the video stream has no frames")
-            height, width = first or (stream.codec_context.height, stream.codec_context.width)
-            check_sides(self.name, width, height)
-            self._sides, self._aspect = (height, width), stream.sample_aspect_ratio or Fraction(1)
-            self._rate = _rate(container, stream, len(marks))
-            times = Times.of(marks, stream.time_base)
-        if times is not None and times.doubtful:
-            shown = Groups(self._opened, times).shown_before_key()
-            begun = times.doubtful
-            times = times._replace(pts=[*sorted(shown.intersection(times.pts[:begun])), *times.pts[begun:]])
-        self._times, self._faults = times, {}
-        if times is None:
+        self._times, self._faults = self._indexed(), {}
+        if self._times is None:
             self._play()
         else:
-            first, ticks, seconds = times.pts[0], times.unit.denominator, times.unit.numerator
-            self._set([(pts - first) * seconds / ticks for pts in times.pts], float(self._last))
+            self._set(self._times.seconds(), float(self._last))
+
+    def _indexed(self) -> Times | None:
+        """Learn of the frames without decoding them; their times, if they can be trusted."""
+        with self._opened(False) as (container, stream):
+            table = None
+            if self._held and self._held.kind == "mp4" and hasattr(stream, "index_entries"):  # PyAV 17
+                with self._source.opened() as file:
+                    table = samples(self.name, file, stream.id, len(stream.index_entries))
+            index = table and by_samples(stream, self._turns, table)
+            times = index and self._learned(container, stream, index)
+        if index is None:
+            with self._opened(False) as (container, stream):
+                times = self._learned(container, stream, by_packets(stream, self._turns))
+        if times is not None and times.doubtful.size:
+            shown = Groups(self._opened, times).shown_before_key()
+            times = times.without(np.setdiff1d(times.doubtful, list(shown)))
+        return times
+
+    def _learned(self, container: av.container.InputContainer, stream: av.VideoStream, index: Index) -> Times | None:
+        count, first = len(index.pts), index.first
+        self._stored = self._count(container, stream, count)
+        if not index.shown.any():
+            raise StormVideoError(f"{self.name}: the video stream has no frames")
+        height, width = first[:2] if first else (stream.codec_context.height, stream.codec_context.width)
+        check_sides(self.name, width, height)
+        self._sides, self._aspect = (height, width), stream.sample_aspect_ratio or Fraction(1)
+        self._rate, self._last = _rate(container, stream, count), index.last
+        skips = stream.codec_context.name in _TELLS_REFERENCES and first is not None and not first.interlaced
+        return Times.of(index, stream.time_base, skips)
 
     @property
     def name(self) -> str:
@@ -128,7 +137,7 @@ class Film:
     def _by_groups(self, indices: tuple[int, ...], size: tuple[int, int] | None) -> Read:
         times, groups = self._times, Groups(self._opened, self._times)
         store = Store(self.info, indices, size, self._turns)
-        left, replaced = {times.pts[index]: [index] for index in store.places}, {}
+        left, replaced = {int(times.pts[index]): [index] for index in store.places}, {}
         while left:
             damaged = {}
             for pts, frame in groups.frames(sorted(left)):
@@ -140,7 +149,7 @@ class Film:
             left = {}
             for number, pts in damaged.items():
                 near = groups.nearest(pts) if self._nearest else None
-                replaced[number] = self._instead(number, None if near is None else times.pts.index(near))
+                replaced[number] = self._instead(number, None if near is None else times.number(near))
                 left.setdefault(near, []).append(number)
         return Read(store.frames, groups.decoded, replaced)
 
@@ -276,39 +285,7 @@ def _video_track(
     return tracks[track]
 
 
-def _index(stream: av.VideoStream, turns: dict[int, Turn]) -> tuple[list[Mark], First | None, Fraction]:
-    """A mark of each packet, what the first frame that can be decoded says, and the seconds that the last is shown."""
-    hides = stream.codec_context.name == "vp8"
-    marks, first, last = [], None, (-math.inf, 0)
-    for packet in stream.container.demux(stream):
-        if not packet.size:
-            continue
-        mark = Mark(
-            packet.pts, packet.dts, packet.is_keyframe, not packet.is_discard and not (hides and hidden(packet))
-        )
-        marks.append(mark)
-        if mark.shown and mark.pts is not None and mark.pts > last[0]:
-            last = mark.pts, packet.duration or 0
-        if first is None and len(marks) <= _TRIED:
-            first = _first(packet, stream, turns)
-    return marks, first or _first(None, stream, turns), last[1] * stream.time_base
-
-
 def _rate(container: av.container.InputContainer, stream: av.VideoStream, frames: int) -> float:
     """Frames a second, on average; 25 where the file says nothing of it."""
     whole = float((container.duration or 0) / av.time_base)  # of the longest stream
     return float(stream.average_rate or 0) or (frames / whole if whole > 0 else 25.0)
-
-
-def _first(packet: av.Packet | None, stream: av.VideoStream, turns: dict[int, Turn]) -> First | None:
-    """The first frame that comes out of the decoder after ``packet``; None is the end of them all."""
-    try:
-        frames = stream.codec_context.decode(packet)
-    except av.FFmpegError:  # told if the frame is asked for
-        return None
-    return First(*Turn.of(frames[0], turns).sides(frames[0].height, frames[0].width)) if frames else None
-
-
-def hidden(packet: av.Packet) -> bool:
-    """Whether a packet of VP8 becomes no frame (RFC 6386, 9.1, show_frame). Those of other codecs all do."""
-    return not bytes(packet)[0] & 0x10

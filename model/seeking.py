@@ -9,15 +9,14 @@ is not certain, `Untrusted` sends the caller to the whole decode.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
-from fractions import Fraction
-from itertools import accumulate, chain
-from typing import NamedTuple
+from itertools import chain
 
 import av
 from av.video.frame import PictureType
+
+from .index import Key, Times
 
 Opened = tuple[av.container.InputContainer, av.VideoStream]
 
@@ -28,75 +27,6 @@ WORTH_SEEKING = 20
 
 class Untrusted(Exception):
     """The file's times do not say for certain where a frame is: decode it all."""
-
-
-class Key(NamedTuple):
-    """A key frame: when it is shown, and the time to seek to, which is never behind it."""
-
-    pts: int
-    seek: int
-
-
-class Mark(NamedTuple):
-    """What an index keeps of a packet: when it is shown and decoded, in the stream's unit; whether
-    it is a key frame; whether its frame is shown (an edit list leaves some out).
-    """
-
-    pts: int | None
-    dts: int | None
-    key: bool
-    shown: bool
-
-
-class Times(NamedTuple):
-    """When each frame is shown, in rising order, and the key frames among them."""
-
-    pts: list[int]
-    keys: list[Key]
-    unit: Fraction  # seconds
-    settled: dict[int, int]  # of each frame, when the last one is shown that is decoded before it, or it itself
-
-    @classmethod
-    def of(cls, marks: list[Mark], unit: Fraction) -> Times | None:
-        """Of a file's packets in its order; None where times are missing, doubled or run backwards, or there is no key
-        frame.
-        """
-        first, marks = marks[0], [mark for mark in marks if mark.shown]
-        # From the file's very first packet the decoder may start, though an edit list does not show its frame.
-        begin = [first] if first.key and not first.shown else []
-        keys = [
-            Key(pts, pts if dts is None else min(pts, dts))
-            for pts, dts, key, _ in [*begin, *marks]
-            if key and pts is not None
-        ]
-        pts = {mark.pts for mark in marks}
-        decoded = [mark.dts for mark in marks if mark.dts is not None]
-        if not keys or None in pts or len(pts) < len(marks) or decoded != sorted(decoded):
-            return None
-        last = accumulate((mark.pts for mark in marks), max)
-        settled = {mark.pts: latest for mark, latest in zip(marks, last, strict=True)}
-        return cls(sorted(pts), sorted(keys), unit, settled)
-
-    @property
-    def doubtful(self) -> int:
-        """How many frames come before the first key frame: which of those are shown only decoding tells."""
-        return bisect_left(self.pts, self.keys[0].pts)
-
-    def group(self, pts: int) -> int:
-        """Which of ``keys`` the frame at ``pts`` is reached from."""
-        return max(0, bisect_right(self.keys, pts, key=lambda key: key.pts) - 1)
-
-    def within(self, group: int) -> list[int]:
-        """The times of a group's frames; what comes before the first key frame belongs to the first group."""
-        begin = bisect_left(self.pts, self.keys[group].pts) if group else 0
-        end = bisect_left(self.pts, self.keys[group + 1].pts) if group + 1 < len(self.keys) else None
-        return self.pts[begin:end]
-
-    def skipped(self, now: int, then: int) -> int:
-        """How many frames need no decoding if a seek leads from the frame at ``now`` to the key
-        frame of the one at ``then``.
-        """
-        return bisect_left(self.pts, self.keys[self.group(then)].pts) - bisect_right(self.pts, now)
 
 
 class Groups:
@@ -167,7 +97,7 @@ class Groups:
         """
         times, found, last, held = self._times, 0, -math.inf, []
         try:
-            for frame in self._from(container, stream, times.group(wanted[0])):
+            for frame in self._from(container, stream, times.group(wanted[0]), frozenset(wanted)):
                 self.decoded += 1
                 if frame.pts is None or frame.pts <= last:
                     raise Untrusted
@@ -177,7 +107,7 @@ class Groups:
                 if not leaves and frame.pts == wanted[found]:
                     found += 1
                     held.append(frame)
-                while held and times.settled[held[0].pts] <= last:
+                while held and times.is_settled(held[0].pts, last):
                     yield held.pop(0)
                 if not held and found and self._leaves(wanted, found):
                     return
@@ -191,15 +121,17 @@ class Groups:
         """Whether a seek, or the end, comes after the first ``found`` of the wanted frames."""
         return found == len(wanted) or self._times.skipped(wanted[found - 1], wanted[found]) > WORTH_SEEKING
 
-    def _from(self, container, stream, group: int) -> Iterator[av.VideoFrame]:
-        """The frames from the group's key frame on. Those before it are left out, and errors on the way to it: pictures
-        that are shown before their key frame may be predicted from what was not decoded.
+    def _from(self, container, stream, group: int, wanted: frozenset[int]) -> Iterator[av.VideoFrame]:
+        """The frames from the group's key frame on; of those that nothing is predicted from, perhaps only the
+        ``wanted``. Those before the key frame are left out, and errors on the way to it: pictures that are shown before
+        it may be predicted from what was not decoded.
         """
         key, begun = self._times.keys[group], False
         fed: list[int | None] = []
-        # The first group is read as a whole decode begins: nothing was read yet.
-        for packet in _packets_from(container, stream, key) if group else container.demux(stream):
+        for packet in self._packets(container, stream, group):
             fed.append(packet.pts)
+            if self._times.skips:
+                stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             frames = _decoded(packet)
             wrong = frames is None or any(frame.is_corrupt for frame in frames)
             if wrong and (begun or packet.pts is None or packet.pts >= key.pts or _suspect(fed, key)):
@@ -233,8 +165,7 @@ class Groups:
         after = times.keys[group + 1].pts if group + 1 < len(times.keys) else math.inf
         with self._opened(False) as (container, stream):
             try:
-                packets = _packets_from(container, stream, key) if group else container.demux(stream)
-                for packet, frame in self._steps(packets, place):
+                for packet, frame in self._steps(self._packets(container, stream, group), place):
                     if frame is None:
                         # What is shown before the key frame may be predicted from what was not decoded.
                         if packet.pts is None or packet.pts >= key.pts:
@@ -253,7 +184,7 @@ class Groups:
                     if last in left:
                         left.discard(last)
                         held.append(frame)
-                    while held and times.settled[held[0].pts] <= last:
+                    while held and times.is_settled(held[0].pts, last):
                         if place[held[0].pts] < damaged:
                             yield held[0]
                         held.pop(0)
@@ -264,6 +195,19 @@ class Groups:
         yield from (frame for frame in held if place[frame.pts] < damaged)
         if left and damaged == math.inf:
             raise Untrusted
+
+    def _packets(self, container, stream, group: int) -> Iterator[av.Packet]:
+        """The packets from the group's key frame on, or from one before it. The first group is read as a whole decode
+        begins: nothing was read yet.
+
+        Raises:
+            Untrusted: a seek does not lead there, or a packet's time is none of those that the file's header says.
+        """
+        times = self._times
+        for packet in _packets_from(container, stream, times.keys[group]) if group else container.demux(stream):
+            if times.listed and packet.size and not times.has(packet.pts):
+                raise Untrusted
+            yield packet
 
     def _steps(self, packets: Iterator[av.Packet], place: dict) -> Iterator[tuple[av.Packet, av.VideoFrame | None]]:
         """Each frame with the packet that the decoder was given last, and None for a packet in which it finds an error.

@@ -14,7 +14,7 @@ pytest.importorskip("av", reason="the extra `model` is not installed")
 
 import av
 from storm_model.containers import checked_container
-from storm_model.film import hidden
+from storm_model.index import hidden
 from storm_model.video import bikes_clip, probe, sample_frames
 
 FRAMES = 36

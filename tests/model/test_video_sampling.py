@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("av", reason="the extra `model` is not installed")
 
 import av
+from storm_model.index import NO_TIME, Index, Times
 from storm_model.sampling import choose
-from storm_model.seeking import Mark, Times
 from storm_model.video import StormVideoError, Video, sample_frames
 
 from ..support.clips import FILMS, H264, write_film
@@ -67,8 +67,16 @@ def test_damage_elsewhere_is_no_error(tmp_path):
     ids=["no time", "one time twice", "no key frame", "decoded backwards"],
 )
 def test_times_that_are_not_trusted(packets):
-    assert Times.of([Mark(*packet, True) for packet in packets], Fraction(1, 25)) is None
-    assert Times.of([Mark(0, -1, True, True), Mark(1, 0, False, True)], Fraction(1, 25)) is not None
+    assert times_of(packets) is None
+    assert times_of([(0, -1, True), (1, 0, False)]) is not None
+
+
+def times_of(packets):
+    """Of packets that say when they are shown and decoded, and whether they are key frames."""
+    pts, dts, key = ([NO_TIME if value is None else value for value in column] for column in zip(*packets, strict=True))
+    shown = np.ones(len(packets), bool)
+    index = Index(np.array(pts), np.array(dts), np.array(key), shown, None, Fraction(0), False)
+    return Times.of(index, Fraction(1, 25), False)
 
 
 SECONDS = [i / 25 for i in range(100)]
