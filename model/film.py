@@ -18,6 +18,7 @@ from . import frames as limits
 from .containers import Container, StormVideoError, checked_container
 from .display import Turn
 from .frames import Read, Store, VideoInfo, check_sides
+from .h264 import Sequence
 from .index import Index, Times, by_packets, by_samples
 from .mp4_samples import samples
 from .played import faults, played
@@ -42,10 +43,6 @@ _STRICT = {"mjpeg", "hevc"}
 # Codecs that are decoded with one thread: with more, FFmpeg loses the marks of damaged pictures of some, and gives
 # other pictures of VP8 where a reference is missing.
 _ONE_THREAD = {"mpeg1video", "mpeg2video", "mpeg4", "vp8"}
-
-# Codecs in which a picture says itself whether others are predicted from it (H.264's nal_ref_idc). The names that HEVC
-# has for it hold within one temporal layer only.
-_TELLS_REFERENCES = {"h264"}
 
 
 class Film:
@@ -91,12 +88,12 @@ class Film:
         self._stored = self._count(container, stream, count)
         if not index.shown.any():
             raise StormVideoError(f"{self.name}: the video stream has no frames")
-        height, width = first[:2] if first else (stream.codec_context.height, stream.codec_context.width)
+        height, width = first or (stream.codec_context.height, stream.codec_context.width)
         check_sides(self.name, width, height)
         self._sides, self._aspect = (height, width), stream.sample_aspect_ratio or Fraction(1)
         self._rate, self._last = _rate(container, stream, count), index.last
-        skips = stream.codec_context.name in _TELLS_REFERENCES and first is not None and not first.interlaced
-        return Times.of(index, stream.time_base, skips)
+        told = stream.codec_context.name == "h264"
+        return Times.of(index, stream.time_base, Sequence.of(stream.codec_context.extradata) if told else None)
 
     @property
     def name(self) -> str:

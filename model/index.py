@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .display import Turn
+from .h264 import Sequence
 from .mp4_samples import Samples
 
 # A time that a packet does not have, as FFmpeg writes it (AV_NOPTS_VALUE).
@@ -27,11 +28,10 @@ _COMPARED = 1024
 
 
 class First(NamedTuple):
-    """What the first frame says of all."""
+    """What the first frame says of all: its sides in pixels, as shown."""
 
-    height: int  # pixels, as shown
+    height: int
     width: int
-    interlaced: bool
 
 
 class Index(NamedTuple):
@@ -60,11 +60,11 @@ class Times(NamedTuple):
     keys: list[Key]
     unit: Fraction  # seconds
     settled: NDArray[np.int64]  # of each frame, when the last one is shown that is decoded before it, or it itself
-    skips: bool  # pictures that no other one is predicted from need not be decoded
+    sequence: Sequence | None  # where pictures say whether others are predicted from them
     listed: bool  # the file's header says so; no packet was read
 
     @classmethod
-    def of(cls, index: Index, unit: Fraction, skips: bool) -> Times | None:
+    def of(cls, index: Index, unit: Fraction, sequence: Sequence | None) -> Times | None:
         """Of a file's index; None where times are missing, doubled or run backwards, or there is no key frame."""
         pts, dts, timed = index.pts[index.shown], index.dts[index.shown], index.pts != NO_TIME
         keyed = index.key & timed & index.shown
@@ -78,7 +78,7 @@ class Times(NamedTuple):
         rising = pts[order]
         if not keys or not timed[index.shown].all() or (np.diff(rising) == 0).any() or (np.diff(decoded) < 0).any():
             return None
-        return cls(rising, sorted(keys), unit, np.maximum.accumulate(pts)[order], skips, index.listed)
+        return cls(rising, sorted(keys), unit, np.maximum.accumulate(pts)[order], sequence, index.listed)
 
     def without(self, pts: NDArray[np.int64]) -> Times:
         """Less the frames at the times ``pts``."""
@@ -181,8 +181,7 @@ def _first(packet: av.Packet | None, stream: av.VideoStream, turns: dict[int, Tu
         return None
     if not frames:
         return None
-    sides = Turn.of(frames[0], turns).sides(frames[0].height, frames[0].width)
-    return First(*sides, bool(frames[0].interlaced_frame))
+    return First(*Turn.of(frames[0], turns).sides(frames[0].height, frames[0].width))
 
 
 def hidden(packet: av.Packet) -> bool:

@@ -16,6 +16,7 @@ from itertools import chain
 import av
 from av.video.frame import PictureType
 
+from .h264 import PicturesMissing
 from .index import Key, Times
 
 Opened = tuple[av.container.InputContainer, av.VideoStream]
@@ -128,10 +129,8 @@ class Groups:
         """
         key, begun = self._times.keys[group], False
         fed: list[int | None] = []
-        for packet in self._packets(container, stream, group):
+        for packet in self._packets(container, stream, group, wanted):
             fed.append(packet.pts)
-            if self._times.skips:
-                stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             frames = _decoded(packet)
             wrong = frames is None or any(frame.is_corrupt for frame in frames)
             if wrong and (begun or packet.pts is None or packet.pts >= key.pts or _suspect(fed, key)):
@@ -196,17 +195,26 @@ class Groups:
         if left and damaged == math.inf:
             raise Untrusted
 
-    def _packets(self, container, stream, group: int) -> Iterator[av.Packet]:
+    def _packets(self, container, stream, group: int, wanted: frozenset[int] | None = None) -> Iterator[av.Packet]:
         """The packets from the group's key frame on, or from one before it. The first group is read as a whole decode
-        begins: nothing was read yet.
+        begins: nothing was read yet. If frames are ``wanted``, the decoder may leave out those of the others that
+        nothing is predicted from.
 
         Raises:
-            Untrusted: a seek does not lead there, or a packet's time is none of those that the file's header says.
+            Untrusted: a seek does not lead there; a packet's time is none of those that the file's header says; or
+                pictures are missing, which the decoder conceals with some from before the key frame too.
         """
         times = self._times
+        follows = times.sequence.follow() if times.sequence else None
         for packet in _packets_from(container, stream, times.keys[group]) if group else container.demux(stream):
             if times.listed and packet.size and not times.has(packet.pts):
                 raise Untrusted
+            if follows is not None and packet.size:
+                try:
+                    skips = follows(packet) and wanted is not None and packet.pts not in wanted
+                except PicturesMissing:
+                    raise Untrusted from None
+                stream.codec_context.skip_frame = "NONREF" if skips else "DEFAULT"
             yield packet
 
     def _steps(self, packets: Iterator[av.Packet], place: dict) -> Iterator[tuple[av.Packet, av.VideoFrame | None]]:

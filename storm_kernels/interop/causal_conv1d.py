@@ -20,15 +20,10 @@ __all__ = ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_ref", "cau
 
 
 def causal_conv1d_fn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    seq_idx: Tensor | str | None = None,
-    initial_states: Tensor | None = None,
-    return_final_states: bool = False,
-    final_states_out: Tensor | None = None,
-    activation: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, seq_idx: Tensor | str | None = None,
+    initial_states: Tensor | None = None, return_final_states: bool = False,
+    final_states_out: Tensor | None = None, activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Depthwise causal convolution.
 
     Older callers pass the activation fourth: so may you.
@@ -168,14 +163,9 @@ def _by_tap(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor, act
 
 
 def causal_conv1d_update(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    cache_seqlens: Tensor | None = None,
-    conv_state_indices: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+    cache_seqlens: Tensor | None = None, conv_state_indices: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The next token or tokens of a running convolution; its state is updated in place.
 
     Args:
@@ -241,14 +231,9 @@ def _ring(rows: Tensor, x: Tensor, cache_seqlens: Tensor, taps: int) -> tuple[Te
 
 
 def causal_conv1d_ref(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    initial_states: Tensor | str | None = None,
-    return_final_states: bool = False,
-    final_states_out: Tensor | None = None,
-    activation: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, initial_states: Tensor | str | None = None,
+    return_final_states: bool = False, final_states_out: Tensor | None = None, activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Plain twin of :func:`storm_kernels.interop.causal_conv1d.causal_conv1d_fn`, whatever backend is chosen.
 
     It has no ``seq_idx``; older callers pass the activation fourth.
@@ -266,13 +251,9 @@ def causal_conv1d_ref(
 
 
 def causal_conv1d_update_ref(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
     cache_seqlens: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Plain twin of :func:`storm_kernels.interop.causal_conv1d.causal_conv1d_update`, whatever backend is chosen.
 
     It has no ``conv_state_indices``.

@@ -44,22 +44,10 @@ class DecodedTokens:
 
 @torch.inference_mode()
 def decode(
-    input_ids,
-    model,
-    max_length,
-    top_k=1,
-    top_p=0.0,
-    min_p=0.0,
-    temperature=1.0,
-    repetition_penalty=1.0,
-    eos_token_id=None,
-    teacher_outputs=None,
-    vocab_size=None,
-    cg=False,
-    enable_timing=False,
-    output_scores=False,
-    streamer=None,
-) -> DecodedTokens:
+    input_ids, model, max_length, top_k=1, top_p=0.0, min_p=0.0, temperature=1.0, repetition_penalty=1.0,
+    eos_token_id=None, teacher_outputs=None, vocab_size=None, cg=False, enable_timing=False,
+    output_scores=False, streamer=None,
+) -> DecodedTokens:  # fmt: skip
     """Greedy decoding: input_ids (b, l) -> sequences (b, at most ``max_length``).
 
     ``model(input_ids, inference_params=...)`` returns logits, bare or as ``.logits``. Greedy is
@@ -104,17 +92,9 @@ class GenerationMixin:
     """
 
     def generate(
-        self,
-        input_ids: Tensor,
-        max_length: int,
-        top_k: int = 1,
-        top_p: float = 0.0,
-        min_p: float = 0.0,
-        temperature: float = 1.0,
-        return_dict_in_generate: bool = False,
-        output_scores: bool = False,
-        **options,
-    ) -> Tensor | DecodedTokens:
+        self, input_ids: Tensor, max_length: int, top_k: int = 1, top_p: float = 0.0, min_p: float = 0.0,
+        temperature: float = 1.0, return_dict_in_generate: bool = False, output_scores: bool = False, **options,
+    ) -> Tensor | DecodedTokens:  # fmt: skip
         """input_ids (b, l) -> (b, at most ``max_length``), or :class:`DecodedTokens`; options as in :func:`decode`."""
         found = decode(
             input_ids, self, max_length, top_k, top_p, min_p, temperature, output_scores=output_scores, **options

@@ -46,16 +46,9 @@ class GatedMLP(nn.Module):
     """``fc2(first half of fc1(x) * activation(second half))``; the hidden width is rounded up to ``multiple_of``."""
 
     def __init__(
-        self,
-        in_features,
-        hidden_features=None,
-        out_features=None,
-        activation=F.silu,
-        bias=False,
-        multiple_of=128,
-        device=None,
-        dtype=None,
-    ):
+        self, in_features, hidden_features=None, out_features=None, activation=F.silu, bias=False,
+        multiple_of=128, device=None, dtype=None,
+    ):  # fmt: skip
         super().__init__()
         wanted = int(8 * in_features / 3) if hidden_features is None else hidden_features
         hidden = math.ceil(wanted / multiple_of) * multiple_of
@@ -131,19 +124,9 @@ def _fused(x: Tensor, residual: Tensor | None, norm: nn.Module, prenorm: bool, r
 
 
 def create_block(
-    d_model,
-    d_intermediate=0,
-    ssm_cfg=None,
-    attn_layer_idx=None,
-    attn_cfg=None,
-    norm_epsilon=1e-5,
-    rms_norm=False,
-    residual_in_fp32=False,
-    fused_add_norm=False,
-    layer_idx=None,
-    device=None,
-    dtype=None,
-) -> Block:
+    d_model, d_intermediate=0, ssm_cfg=None, attn_layer_idx=None, attn_cfg=None, norm_epsilon=1e-5,
+    rms_norm=False, residual_in_fp32=False, fused_add_norm=False, layer_idx=None, device=None, dtype=None,
+) -> Block:  # fmt: skip
     """The block number ``layer_idx`` of the model that these entries of :class:`MambaConfig` describe."""
     factory = {"device": device, "dtype": dtype}
     if layer_idx in (attn_layer_idx or ()):
@@ -193,22 +176,10 @@ class MixerModel(nn.Module):
     """
 
     def __init__(
-        self,
-        d_model,
-        n_layer,
-        d_intermediate,
-        vocab_size,
-        ssm_cfg=None,
-        attn_layer_idx=None,
-        attn_cfg=None,
-        norm_epsilon=1e-5,
-        rms_norm=False,
-        initializer_cfg=None,
-        fused_add_norm=False,
-        residual_in_fp32=False,
-        device=None,
-        dtype=None,
-    ):
+        self, d_model, n_layer, d_intermediate, vocab_size, ssm_cfg=None, attn_layer_idx=None, attn_cfg=None,
+        norm_epsilon=1e-5, rms_norm=False, initializer_cfg=None, fused_add_norm=False, residual_in_fp32=False,
+        device=None, dtype=None,
+    ):  # fmt: skip
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.residual_in_fp32, self.fused_add_norm = residual_in_fp32, fused_add_norm

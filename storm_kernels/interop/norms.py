@@ -20,21 +20,11 @@ from .layout import accumulate
 
 
 def layer_norm_fn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None = None,
-    x1: Any = None,
-    weight1: Any = None,
-    bias1: Any = None,
-    eps: float = 1e-6,
-    dropout_p: float = 0.0,
-    rowscale: Tensor | None = None,
-    prenorm: bool = False,
-    residual_in_fp32: bool = False,
-    is_rms_norm: bool = False,
-    return_dropout_mask: bool = False,
-) -> Any:
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, x1: Any = None,
+    weight1: Any = None, bias1: Any = None, eps: float = 1e-6, dropout_p: float = 0.0,
+    rowscale: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False,
+    is_rms_norm: bool = False, return_dropout_mask: bool = False,
+) -> Any:  # fmt: skip
     """Norm over the last axis of ``dropout(x * rowscale) + dropout(x1) + residual``, in x's dtype.
 
     Args:
@@ -89,20 +79,11 @@ def layer_norm_fn(
 
 
 def rms_norm_fn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None = None,
-    x1: Any = None,
-    weight1: Any = None,
-    bias1: Any = None,
-    eps: float = 1e-6,
-    dropout_p: float = 0.0,
-    rowscale: Tensor | None = None,
-    prenorm: bool = False,
-    residual_in_fp32: bool = False,
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, x1: Any = None,
+    weight1: Any = None, bias1: Any = None, eps: float = 1e-6, dropout_p: float = 0.0,
+    rowscale: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False,
     return_dropout_mask: bool = False,
-) -> Any:
+) -> Any:  # fmt: skip
     """:func:`storm_kernels.interop.mamba_ssm.layer_norm_fn` of ``is_rms_norm``, with the same arguments.
 
     Example:
@@ -123,13 +104,9 @@ def _is_number(x: object) -> bool:
 
 
 def _check(
-    x: Tensor,
-    residual: Tensor | None,
-    x1: Tensor | None,
-    weight1: Tensor | None,
-    bias1: Tensor | None,
+    x: Tensor, residual: Tensor | None, x1: Tensor | None, weight1: Tensor | None, bias1: Tensor | None,
     rowscale: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     tensors = {"residual": (residual, x.shape), "x1": (x1, x.shape), "rowscale": (rowscale, x.shape[:-1])}
     tensors |= {"weight1": (weight1, x.shape[-1:]), "bias1": (bias1, x.shape[-1:])}
     for name, (tensor, shape) in tensors.items():
@@ -162,22 +139,11 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, is_rms_nor
 
 
 def layer_norm_ref(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None = None,
-    x1: Any = None,
-    weight1: Any = None,
-    bias1: Any = None,
-    eps: float = 1e-6,
-    dropout_p: float = 0.0,
-    rowscale: Tensor | None = None,
-    prenorm: bool = False,
-    dropout_mask: Tensor | None = None,
-    dropout_mask1: Tensor | None = None,
-    upcast: bool = False,
-    is_rms_norm: bool = False,
-) -> Any:
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, x1: Any = None,
+    weight1: Any = None, bias1: Any = None, eps: float = 1e-6, dropout_p: float = 0.0,
+    rowscale: Tensor | None = None, prenorm: bool = False, dropout_mask: Tensor | None = None,
+    dropout_mask1: Tensor | None = None, upcast: bool = False, is_rms_norm: bool = False,
+) -> Any:  # fmt: skip
     """:func:`layer_norm_fn` with the masks of its dropout given (True keeps); the sum comes in x's
     dtype, or float32 with ``upcast``.
     """

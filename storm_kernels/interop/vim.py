@@ -13,23 +13,9 @@ from .layout import channel_major
 
 
 def bimamba_inner_fn(
-    xz,
-    conv1d_weight,
-    conv1d_bias,
-    x_proj_weight,
-    delta_proj_weight,
-    out_proj_weight,
-    out_proj_bias,
-    A,
-    A_b,
-    B=None,
-    C=None,
-    D=None,
-    delta_bias=None,
-    B_proj_bias=None,
-    C_proj_bias=None,
-    delta_softplus=True,
-):
+    xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, A_b,
+    B=None, C=None, D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True,
+):  # fmt: skip
     """Vim's bimamba v1: one convolution and one set of projections, scanned in both directions with
     A and with A_b, both (d, n).
 
@@ -47,23 +33,9 @@ def bimamba_inner_fn(
 
 
 def bimamba_inner_ref(
-    xz,
-    conv1d_weight,
-    conv1d_bias,
-    x_proj_weight,
-    delta_proj_weight,
-    out_proj_weight,
-    out_proj_bias,
-    A,
-    A_b,
-    B=None,
-    C=None,
-    D=None,
-    delta_bias=None,
-    B_proj_bias=None,
-    C_proj_bias=None,
-    delta_softplus=True,
-):
+    xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, A_b,
+    B=None, C=None, D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True,
+):  # fmt: skip
     """:func:`bimamba_inner_fn` in plain PyTorch, whatever backend is chosen."""
     with dispatch.use_backend("torch"):
         return bimamba_inner_fn(
@@ -73,20 +45,9 @@ def bimamba_inner_ref(
 
 
 def mamba_inner_fn_no_out_proj(
-    xz,
-    conv1d_weight,
-    conv1d_bias,
-    x_proj_weight,
-    delta_proj_weight,
-    A,
-    B=None,
-    C=None,
-    D=None,
-    delta_bias=None,
-    B_proj_bias=None,
-    C_proj_bias=None,
-    delta_softplus=True,
-):
+    xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B=None, C=None, D=None,
+    delta_bias=None, B_proj_bias=None, C_proj_bias=None, delta_softplus=True,
+):  # fmt: skip
     """:func:`storm_kernels.interop.mamba_ssm.mamba_inner_fn` without its last projection: xz (b,
     2d, l) -> gated y (b, d, l).
 

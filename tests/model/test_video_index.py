@@ -11,7 +11,7 @@ pytest.importorskip("av", reason="the extra `model` is not installed")
 import av
 from storm_model.index import by_packets, by_samples
 from storm_model.mp4_samples import samples
-from storm_model.video import Video, sample_frames
+from storm_model.video import Video
 
 from ..support.clips import CHANGES, FILMS, shown, write_film
 
@@ -157,11 +157,3 @@ def test_damaged_tables_are_left_to_ffmpeg(box, tmp_path):
             index = quick(broken)
             if index is not None:
                 assert np.array_equal(index.pts, right.pts) and np.array_equal(index.key, right.key), (at, value)
-
-
-def test_pictures_that_nothing_is_predicted_from_are_not_decoded(tmp_path):
-    """Of groups of 12 with 3 B-frames between others, of which one serves the other two."""
-    path = write_film(tmp_path / "film.mp4", *FILMS["closed groups.mp4"])
-    got = sample_frames(path, at=[11 / 25])
-    assert np.array_equal(got.frames[0].numpy(), shown(path)[11][1])
-    assert got.decoded < 10

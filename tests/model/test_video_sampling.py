@@ -76,7 +76,7 @@ def times_of(packets):
     pts, dts, key = ([NO_TIME if value is None else value for value in column] for column in zip(*packets, strict=True))
     shown = np.ones(len(packets), bool)
     index = Index(np.array(pts), np.array(dts), np.array(key), shown, None, Fraction(0), False)
-    return Times.of(index, Fraction(1, 25), False)
+    return Times.of(index, Fraction(1, 25), None)
 
 
 SECONDS = [i / 25 for i in range(100)]
