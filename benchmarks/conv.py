@@ -7,6 +7,7 @@ benchmarks/results/conv.json
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from typing import Annotated
@@ -27,21 +28,17 @@ TAPS = 4
 CHECKED_TOKENS = 2048
 
 
+@subject.timed(modes="forward,both")
 def main(
+    run: subject.Run,
     lengths: Annotated[str, typer.Option(help="Tokens, comma between.")] = "2048,16384",
     channels: Annotated[str, typer.Option(help="Channels E, comma between.")] = "1536",
-    dtypes: subject.Dtypes = "float32,bfloat16",
-    modes: subject.Modes = "forward,both",
-    device: subject.Device = None,
-    out: subject.Out = None,
-) -> None:
+) -> Iterator[Measurement]:
     """Time the bidirectional causal convolution."""
     shapes = list(product(subject.numbers("channels", channels), subject.numbers("lengths", lengths)))
-    run = subject.begin(dtypes, modes, device, out)
     for dtype in run.dtypes:
         for width, length in shapes:
-            for one in measurements(length, width, dtype, run.device, run.modes):
-                subject.measure(one, run.device, run.rows)
+            yield from measurements(length, width, dtype, run.device, run.modes)
 
 
 def operands(length: int, channels: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:

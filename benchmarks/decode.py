@@ -41,10 +41,7 @@ def main(
         typer.Option(help="Frames from one key frame to the next, of 1080p only; comma between."),
     ] = "12,50",
     frames: Annotated[str, typer.Option(help="Frames wanted, comma between.")] = "32",
-    linear_length: Annotated[
-        str,
-        typer.Option(help="Longer films are timed without PyAV linear, which decodes all."),
-    ] = "60",
+    linear_length: Annotated[str, typer.Option(help="Longer films are timed without PyAV linear.")] = "60",
     rounds: Annotated[str, typer.Option(help="Turns that each reader takes.")] = "3",
     out: Annotated[Path | None, typer.Option(help="Append rows to this file.")] = None,
 ) -> None:

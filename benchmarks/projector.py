@@ -11,7 +11,7 @@ fused projector with a reduction does fewer of them, so it may pass the limit.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import torch
@@ -29,27 +29,23 @@ from .subject import Measurement
 REDUCTIONS = (TokenReduction(), TokenReduction(4, 1, 2), TokenReduction(4, 2, 2))
 
 
+@subject.timed(rounds=3)
 def main(
+    run: subject.Run,
     frames: Annotated[str, typer.Option(help="Frames, comma between.")] = "32",
     side: Annotated[str, typer.Option(help="Tokens a frame's side, after the 2x2 downsample.")] = "8",
     width: Annotated[str, typer.Option(help="Model width D.")] = "768",
     vision_width: Annotated[str, typer.Option(help="Width of the image tokens.")] = "256",
     layers: Annotated[str, typer.Option(help="Mixers.")] = "1",
-    dtypes: subject.Dtypes = "float32,bfloat16",
-    modes: subject.Modes = "forward",
-    device: subject.Device = None,
-    out: subject.Out = None,
-) -> None:
+) -> Iterator[Measurement]:
     """Time the temporal projector."""
     texts = {"side": side, "width": width, "vision-width": vision_width, "layers": layers}
     (edge,), (model_width,), (image_width,), (depth,) = (subject.numbers(name, text) for name, text in texts.items())
     counts = subject.numbers("frames", frames)
-    run = subject.begin(dtypes, modes, device, out)
     for dtype in run.dtypes:
         for count in counts:
             grid = TokenGrid(count, edge, edge)
-            for one in measurements(grid, model_width, image_width, depth, dtype, run.device, run.modes):
-                subject.measure(one, run.device, run.rows, rounds=3)
+            yield from measurements(grid, model_width, image_width, depth, dtype, run.device, run.modes)
 
 
 def measurements(

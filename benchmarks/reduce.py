@@ -7,6 +7,7 @@ benchmarks/results/reduce.json
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from typing import Annotated
@@ -25,23 +26,19 @@ from .subject import Measurement
 REDUCTIONS = (TokenReduction(4), TokenReduction(4, 1, 2), TokenReduction(4, 2), TokenReduction(4, 2, 2))
 
 
+@subject.timed()
 def main(
+    run: subject.Run,
     frames: Annotated[str, typer.Option(help="Frames, comma between.")] = "32,128",
     side: Annotated[str, typer.Option(help="Tokens a frame's side.")] = "16",
     channels: Annotated[str, typer.Option(help="Channels, comma between.")] = "768",
-    dtypes: subject.Dtypes = "float32,bfloat16",
-    modes: subject.Modes = "forward",
-    device: subject.Device = None,
-    out: subject.Out = None,
-) -> None:
+) -> Iterator[Measurement]:
     """Time the token reduction."""
     (edge,) = subject.numbers("side", side)
     shapes = list(product(subject.numbers("channels", channels), subject.numbers("frames", frames), REDUCTIONS))
-    run = subject.begin(dtypes, modes, device, out)
     for dtype in run.dtypes:
         for width, count, reduction in shapes:
-            for one in measurements(TokenGrid(count, edge, edge), width, reduction, dtype, run.device, run.modes):
-                subject.measure(one, run.device, run.rows)
+            yield from measurements(TokenGrid(count, edge, edge), width, reduction, dtype, run.device, run.modes)
 
 
 def torch_mean(x: Tensor, grid: TokenGrid, reduction: TokenReduction) -> Tensor:

@@ -12,7 +12,7 @@ many elements. An item is one (channel, token, state) of one direction.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import product
 from typing import Annotated
@@ -35,27 +35,23 @@ TOKENS_PER_FRAME = 16
 REDUCTION = TokenReduction(temporal_pool=4, temporal_stride=2)
 
 
+@subject.timed(modes="forward,both")
 def main(
+    run: subject.Run,
     lengths: Annotated[str, typer.Option(help="Tokens, comma between.")] = "512,2048,8192",
     channels: Annotated[str, typer.Option(help="Channels E, comma between.")] = "1536",
     states: Annotated[str, typer.Option(help="States S.")] = "16",
-    dtypes: subject.Dtypes = "float32,bfloat16",
-    modes: subject.Modes = "forward,both",
     peer_length: Annotated[
         str,
         typer.Option(help="Longer sequences are timed without what loops over tokens: the reference and most peers."),
     ] = "2048",
-    device: subject.Device = None,
-    out: subject.Out = None,
-) -> None:
+) -> Iterator[Measurement]:
     """Time the selective scan."""
     (most,), (size,) = subject.numbers("peer-length", peer_length), subject.numbers("states", states)
     shapes = list(product(subject.numbers("channels", channels), subject.numbers("lengths", lengths)))
-    run = subject.begin(dtypes, modes, device, out)
     for dtype in run.dtypes:
         for width, length in shapes:
-            for one in measurements(length, width, size, dtype, run.device, run.modes, length <= most):
-                subject.measure(one, run.device, run.rows)
+            yield from measurements(length, width, size, dtype, run.device, run.modes, length <= most)
 
 
 def operands(length: int, channels: int, states: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:

@@ -4,11 +4,12 @@ them against a limit, print and record."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, get_type_hints
 
 import torch
 import typer
@@ -184,6 +185,35 @@ def begin(dtypes: str, modes: str, device: str | None, out: Path | None) -> Run:
     run = Run(kinds, names("modes", modes, MODES), device or default_device(), open_rows(out))
     say_environment(run.device)
     return run
+
+
+def timed(
+    dtypes: str = "float32,bfloat16", modes: str = "forward", rounds: int = 5
+) -> Callable[[Callable[..., Iterator[Measurement]]], Callable[..., None]]:
+    """A command of a function that takes a `Run` and options of its own and yields what is to be timed.
+
+    The command has these options and the shared ones behind them; ``dtypes`` and ``modes`` are their defaults.
+    """
+    shared = {"dtypes": (Dtypes, dtypes), "modes": (Modes, modes), "device": (Device, None), "out": (Out, None)}
+
+    def decorate(measurements: Callable[..., Iterator[Measurement]]) -> Callable[..., None]:
+        @wraps(measurements)
+        def main(*, dtypes: str, modes: str, device: str | None, out: Path | None, **options: str) -> None:
+            run = begin(dtypes, modes, device, out)
+            for what in measurements(run, **options):
+                measure(what, run.device, run.rows, rounds=rounds)
+
+        hints = get_type_hints(measurements, include_extras=True)
+        own = [p.replace(annotation=hints[p.name]) for p in list(signature(measurements).parameters.values())[1:]]
+        more = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for name, (kind, default) in shared.items()
+        ]
+        main.__signature__ = Signature([*own, *more])  # type: ignore[attr-defined]
+        main.__annotations__ = {p.name: p.annotation for p in [*own, *more]}
+        return main
+
+    return decorate
 
 
 def command(

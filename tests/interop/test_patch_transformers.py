@@ -2,7 +2,6 @@
 same logits, greedy tokens, gradients and caches.
 """
 
-import copy
 import inspect
 
 import pytest
@@ -11,19 +10,8 @@ import torch
 from storm_kernels import stats
 from storm_kernels.interop.patching import PatchError, patch, patched, unpatch
 
-from ..support.transformers_models import (
-    OLD,
-    build,
-    cache_of,
-    close,
-    kinds,
-    mixer_class,
-    mixers,
-    own_cache,
-    padding,
-    tokens,
-    with_cache,
-)
+from ..support import transformers_models
+from ..support.transformers_models import build, close, kinds, mixer_class, mixers, padding, tokens
 
 
 @kinds
@@ -47,7 +35,9 @@ def test_greedy_tokens(kind, side, use_cache):
         model = build(kind, seed)
         # Without padding, a prompt shorter than the convolution; transformers up to 5.4 departs
         # from itself after such a one.
-        ids = tokens(length=(2 if own_cache(model) is None else 5) if side == "none" else 9, seed=seed)
+        ids = tokens(
+            length=(2 if transformers_models.own_cache(model) is None else 5) if side == "none" else 9, seed=seed
+        )
         mask = torch.ones_like(ids) if side == "none" else padding(side, ids)
         options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "use_cache": use_cache}
         options |= {"return_dict_in_generate": True, "output_logits": True}
@@ -67,10 +57,10 @@ def test_a_cache_may_change_hands(kind):
         whole = model(ids, use_cache=False).logits
         for first, second in ((patch, unpatch), (lambda m: None, patch)):
             first(model)
-            cache = cache_of(with_cache(model, ids[:, :6]))
+            cache = transformers_models.cache_of(transformers_models.with_cache(model, ids[:, :6]))
             second(model)
             for t in range(6, 11):
-                logits = with_cache(model, ids[:, t : t + 1], cache, t).logits
+                logits = transformers_models.with_cache(model, ids[:, t : t + 1], cache, t).logits
                 close(logits[:, 0], whole[:, t])
 
 
@@ -117,11 +107,7 @@ def test_report_weights_and_counters(kind):
 def test_copies_and_checkpoints(kind, tmp_path):
     model, ids = build(kind), tokens()
     with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
-        patch(model)
-        twin = copy.deepcopy(model)
-        close(twin(ids, use_cache=False).logits, expected)
-        assert len(unpatch(twin)) == len(mixers(model))
+        expected = transformers_models.patched_copy_is_equal(model, ids)
         model.save_pretrained(tmp_path)
         loaded = type(model).from_pretrained(tmp_path).eval()
         close(loaded(ids, use_cache=False).logits, expected)
@@ -156,7 +142,8 @@ def test_gradient_checkpointing(kind):
 
 
 @pytest.mark.skipif(
-    OLD, reason="transformers up to 5.15 reads several tokens after a cached prefix wrongly, or not at all"
+    transformers_models.OLD,
+    reason="transformers up to 5.15 reads several tokens after a cached prefix wrongly, or not at all",
 )
 @kinds
 def test_a_prompt_in_pieces_is_what_transformers_makes_of_it(kind):
@@ -165,8 +152,8 @@ def test_a_prompt_in_pieces_is_what_transformers_makes_of_it(kind):
         results = []
         for change in (lambda m: None, patch):
             change(model)
-            cache = cache_of(with_cache(model, ids[:, :5]))
-            results.append(with_cache(model, ids[:, 5:], cache, 5).logits)
+            cache = transformers_models.cache_of(transformers_models.with_cache(model, ids[:, :5]))
+            results.append(transformers_models.with_cache(model, ids[:, 5:], cache, 5).logits)
     close(results[1], results[0])
 
 
@@ -185,9 +172,12 @@ def test_other_activations_cost_a_pass_of_their_own(kind, activation):
 
 def with_cache_steps(model, ids):
     """The logits of a prompt of six tokens and of the tokens after it, one by one."""
-    out = with_cache(model, ids[:, :6])
-    cache = cache_of(out)
-    return [out.logits, *(with_cache(model, ids[:, t : t + 1], cache, t).logits for t in range(6, ids.shape[1]))]
+    out = transformers_models.with_cache(model, ids[:, :6])
+    cache = transformers_models.cache_of(out)
+    return [
+        out.logits,
+        *(transformers_models.with_cache(model, ids[:, t : t + 1], cache, t).logits for t in range(6, ids.shape[1])),
+    ]
 
 
 @kinds

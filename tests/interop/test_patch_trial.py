@@ -2,7 +2,6 @@
 classes; and what a trial leaves alone.
 """
 
-import copy
 import importlib.util
 import re
 import sys
@@ -31,6 +30,7 @@ from ..support.transformers_models import (
     mixer_class,
     mixers,
     padding,
+    patched_copy_is_equal,
     tokens,
     with_cache,
 )
@@ -323,9 +323,4 @@ def test_mixers_take_every_spelling_that_their_own_forward_takes():
 @kinds
 def test_copies_of_tomorrows_models(kind, tmp_path):
     model, ids = renamed(kind, tmp_path), tokens()
-    with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
-        patch(model)
-        twin = copy.deepcopy(model)
-        close(twin(ids, use_cache=False).logits, expected)
-        assert len(unpatch(twin)) == len(mixers(model))
+    patched_copy_is_equal(model, ids)

@@ -79,13 +79,7 @@ def test_dropped_frames_of_avi(tmp_path):
 def test_dash_without_an_index_at_its_end(tmp_path):
     """14: fragments, and no mfra box behind them."""
     path = film(tmp_path / "whole.mp4")
-    out = tmp_path / "dash.mp4"
-    with av.open(str(path)) as source, av.open(str(out), "w", options={"movflags": "dash+skip_trailer"}) as to:
-        copy = to.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.size:
-                packet.stream = copy
-                to.mux(packet)
+    out = remuxed(path, tmp_path / "dash.mp4", movflags="dash+skip_trailer")
     assert b"mfra" not in out.read_bytes()
     assert same_as_played(out).frames == 60
 

@@ -13,7 +13,7 @@ from storm_model.index import by_packets, by_samples
 from storm_model.mp4_samples import samples
 from storm_model.video import Video
 
-from ..support.clips import CHANGES, FILMS, shown, write_film
+from ..support.clips import CHANGES, FILMS, remuxed, shown, write_film
 
 pytestmark = pytest.mark.skipif(not hasattr(av, "index"), reason="this PyAV does not give FFmpeg's index (17 does)")
 
@@ -58,14 +58,8 @@ def test_frames_at_uneven_distances(tmp_path):
 
 
 def test_a_film_in_fragments_is_read_by_its_packets(tmp_path):
-    whole, path = write_film(tmp_path / "whole.mp4", *FILMS["closed groups.mp4"]), tmp_path / "fragments.mp4"
-    options = {"movflags": "frag_keyframe+empty_moov"}
-    with av.open(str(whole)) as source, av.open(str(path), "w", options=options) as out:
-        copy = out.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.size:
-                packet.stream = copy
-                out.mux(packet)
+    whole = write_film(tmp_path / "whole.mp4", *FILMS["closed groups.mp4"])
+    path = remuxed(whole, tmp_path / "fragments.mp4", movflags="frag_keyframe+empty_moov")
     assert quick(path) is None
     assert Video(path).info.frames == 60
 

@@ -12,7 +12,7 @@ pytest.importorskip("av", reason="the extra `model` is not installed")
 import av
 from storm_model.video import Video, sample_frames
 
-from ..support.clips import FILMS, moving, shown, write_film
+from ..support.clips import FILMS, moving, remuxed, shown, write_film
 
 
 def film(path, name="closed groups.mp4", **more):
@@ -54,14 +54,7 @@ def test_sixteen_bits_of_grey(tmp_path):
 
 def test_matroska_without_an_index(tmp_path):
     """torchcodec #1223: without Cues a late time was reached by decoding from the start."""
-    path = tmp_path / "live.mkv"
-    whole = film(tmp_path / "whole.mp4")
-    with av.open(str(whole)) as source, av.open(str(path), "w", options={"live": "1"}) as out:
-        copy = out.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.size:
-                packet.stream = copy
-                out.mux(packet)
+    path = remuxed(film(tmp_path / "whole.mp4"), tmp_path / "live.mkv", live="1")
     assert bytes.fromhex("1c53bb6b") not in path.read_bytes()  # Cues
     check_each(path, [59, 3])
 

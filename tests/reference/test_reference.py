@@ -19,25 +19,22 @@ def as_numpy(operands):
     return {name: value.double().numpy() for name, value in operands.items()}
 
 
+def computed(case):
+    """The reference's results of a case in float64, and its operands for the loops."""
+    operands = case.operands()
+    return case.call(reference, {name: value.double() for name, value in operands.items()}), as_numpy(operands)
+
+
 def loop_direction(t, suffix):
     B, C = (t[name + suffix] if t[name + suffix].ndim == 4 else t[name + suffix][:, :, None] for name in "BC")
-    return (
-        t[f"u{suffix}"],
-        t[f"delta{suffix}"],
-        t[f"A{suffix}"],
-        B,
-        C,
-        t.get(f"D{suffix}"),
-        t.get(f"delta_bias{suffix}"),
-    )
+    u, delta, A, D, delta_bias = (t.get(name + suffix) for name in ("u", "delta", "A", "D", "delta_bias"))
+    return u, delta, A, B, C, D, delta_bias
 
 
 @QUICK
 @given(scan_cases)
 def test_scans_equal_the_loop(case):
-    operands = case.operands()
-    results = case.call(reference, {name: value.double() for name, value in operands.items()})
-    t = as_numpy(operands)
+    results, t = computed(case)
     bounds = case.bounds(t["u"].shape[1]) if case.packed else None
     options = {"use_softplus": case.softplus, "bounds": bounds}
     if case.direction == "both":
@@ -69,9 +66,7 @@ def gated_and_reduced(case, y, z):
 @QUICK
 @given(conv_cases)
 def test_convolutions_equal_the_loop(case):
-    operands = case.operands()
-    results = case.call(reference, {name: value.double() for name, value in operands.items()})
-    t = as_numpy(operands)
+    results, t = computed(case)
     bounds = Draw(case.seed).bounds(case.length) if case.packed else None
     options = {"use_silu": case.silu, "initial": t.get("initial_state"), "bounds": bounds}
     expected = loops.conv(t["x"], t["weight"], t.get("bias"), reverse=case.direction == "reverse", **options)

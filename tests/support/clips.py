@@ -75,9 +75,13 @@ def write_film(path: Path, codec, pixels, options, distance, times=range(FRAMES)
     return path
 
 
-def remuxed(path: Path, out_path: Path, keep: Callable[[int, av.Packet], bool], shift: int = 0) -> Path:
-    """The packets that ``keep`` takes, in number and packet, each ``shift`` 25ths of a second later."""
-    with av.open(str(path)) as source, av.open(str(out_path), "w") as out:
+def remuxed(
+    path: Path, out_path: Path, keep: Callable[[int, av.Packet], bool] = lambda *_: True, shift: int = 0, **options: str
+) -> Path:
+    """The packets that ``keep`` takes, by number and packet, each ``shift`` 25ths of a second later, muxed with
+    ``options``.
+    """
+    with av.open(str(path)) as source, av.open(str(out_path), "w", options=options) as out:
         stream = source.streams.video[0]
         copy = out.add_stream_from_template(stream)
         for number, packet in enumerate(packet for packet in source.demux(stream) if packet.size):
@@ -106,8 +110,8 @@ def from_key(after: int) -> Callable[[int, av.Packet], bool]:
 CHANGES = {
     "cut at a key frame": lambda path, out: remuxed(path, out, from_key(20)),
     "cut in a group": lambda path, out: remuxed(path, out, lambda number, _: number >= 17),
-    "negative times": lambda path, out: remuxed(path, out, lambda *_: True, shift=-5),
-    "late times": lambda path, out: remuxed(path, out, lambda *_: True, shift=50),
+    "negative times": lambda path, out: remuxed(path, out, shift=-5),
+    "late times": lambda path, out: remuxed(path, out, shift=50),
 }
 
 

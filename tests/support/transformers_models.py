@@ -10,6 +10,8 @@ import inspect
 import pytest
 import torch
 
+from storm_kernels.interop.patching import patch, unpatch
+
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 VOCABULARY = 61
@@ -86,6 +88,17 @@ def in_float64(model):
 
 def close(a, b, rounding=2e-5):
     torch.testing.assert_close(a, b, atol=rounding * b.abs().max().item(), rtol=0)
+
+
+def patched_copy_is_equal(model, ids):
+    """Patches the model and holds a copy of it against the unpatched one, whose logits it returns."""
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        patch(model)
+        twin = copy.deepcopy(model)
+        close(twin(ids, use_cache=False).logits, expected)
+    assert len(unpatch(twin)) == len(mixers(model))
+    return expected
 
 
 def cache_of(out):
