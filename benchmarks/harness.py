@@ -231,6 +231,9 @@ def peak_memory(call: Callable[[], object], device: str) -> Row:
 
 
 def _give_back_freed_heap() -> None:
+    from storm_kernels.backends import pages  # here, because who only writes rows needs no kernels
+
+    pages.release()
     with contextlib.suppress(AttributeError, OSError, TypeError):  # where there is no glibc
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,10 +1,13 @@
 """backends/pages.py: large results cost few page faults, and are tensors like any other."""
 
 import copy
+import gc
 import io
+import random
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import storm_kernels as sk
+from storm_kernels.backends import pages
 from storm_kernels.backends.cpu import loader
 from storm_kernels.backends.pages import LEAST_BYTES, empty
 from storm_kernels.nn.linear import _SLOW, linear
@@ -20,6 +24,7 @@ ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 OFFERED = ENABLED.exists() and "[never]" not in ENABLED.read_text()
 SOURCE = Path(sk.__file__).parent / "backends/cpu/src/common.cpp"
 needs_huge_pages = pytest.mark.skipif(not OFFERED, reason="this system brings no huge pages")
+on_linux = pytest.mark.skipif(not pages._ON_LINUX, reason="memory is kept under Linux only")
 CPU = torch.device("cpu")
 
 FAULTS = """
@@ -39,6 +44,11 @@ x, weight = torch.ones(2048, 64), torch.ones(8192, 64)
 scan(64), linear(x, weight[:64])
 filled = faults(lambda: empty((2**24,), torch.float32, torch.device("cpu")).fill_(1.0))
 print(filled, faults(lambda: scan(8192)), faults(lambda: linear(x, weight)))
+"""
+
+AGAIN = """
+scan(8192)
+print(faults(lambda: scan(8192)))
 """
 
 
@@ -63,8 +73,93 @@ def test_a_large_result_is_a_tensor_like_any_other():
     torch.save(t, saved)
     saved.seek(0)
     assert torch.equal(copy.deepcopy(t), t) and torch.equal(torch.load(saved), t)
-    assert t.resize_(2 * t.numel())[: t.numel() // 2].eq(2.0).all()
-    assert t.share_memory_().is_shared()
+    assert t.numpy().base is not None and t.untyped_storage().nbytes() == t.nbytes
+    assert t.share_memory_().is_shared() and t.eq(2.0).all()
+
+
+@pytest.fixture(name="kept")
+def what_is_kept():
+    """An empty store of freed pieces, as sizes in bytes."""
+    gc.collect()
+    pages.release()
+    yield lambda: sorted(len(piece) for pieces in pages._kept._pieces.values() for piece in pieces)
+    pages.release()
+
+
+def large(megabytes):
+    return empty((megabytes * 2**18,), torch.float32, CPU)
+
+
+@on_linux
+def test_freed_memory_serves_the_next_result_of_its_size_or_a_little_less(kept):
+    first = large(16)
+    place = first.data_ptr()
+    view = first[5:]
+    del first
+    assert kept() == []  # the view is of it
+    del view
+    assert kept() == [16 * 2**20]
+    for megabytes in (16, 15, 13, 12):
+        assert large(megabytes).data_ptr() == place
+    for megabytes in (10, 17):
+        assert large(megabytes).data_ptr() != place
+
+
+@on_linux
+def test_what_is_in_use_is_nobody_elses(kept):
+    """Of 200 results, alive or freed at random, each keeps what was written to it."""
+    draw, alive = random.Random(0), {}
+    for number in range(200):
+        alive[number] = large(draw.choice((4, 5, 6, 8))).fill_(number)
+        while len(alive) > 6:
+            gone = draw.choice(list(alive))
+            assert alive.pop(gone).eq(gone).all()
+    assert len({t.data_ptr() for t in alive.values()}) == 6
+
+
+@on_linux
+def test_what_is_kept_is_limited(kept, monkeypatch):
+    monkeypatch.setattr(pages, "_MOST_BYTES", 40 * 2**20)
+    alive = [large(megabytes) for megabytes in (8, 8, 16, 12)]
+    while alive:
+        alive.pop(0)  # the one used least lately goes first
+    assert kept() == [12 * 2**20, 16 * 2**20] or sum(kept()) <= 40 * 2**20
+    large(64)
+    assert sum(kept()) <= 40 * 2**20
+    pages.release()
+    assert kept() == []
+
+
+@on_linux
+def test_threads_that_take_and_free_at_once(kept):
+    def work(number):
+        for turn in range(60):
+            t = large(4 + turn % 3).fill_(number)
+            assert t[:: 2**16].eq(number).all()
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+@on_linux
+def test_a_program_ends_well_with_results_alive():
+    program = (
+        "import torch; from storm_kernels.backends.pages import empty\n"
+        "kept = [empty((2**22,), torch.float32, torch.device('cpu')) for _ in range(3)]; kept.pop()\n"
+        "torch.kept = kept; ring = [kept]; ring.append(ring)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stderr == ""
+
+
+@on_linux
+def test_a_second_scan_costs_no_page_faults():
+    printed = subprocess.run(
+        [sys.executable, "-c", FAULTS.rpartition("\n")[0].rpartition("\n")[0] + AGAIN], capture_output=True, text=True,
+        check=True,
+    ).stdout  # fmt: skip
+    assert int(printed) < 64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
