@@ -17,8 +17,10 @@ from ..profiling import stage
 from ..reference import ReferenceMixer
 from ..reference.mixer import decay
 from ..tokens import TokenGrid, TokenReduction
+from .channels import mix_by_channels
 from .core import Branch, mixer_core
 from .linear import linear, project
+from .memory import block_for, checked_block
 
 # A traced program takes a grid or a reduction as it takes an integer: torch.export accepts them
 # among the inputs.
@@ -38,6 +40,25 @@ class BiMambaMixer(ReferenceMixer):
     """
 
     _project = staticmethod(project)
+    _channel_block: int | str | None = "auto"
+
+    @property
+    def channel_block(self) -> int | str | None:
+        """Channels that are worked through at a time, 1 to E: fewer need less memory. "auto", the default, is all of
+        them where their memory is free, else as many as it serves; None is always all (docs/scaling.md).
+
+        Example:
+            >>> import torch
+            >>> mixer = BiMambaMixer(d_model=64)
+            >>> mixer.channel_block = 32  # of 128
+            >>> mixer(torch.randn(1, 12, 64)).shape
+            torch.Size([1, 12, 64])
+        """
+        return self._channel_block
+
+    @channel_block.setter
+    def channel_block(self, value: int | str | None) -> None:
+        self._channel_block = checked_block(value, self.d_inner)
 
     def forward(
         self,
@@ -62,6 +83,9 @@ class BiMambaMixer(ReferenceMixer):
             ValueError: an argument of the wrong shape, a grid that does not hold the tokens; named.
         """
         grid, reduction = self._checked(x, grid, reduction, cu_seqlens)
+        block = block_for(self, x, grid, reduction)
+        if block is not None:
+            return mix_by_channels(self, x, block, grid, reduction, cu_seqlens)
         if reduction is not None and cu_seqlens is None and not is_plain(self.out_proj):
             return reduce_tokens(BiMambaMixer.forward(self, x, cu_seqlens=cu_seqlens), grid, reduction)
         with stage("in_proj"):

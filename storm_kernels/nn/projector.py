@@ -35,6 +35,30 @@ class TemporalProjector(ReferenceTemporalProjector):
 
     mixer_class = BiMambaMixer
 
+    @property
+    def channel_block(self) -> int | str | None:
+        """:attr:`BiMambaMixer.channel_block` of all layers; None too where they have none, or differ.
+
+        Example:
+            >>> import torch
+            >>> from storm_kernels import TemporalProjector
+            >>> projector = TemporalProjector(vision_width=8, d_model=64)
+            >>> projector.channel_block = 32
+            >>> projector(torch.randn(1, 4, 6, 6, 8)).shape
+            torch.Size([1, 36, 64])
+        """
+        blocks = {mixer.channel_block for mixer in self._mixers()}
+        return blocks.pop() if len(blocks) == 1 else None
+
+    @channel_block.setter
+    def channel_block(self, value: int | str | None) -> None:
+        for mixer in self._mixers():
+            mixer.channel_block = value
+
+    def _mixers(self) -> list[BiMambaMixer]:
+        mixers = (getattr(layer, "mixer", None) for layer in self.layers)
+        return [mixer for mixer in mixers if isinstance(mixer, BiMambaMixer)]
+
     def mix(
         self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction | None, cu_seqlens: Tensor | None
     ) -> Tensor:
