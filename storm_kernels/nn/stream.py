@@ -165,11 +165,18 @@ class ProjectorStream:
         wanted = {
             "history": [(self._batch, m.d_inner, m.d_conv - 1) for m in mixers],
             "state": [(self._batch, m.d_inner, m.d_state) for m in mixers],
+            "pending": [],
         }
+        r = self._reduction
+        pool, within = divmod(state["frames"], r.temporal_pool)
+        if within and pool % r.temporal_stride == 0 and not state["finished"]:
+            height, width = self._frame
+            frame = r.reduced(TokenGrid(1, (height + 1) // 2, (width + 1) // 2))
+            wanted["pending"] = [(self._batch, frame.tokens, self._projector.proj.out_features)]
         for name, shapes in wanted.items():
             got = [tuple(t.shape) for t in state[name]]
             if got != shapes:
-                raise ValueError(f"state[{name!r}] must have the shapes {shapes}, one a layer, got {got}")
+                raise ValueError(f"state[{name!r}] must have the shapes {shapes}, got {got}")
 
     def _check(self, features: Tensor) -> None:
         """Raise, by name, unless these features go on from those before."""

@@ -178,3 +178,11 @@ def test_the_state_of_another_stream_is_refused(other, match):
     stream.push(clip())
     with pytest.raises(ValueError, match=match):
         other().load_state_dict(stream.state_dict())
+
+
+@pytest.mark.parametrize("pending", [[], [torch.ones(1)]], ids=["none", "another shape"])
+def test_the_sum_of_an_open_pool_has_to_be_there_and_to_fit(pending):
+    stream = pair()[1].stream(5, 4, TokenReduction(4), 2)
+    stream.push(clip())
+    with pytest.raises(ValueError, match=r"state\['pending'\] must have the shapes"):
+        stream.load_state_dict({**stream.state_dict(), "pending": pending})
