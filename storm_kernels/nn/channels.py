@@ -16,20 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops import bidirectional_causal_conv1d, bidirectional_selective_scan, causal_conv1d, selective_scan
 from ..plain import is_plain, is_plain_convolution
-from ..reference import Direction
+from ..reference import Direction, ReferenceMixer
 from ..reference.mixer import decay
 from ..tokens import TokenGrid, TokenReduction
 from .linear import linear
-
-if TYPE_CHECKING:
-    from .mixer import BiMambaMixer
 
 
 class Call(NamedTuple):
@@ -85,7 +82,7 @@ _PIECE = 1 << 16
 _AXES, _PART_AXES = (0, 0, 0, 0, 1), (0, 0, 1, 0, 0, 0, 0)
 
 
-def why_not(mixer: BiMambaMixer) -> str | None:
+def why_not(mixer: ReferenceMixer) -> str | None:
     """None where a mixer can be cut by channels; else the reason: a child that has to be called as a module."""
     for name, child in mixer.named_children():
         if not (is_plain_convolution(child) if name.startswith("conv1d") else is_plain(child)):
@@ -94,7 +91,7 @@ def why_not(mixer: BiMambaMixer) -> str | None:
 
 
 def mix_by_channels(
-    mixer: BiMambaMixer,
+    mixer: ReferenceMixer,
     x: Tensor,
     block: int,
     grid: TokenGrid | None = None,
@@ -124,7 +121,7 @@ def mix_by_channels(
     return out if bias is None else out + bias.to(out.dtype)
 
 
-def _parameters(mixer: BiMambaMixer) -> Block:
+def _parameters(mixer: ReferenceMixer) -> Block:
     weight, bias, half = mixer.in_proj.weight, mixer.in_proj.bias, mixer.d_inner
     parts = []
     for suffix in mixer.suffixes:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..ops.autograd import forward_mode, transformed
+from ..reference import ReferenceMixer
 from ..tokens import TokenGrid, TokenReduction, described, integer
 from .channels import why_not
-
-if TYPE_CHECKING:
-    from .mixer import BiMambaMixer
 
 # A call that needs less than this is made whole, and nobody asks what is free.
 _SMALL_BYTES = 2**30
@@ -26,7 +23,7 @@ _STEP = 64
 
 
 def peak_bytes(
-    mixer: BiMambaMixer,
+    mixer: ReferenceMixer,
     tokens: int,
     cells: int | None = None,
     *,
@@ -78,14 +75,15 @@ def peak_bytes(
 _CHECKPOINT_TOKENS = 64
 
 
-def block_for(mixer: BiMambaMixer, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction | None) -> int | None:
+def block_for(
+    mixer: ReferenceMixer, wanted: int | str | None, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction | None
+) -> int | None:
     """Channels of a block in which ``mixer`` works through x, or None: whole.
 
-    The mixer's ``channel_block`` says so. "auto" is the largest multiple of 64 with which the call fits into 80 % of
-    what is free on the device, if it does not fit whole; whole too where a child has to be called as a module, where
+    ``wanted`` is the mixer's ``channel_block``. "auto" is the largest multiple of 64 with which the call fits into 80 %
+    of what is free on the device, if it does not fit whole; whole too where a child has to be called as a module, where
     the program is traced, and where nothing tells what is free.
     """
-    wanted = mixer.channel_block
     if wanted is None:
         return None
     if wanted != "auto":

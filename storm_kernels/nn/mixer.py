@@ -83,7 +83,7 @@ class BiMambaMixer(ReferenceMixer):
             ValueError: an argument of the wrong shape, a grid that does not hold the tokens; named.
         """
         grid, reduction = self._checked(x, grid, reduction, cu_seqlens)
-        block = block_for(self, x, grid, reduction)
+        block = block_for(self, self._channel_block, x, grid, reduction)
         if block is not None:
             return mix_by_channels(self, x, block, grid, reduction, cu_seqlens)
         if reduction is not None and cu_seqlens is None and not is_plain(self.out_proj):

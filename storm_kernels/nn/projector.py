@@ -17,6 +17,7 @@ from ..profiling import stage
 from ..reference import MixerLayer, ReferenceTemporalProjector
 from ..tokens import TokenGrid, TokenReduction
 from .mixer import BiMambaMixer
+from .stream import ProjectorStream
 
 
 class TemporalProjector(ReferenceTemporalProjector):
@@ -58,6 +59,35 @@ class TemporalProjector(ReferenceTemporalProjector):
     def _mixers(self) -> list[BiMambaMixer]:
         mixers = (getattr(layer, "mixer", None) for layer in self.layers)
         return [mixer for mixer in mixers if isinstance(mixer, BiMambaMixer)]
+
+    def stream(
+        self, height: int, width: int, reduction: TokenReduction | None = None, batch: int = 1
+    ) -> ProjectorStream:
+        """Run a forward-only projector frame by frame, in memory and time that do not grow with the video.
+
+        All tokens together, of any pushes and ``finish``, are those of the whole video. No gradients.
+
+        Args:
+            height: h of the features, the image encoder's tokens of a column.
+            width: w of the features, its tokens of a row.
+            reduction: how tokens are averaged and sampled; None, the default, for all tokens.
+            batch: the number of videos that run in step; 1 by default.
+
+        Returns:
+            A stream: ``push(features)`` gives the tokens that are final, ``finish()`` the last ones;
+            ``state_dict`` and ``load_state_dict`` let it outlive its process.
+
+        Raises:
+            TypeError: an argument of the wrong type, named.
+            ValueError: a bidirectional projector, a layer with hooks or of another class, a size that is not positive.
+
+        Example:
+            >>> import torch
+            >>> camera = TemporalProjector(vision_width=8, d_model=16, bidirectional=False).stream(6, 6)
+            >>> camera.push(torch.randn(1, 1, 6, 6, 8)).shape
+            torch.Size([1, 9, 16])
+        """
+        return ProjectorStream(self, height, width, reduction, batch)
 
     def mix(
         self, x: Tensor, grid: TokenGrid | None, reduction: TokenReduction | None, cu_seqlens: Tensor | None
