@@ -43,12 +43,7 @@ scan = lambda n: selective_scan(u[..., :n], u[..., :n], -torch.ones(n, 4), bc, b
 x, weight = torch.ones(2048, 64), torch.ones(8192, 64)
 scan(64), linear(x, weight[:64])
 filled = faults(lambda: empty((2**24,), torch.float32, torch.device("cpu")).fill_(1.0))
-print(filled, faults(lambda: scan(8192)), faults(lambda: linear(x, weight)))
-"""
-
-AGAIN = """
-scan(8192)
-print(faults(lambda: scan(8192)))
+print(filled, faults(lambda: scan(8192)), faults(lambda: linear(x, weight)), faults(lambda: scan(8192)))
 """
 
 
@@ -61,10 +56,11 @@ def test_python_and_cpp_call_the_same_results_large():
 @pytest.mark.skipif(loader.why_missing() is not None, reason="the C++ library is not there")
 def test_results_of_64_megabytes_cost_few_page_faults():
     """64 MB are 16,384 pages of 4 KB, and 32 of 2 MB. What is not aligned, and the libraries' own
-    memory, may take some of the small ones.
+    memory, may take some of the small ones. The last one lies in memory that another has left.
     """
     printed = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
-    assert all(int(count) < 4096 for count in printed.split()), printed
+    counts = [int(count) for count in printed.split()]
+    assert max(counts) < 4096 and counts[-1] < 64, printed
 
 
 def test_a_large_result_is_a_tensor_like_any_other():
@@ -151,15 +147,6 @@ def test_a_program_ends_well_with_results_alive():
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ended.stderr == ""
-
-
-@on_linux
-def test_a_second_scan_costs_no_page_faults():
-    printed = subprocess.run(
-        [sys.executable, "-c", FAULTS.rpartition("\n")[0].rpartition("\n")[0] + AGAIN], capture_output=True, text=True,
-        check=True,
-    ).stdout  # fmt: skip
-    assert int(printed) < 64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,8 @@
 """A mixer in blocks of its channels: what it gives, what it takes, and when it is cut."""
 
 import copy
+import functools
+import itertools
 
 import pytest
 import torch
@@ -39,31 +41,45 @@ def gradients(mixer, x, call):
     return [out.detach(), *found]
 
 
-@pytest.mark.parametrize(
-    ("backend", "dtype"), [("cpu", torch.float32), ("cpu", torch.bfloat16), ("torch", torch.float32)]
-)
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("options", OPTIONS)
-def test_results_and_gradients_are_those_of_the_whole(options, call, dtype, backend):
-    """Within the bound of docs/reliability.md, that of the reference in the same precision on several inputs."""
+@functools.cache
+def yardsticks(options, call, dtype):
+    """A mixer, an input, what is right for it in float64; of each result the reference's worst errors on several."""
     torch.manual_seed(0)
     mixer = sk.BiMambaMixer(WIDTH, d_state=4, **OPTIONS[options]).to(dtype)
     plain = ReferenceMixer(WIDTH, d_state=4, **OPTIONS[options]).to(dtype)
     plain.load_state_dict(mixer.state_dict())
     inputs = [torch.randn(1 if call == "packed" else 2, GRID.tokens, WIDTH).to(dtype) for _ in range(8)]
-    with sk.use_backend("torch"):
-        truths = [gradients(copy.deepcopy(plain).double(), x.double(), CALLS[call]) for x in inputs]
-        plains = [gradients(plain, x, CALLS[call]) for x in inputs]
+    truths = [gradients(copy.deepcopy(plain).double(), x.double(), CALLS[call]) for x in inputs]
+    plains = [gradients(plain, x, CALLS[call]) for x in inputs]
+    errors = [
+        [size_of_error(one, truth) for one, truth in zip(*results, strict=True)]
+        for results in zip(plains, truths, strict=True)
+    ]
+    worst = [tuple(map(max, zip(*of_result, strict=True))) for of_result in zip(*errors, strict=True)]
+    return mixer, inputs[0], truths[0], worst
+
+
+@pytest.mark.parametrize(
+    ("options", "backend", "dtype"),
+    [
+        *itertools.product(OPTIONS, ["cpu"], [torch.float32]),
+        ("plain", "cpu", torch.bfloat16),
+        ("biases", "cpu", torch.bfloat16),
+        ("plain", "torch", torch.float32),
+    ],
+)
+@pytest.mark.parametrize("call", CALLS)
+def test_results_and_gradients_are_those_of_the_whole(options, backend, dtype, call):
+    """Within the bound of docs/reliability.md, that of the reference in the same precision on several inputs."""
+    mixer, x, truth, worst = yardsticks(options, call, dtype)
     names = ["out", "x", *dict(mixer.named_parameters())]
     for block in (1, 7, CHANNELS):
         mixer.channel_block = block
         with sk.use_backend(backend):
-            got = gradients(mixer, inputs[0], CALLS[call])
-        for i, (name, value) in enumerate(zip(names, got, strict=True)):
-            assert value.shape == truths[0][i].shape and torch.isfinite(value).all(), name
-            yardsticks = [size_of_error(one[i], truth[i]) for one, truth in zip(plains, truths, strict=True)]
-            rms, largest = (max(sizes) for sizes in zip(*yardsticks, strict=True))
-            error, ulp, right = size_of_error(value, truths[0][i]), torch.finfo(value.dtype).eps, truths[0][i]
+            got = gradients(mixer, x, CALLS[call])
+        for name, value, right, (rms, largest) in zip(names, got, truth, worst, strict=True):
+            assert value.shape == right.shape and torch.isfinite(value).all(), name
+            error, ulp = size_of_error(value, right), torch.finfo(value.dtype).eps
             # A block of one channel adds as many parts as there are channels, one after the other.
             ratio = (1.25 if name == "out" else 1.5) * (2 if block == 1 else 1)
             few = value.numel() < FEW  # too few numbers for a mean
