@@ -17,7 +17,6 @@ import mmap
 import os
 import sys
 import weakref
-from collections import OrderedDict
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ LEAST_BYTES = 2**22
 _HUGE_PAGE = 2**21
 _FILLED = 0.75
 
-_ON_LINUX = sys.platform == "linux" and hasattr(mmap, "MADV_HUGEPAGE")
+_ON_LINUX = sys.platform == "linux" and hasattr(mmap, "MADV_HUGEPAGE") and hasattr(mmap, "MADV_FREE")
 _MOST_BYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 if _ON_LINUX else 0
 
 
@@ -73,20 +72,19 @@ def _fresh(pages: int) -> mmap.mmap:
 class _Kept:
     """Pieces of memory that nobody uses, by their number of huge pages; the sizes that were used last come last.
 
-    A tensor may be freed at any moment, in any thread and in the middle of any of these methods: each step is one
-    that Python does not interrupt.
+    A tensor may be freed at any moment, in any thread and in the middle of any of these methods: each line leaves
+    what the next one can go on from, and no iteration makes objects, which might start the garbage collector.
     """
 
     def __init__(self) -> None:
-        self._pieces: OrderedDict[int, list[mmap.mmap]] = OrderedDict()
+        self._pieces: dict[int, list[mmap.mmap]] = {}
 
     def take(self, pages: int) -> mmap.mmap | None:
         """The smallest piece of at least ``pages`` huge pages that is not much larger."""
-        for size in sorted(size for size in list(self._pieces) if pages <= size <= pages / _FILLED):
-            try:
-                return self._pieces[size].pop()
-            except (KeyError, IndexError):
-                continue
+        for size in sorted(self._pieces):
+            if pages <= size <= pages / _FILLED:
+                with contextlib.suppress(KeyError, IndexError):
+                    return self._pieces[size].pop()
         return None
 
     def give(self, piece: mmap.mmap) -> None:
@@ -96,14 +94,19 @@ class _Kept:
             piece.madvise(mmap.MADV_FREE)
         except OSError:
             return
-        self._pieces.setdefault(size, []).append(piece)
-        self._pieces.move_to_end(size)
-        while sum(size * len(pieces) for size, pieces in list(self._pieces.items())) * _HUGE_PAGE > _MOST_BYTES:
-            oldest = next(iter(self._pieces))
-            try:
-                self._pieces[oldest].pop()
-            except IndexError:
-                self._pieces.pop(oldest, None)
+        pieces = self._pieces.pop(size, [])
+        pieces.append(piece)
+        self._pieces[size] = pieces
+        while self.bytes() > _MOST_BYTES:
+            for oldest in list(self._pieces)[:1]:
+                try:
+                    self._pieces[oldest].pop()
+                except (KeyError, IndexError):
+                    self._pieces.pop(oldest, None)
+
+    def bytes(self) -> int:
+        """What is kept."""
+        return sum(size * len(self._pieces.get(size, ())) for size in list(self._pieces)) * _HUGE_PAGE
 
     def clear(self) -> None:
         self._pieces.clear()

@@ -139,6 +139,21 @@ def test_threads_that_take_and_free_at_once(kept):
 
 
 @on_linux
+def test_tensors_that_the_garbage_collector_frees_at_any_moment(kept):
+    before = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for turn in range(300):
+            ring = [large(4 + turn % 4).fill_(turn)]
+            ring.append(ring)
+            alive = large(4 + turn % 3).fill_(-turn)
+            del ring
+            assert alive[:: 2**16].eq(-turn).all()
+    finally:
+        gc.set_threshold(*before)
+
+
+@on_linux
 def test_a_program_ends_well_with_results_alive():
     program = (
         "import torch; from storm_kernels.backends.pages import empty\n"
