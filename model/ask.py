@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
@@ -76,18 +77,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _ask(options: argparse.Namespace) -> int:
-    if not Path(options.model).is_dir():
-        raise ValueError(f"--model: {options.model} is not a folder")
     if "://" not in options.video and not Path(options.video).exists():
         raise ValueError(f"{options.video}: no such file")
-    say("loading the model ...")
-    dtype = FLOATS.get(options.dtype, "auto")
-    processor = AutoProcessor.from_pretrained(options.model)
-    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
-    if not isinstance(model, StormForConditionalGeneration):
-        raise ValueError(
-            f"--model: {options.model} holds a {type(model).__name__}, not a STORM or VILA of this package"
-        )
+    processor, model = load(options.model, options.dtype, options.device)
     content = [{"type": "video", "path": options.video}, {"type": "text", "text": options.question}]
     clock, begun = Clock(model.device), time.perf_counter()
     with recording(clock):
@@ -108,6 +100,24 @@ def _ask(options: argparse.Namespace) -> int:
     stages = ", ".join(f"{name} {clock.seconds[name]:.2f}" for name in (*_SHOWN, "token") if name in clock.seconds)
     say(f"{frames} frames, {tokens} video tokens, {time.perf_counter() - begun:.2f} s: {stages}")
     return 0
+
+
+def load(folder: str, dtype: str | None, device: str) -> tuple[Any, StormForConditionalGeneration]:
+    """The processor and the model of a folder, ready to infer; raise, by the option's name, where it has none.
+
+    Args:
+        folder: of ``--model``.
+        dtype: of the weights, by name; None is as they are stored.
+        device: where the model goes.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"--model: {folder} is not a folder")
+    say("loading the model ...")
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto" if dtype is None else FLOATS[dtype])
+    if not isinstance(model, StormForConditionalGeneration):
+        raise ValueError(f"--model: {folder} holds a {type(model).__name__}, not a STORM or VILA of this package")
+    return processor, model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps Module.to
 
 
 def _choice(options: argparse.Namespace) -> dict[str, int | float]:

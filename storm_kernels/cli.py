@@ -2,9 +2,10 @@
 that what runs is right.
 
 ``storm-kernels ask VIDEO QUESTION --model DIR`` answers a question about a video; ``build`` and
-``convert`` make such a DIR out of published weights. ``storm-kernels check FILE`` decodes a video
-whole and says what is wrong with it. ``storm-kernels profile`` times a video through the complete
-model, ``storm-kernels bench SUBJECT`` one operation.
+``convert`` make such a DIR out of published weights, ``encode`` writes the tokens of a folder's
+videos. ``storm-kernels check FILE`` decodes a video whole and says what is wrong with it.
+``storm-kernels profile`` times a video through the complete model, ``storm-kernels bench SUBJECT``
+one operation.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _COMMANDS = {
     "ask": ("storm_model.ask", "a question about a video, to a model in a folder"),
     "build": ("storm_model.build", "a model's folder out of a SigLIP tower's and a language model's"),
     "convert": ("storm_model.convert", "a model's folder out of a VILA or NVILA folder"),
+    "encode": ("storm_model.encode", "the tokens of every video in a folder, a file each"),
     "check": ("storm_model.check", "what is wrong with a video, all of it"),
     "profile": ("storm_benchmarks.e2e.__main__", "a video through the complete model, timed by stage"),
 }
