@@ -61,19 +61,24 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description="Ask a model a question about a video.")
     parser.add_argument("video", help="a video file, an address, or a folder of images")
     parser.add_argument("question")
-    parser.add_argument("--model", required=True, help="a folder that save_pretrained of model and processor wrote")
-    parser.add_argument("--frames", type=int, help="frames at even distances in time (default: the folder's)")
-    parser.add_argument("--fps", type=float, help="frames a second, in place of --frames")
-    parser.add_argument("--max-frames", type=int, help="with --fps: at most so many")
+    add_model(parser)
     parser.add_argument("--start", type=float, help="seconds; what is shown before is left out")
     parser.add_argument("--end", type=float, help="seconds; what is shown after is left out")
-    add_reduction(parser, None, "default: the folder's")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="the answer's longest length (256)")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
     )
-    parser.add_argument("--dtype", choices=FLOATS, help="of the weights (default: as they are stored)")
     return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a model, and frames for it: what `load` and the processor take."""
+    parser.add_argument("--model", required=True, help="a folder that save_pretrained of model and processor wrote")
+    parser.add_argument("--dtype", choices=FLOATS, help="of the weights (default: as they are stored)")
+    parser.add_argument("--frames", type=int, help="frames at even distances in time (default: the folder's)")
+    parser.add_argument("--fps", type=float, help="frames a second, in place of --frames")
+    parser.add_argument("--max-frames", type=int, help="with --fps: at most so many")
+    add_reduction(parser, None, "default: the folder's")
 
 
 def _ask(options: argparse.Namespace) -> int:

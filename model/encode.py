@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from .ask import load
-from .command import add_reduction, say, told
-from .loading import FLOATS
+from .ask import add_model, load
+from .command import say, told
 from .modeling_storm import StormForConditionalGeneration
 from .video_processing_storm import REDUCTION
 
@@ -34,22 +33,19 @@ def cli(arguments: list[str], prog: str = "storm-kernels encode") -> int:
     return told(lambda: _encode(options))
 
 
+_ABOUT = (
+    "Encode every video of a folder: the tokens that the language model would read, a safetensors file each. What is "
+    "there already is not done again. `torchrun --nproc-per-node N --no-python storm-kernels encode ...` shares the "
+    "files out to N processes."
+)
+
+
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Encode every video of a folder: the tokens that the language model would read, a safetensors "
-        "file each. What is there already is not done again. `torchrun --nproc-per-node N --no-python storm-kernels "
-        "encode ...` shares the files out to N processes.",
-    )
+    parser = argparse.ArgumentParser(prog=prog, description=_ABOUT)
     parser.add_argument("folder", help="of videos, folders in it too; hidden files are left out")
     parser.add_argument("--out", required=True, help="a folder; each video's tokens lie there as the video does here")
-    parser.add_argument("--model", required=True, help="a folder that save_pretrained of model and processor wrote")
-    parser.add_argument("--frames", type=int, help="frames at even distances in time (default: the model folder's)")
-    parser.add_argument("--fps", type=float, help="frames a second, in place of --frames")
-    parser.add_argument("--max-frames", type=int, help="with --fps: at most so many")
-    add_reduction(parser, None, "default: the model folder's")
+    add_model(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU for each process, else cpu)")
-    parser.add_argument("--dtype", choices=FLOATS, help="of the weights (default: as they are stored)")
     parser.add_argument("--strict", action="store_true", help="stop at the first video that cannot be read")
     return parser
 

@@ -90,15 +90,12 @@ def why_not(mixer: ReferenceMixer) -> str | None:
     return None
 
 
-def mix_by_channels(
-    mixer: ReferenceMixer,
-    x: Tensor,
-    block: int,
-    grid: TokenGrid | None = None,
-    reduction: TokenReduction | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """``mixer(x, grid, reduction, cu_seqlens)`` in blocks of ``block`` channels: (batch, L, D) -> (batch, L', D).
+# The mixer's further arguments, checked: grid, reduction, cu_seqlens.
+Where = tuple[TokenGrid | None, TokenReduction | None, Tensor | None]
+
+
+def mix_by_channels(mixer: ReferenceMixer, x: Tensor, block: int, where: Where = (None, None, None)) -> Tensor:
+    """``mixer(x, *where)`` in blocks of ``block`` channels: (batch, L, D) -> (batch, L', D).
 
     The sums of x_proj and out_proj are kept in float32 (float64) and added block after block: results differ from
     the whole's by their rounding only. Gradients cannot be differentiated again.
@@ -107,11 +104,9 @@ def mix_by_channels(
         mixer: whose children are plain (:func:`why_not`).
         x: (batch, L, D).
         block: channels, 1 to E.
-        grid: as the mixer takes it, checked.
-        reduction: as the mixer takes it, checked.
-        cu_seqlens: as the mixer takes them.
+        where: grid, reduction and cu_seqlens, as the mixer takes them, checked.
     """
-    call = Call(mixer.d_state, block, mixer.bidirectional and mixer.if_divide_out, grid, reduction, cu_seqlens)
+    call = Call(mixer.d_state, block, mixer.bidirectional and mixer.if_divide_out, *where)
     parameters = _parameters(mixer).flat()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
         out = _ByChannels.apply(call, x, *parameters)

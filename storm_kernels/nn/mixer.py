@@ -85,7 +85,7 @@ class BiMambaMixer(ReferenceMixer):
         grid, reduction = self._checked(x, grid, reduction, cu_seqlens)
         block = block_for(self, self._channel_block, x, grid, reduction)
         if block is not None:
-            return mix_by_channels(self, x, block, grid, reduction, cu_seqlens)
+            return mix_by_channels(self, x, block, (grid, reduction, cu_seqlens))
         if reduction is not None and cu_seqlens is None and not is_plain(self.out_proj):
             return reduce_tokens(BiMambaMixer.forward(self, x, cu_seqlens=cu_seqlens), grid, reduction)
         with stage("in_proj"):
