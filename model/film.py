@@ -70,7 +70,7 @@ class Film:
         """Learn of the frames without decoding them; their times, if they can be trusted."""
         with self._opened(False) as (container, stream):
             table = None
-            if self._held and self._held.kind == "mp4" and hasattr(stream, "index_entries"):  # PyAV 17
+            if self._held and self._held.kind == "mp4":
                 with self._source.opened() as file:
                     table = samples(self.name, file, stream.id, len(stream.index_entries))
             index = table and by_samples(stream, self._turns, table)

@@ -15,8 +15,6 @@ from storm_model.video import Video
 
 from ..support.clips import CHANGES, FILMS, remuxed, shown, write_film
 
-pytestmark = pytest.mark.skipif(not hasattr(av, "index"), reason="this PyAV does not give FFmpeg's index (17 does)")
-
 NAMES = [name for name in FILMS if name.endswith((".mp4", ".mov"))]
 UNEVEN = [*range(20), *range(20, 200, 7)]
 
