@@ -4,8 +4,8 @@ Channels of a mixer meet in two places only: in x_proj, whose few columns say ho
 and in out_proj. So there are two sweeps over blocks of channels, each over all tokens:
 
 1. in_proj's x half and both convolutions; the block's part of x_proj is added to a sum.
-2. the same again, then dt_proj, the gate, both scans with the reduction; the block's part of out_proj is
-   added to the result.
+2. backwards, so that the last block is still there: the same again, then dt_proj, the gate, both scans with the
+   reduction; the block's part of out_proj is added to the result.
 
 No scan runs twice. Gradients take the blocks in two sweeps too: the first gives those of the sums beside all
 others, the second takes the sums' back through the convolutions, which are linear in what comes back: nothing
@@ -147,10 +147,10 @@ def _convolved(call: Call, x: Tensor, block: Block) -> tuple[Tensor, ...]:
     return bidirectional_causal_conv1d(inner, *filters[0], *filters[1], **options)
 
 
-def _scanned(call: Call, x: Tensor, kept: Tensor, projected: list[Tensor], block: Block) -> Tensor:
-    """The block's part of what out_proj takes: (batch, L', block) in x's dtype."""
+def _scanned(call: Call, us: tuple[Tensor, ...], kept: Tensor, projected: list[Tensor], block: Block) -> Tensor:
+    """The block's part of what out_proj takes, from what `_convolved` gives: (batch, L', block) in x's dtype."""
     directions = []
-    for u, part, columns in zip(_convolved(call, x, block), block.parts, projected, strict=True):
+    for u, part, columns in zip(us, block.parts, projected, strict=True):
         dt_raw, B, C = columns.split([columns.shape[-1] - 2 * call.states, call.states, call.states], dim=-1)
         delta = linear(dt_raw, part.dt_proj)
         directions.append(Direction(u, delta, decay(part.A_log), B, C, part.D, part.dt_bias))
@@ -169,19 +169,24 @@ def _forward(call: Call, x: Tensor, parameters: Block) -> tuple[Tensor, list[Ten
     tensors, acc = parameters.flat(), torch.promote_types(x.dtype, torch.float32)
     channels = len(parameters.in_x)
     sums = [x.new_zeros(*x.shape[:2], part.x_proj.shape[0], dtype=acc) for part in parameters.parts]
-    for views in _blocks(call, channels, tensors):
-        block = Block.of_flat(views)
-        for total, u, part in zip(sums, _convolved(call, x, block), block.parts, strict=True):
+    blocks = [Block.of_flat(views) for views in _blocks(call, channels, tensors)]
+    us: tuple[Tensor, ...] = ()
+    for block in blocks:
+        us = ()  # the last block's go before the next one's come
+        us = _convolved(call, x, block)
+        for total, u, part in zip(sums, us, block.parts, strict=True):
             total += linear(u, part.x_proj)
+    del u
     projected = [sums.pop(0).to(x.dtype) for _ in parameters.parts]
     kept, out = _kept(call, x), None
-    for views in _blocks(call, channels, tensors):
-        block = Block.of_flat(views)
-        y = _scanned(call, x, kept, projected, block)
+    for block in reversed(blocks):  # the last one's are still there
+        y = _scanned(call, us or _convolved(call, x, block), kept, projected, block)
+        us = ()
         if out is None:
             out, dtype = x.new_zeros(*y.shape[:2], len(block.out), dtype=acc), y.dtype
         for total, piece in zip(out.split(_PIECE, 1), y.split(_PIECE, 1), strict=True):
             total += linear(piece, block.out)
+        del y, piece
     assert out is not None
     return out.to(dtype), projected
 
@@ -249,7 +254,8 @@ class _Gradients:
         for x, leaves, totals in self._leaves():
             kept = _kept(self._call, x)
             block = Block.of_flat(leaves)
-            out = linear(_scanned(self._call, x, kept, self._projected, block), block.out)
+            us = _convolved(self._call, x, block)
+            out = linear(_scanned(self._call, us, kept, self._projected, block), block.out)
             self._add([out], [grad], x, leaves, totals, self._projected, self._of_projected)
 
     def through_x_proj(self) -> None:
