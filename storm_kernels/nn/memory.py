@@ -82,7 +82,7 @@ def block_for(
 
     ``wanted`` is the mixer's ``channel_block``. "auto" is the largest multiple of 64 with which the call fits into 80 %
     of what is free on the device, if it does not fit whole; whole too where a child has to be called as a module, where
-    the program is traced, and where nothing tells what is free.
+    the program is traced or recorded as a CUDA graph, and where nothing tells what is free.
     """
     if wanted is None:
         return None
@@ -98,6 +98,8 @@ def block_for(
     sizes = {"itemsize": x.element_size(), "training": torch.is_grad_enabled()}
     needed = peak_bytes(mixer, tokens, cells, **sizes)  # type: ignore[arg-type]  # a mapping of two types
     if needed < _SMALL_BYTES or transformed() or forward_mode(x):
+        return None
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     free = free_bytes(x.device)
     if free is None or needed <= _SHARE * free or why_not(mixer) is not None:
