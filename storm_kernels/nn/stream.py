@@ -149,11 +149,16 @@ class ProjectorStream:
             if state[name] != own:
                 raise ValueError(f"state[{name!r}] must be the stream's {own}, got {state[name]}")
         self._check_tensors(state)
-        device = self._projector.proj.weight.device
+        device = self._device()
         for name in _TENSORS:
-            setattr(self, f"_{name}", [t.to(device) for t in state[name]])
+            setattr(self, f"_{name}", [t if device is None else t.to(device) for t in state[name]])
         self._dtype = None if state["dtype"] is None else getattr(torch, state["dtype"])
         self._frames, self._finished = state["frames"], state["finished"]
+
+    def _device(self) -> torch.device | None:
+        """Where the projector is; None where it is offloaded, or has no parameters."""
+        parameter = next(self._projector.parameters(), None)
+        return None if parameter is None or parameter.is_meta else parameter.device
 
     def _settings(self) -> dict[str, Any]:
         r = self._reduction
@@ -172,7 +177,8 @@ class ProjectorStream:
         if within and pool % r.temporal_stride == 0 and not state["finished"]:
             height, width = self._frame
             frame = r.reduced(TokenGrid(1, (height + 1) // 2, (width + 1) // 2))
-            wanted["pending"] = [(self._batch, frame.tokens, self._projector.proj.out_features)]
+            width = mixers[0].d_model if mixers else self._projector.proj.out_features
+            wanted["pending"] = [(self._batch, frame.tokens, width)]
         for name, shapes in wanted.items():
             got = [tuple(t.shape) for t in state[name]]
             if got != shapes:
@@ -194,8 +200,8 @@ class ProjectorStream:
             raise ValueError(f"features must have at least one frame, got shape {tuple(features.shape)}")
         if self._dtype not in (None, features.dtype):
             raise TypeError(f"features must be {self._dtype} as those before, got {features.dtype}")
-        device = projector.proj.weight.device
-        if device.type != "meta" and features.device != device:
+        device = self._device()
+        if device is not None and features.device != device:
             raise ValueError(f"features must be on {device} like the projector, got {features.device}")
 
     def _reduce(self, x: Tensor, grid: TokenGrid, pending: list[Tensor]) -> Tensor:

@@ -186,3 +186,27 @@ def test_the_sum_of_an_open_pool_has_to_be_there_and_to_fit(pending):
     stream.push(clip())
     with pytest.raises(ValueError, match=r"state\['pending'\] must have the shapes"):
         stream.load_state_dict({**stream.state_dict(), "pending": pending})
+
+
+def test_a_replaced_projection_is_called_and_saved_with():
+    class Wrapped(torch.nn.Module):
+        """A layer as an adapter's: it has no weight of its own."""
+
+        def __init__(self, layer):
+            super().__init__()
+            self.inner = layer
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    torch.manual_seed(0)
+    projector = sk.TemporalProjector(8, 16, bidirectional=False)
+    projector.proj = Wrapped(projector.proj)
+    features, reduction = torch.randn(1, 5, 4, 4, 8), TokenReduction(temporal_pool=4)
+    with torch.no_grad():
+        whole = projector(features, reduction)
+    first, second = (projector.stream(4, 4, reduction) for _ in range(2))
+    tokens = [first.push(features[:, :2])]
+    second.load_state_dict(first.state_dict())
+    tokens += [second.push(features[:, 2:]), second.finish()]
+    torch.testing.assert_close(torch.cat(tokens, 1), whole)
