@@ -131,7 +131,7 @@ def note_settings(out: Path, settings: dict[str, Any]) -> None:
 def write(path: Path, tokens: torch.Tensor, frames: list[int]) -> None:
     """tokens (n, D), and which of the video's frames they are of, by number: whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"tokens": tokens.cpu().contiguous(), "frames": torch.tensor(frames, dtype=torch.int64)}
+    tensors = {"tokens": tokens.cpu().contiguous(), "frames": torch.tensor(frames, dtype=torch.int64, device="cpu")}
     _atomically(path, lambda temporary: save_file(tensors, temporary))
 
 
