@@ -141,7 +141,7 @@ def test_threads_that_take_and_free_at_once(kept):
 @on_linux
 def test_tensors_that_the_garbage_collector_frees_at_any_moment(kept):
     before = gc.get_threshold()
-    gc.set_threshold(1)
+    gc.set_threshold(1, 10**6, 10**6)  # what is new is looked through at once, and nothing else
     try:
         for turn in range(300):
             ring = [large(4 + turn % 4).fill_(turn)]
