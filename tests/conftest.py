@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from hypothesis import Phase, settings
@@ -24,6 +26,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+# How the kernel schedules this process, before any library could change it.
+_POLICY = os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else None
+
+
+@pytest.fixture(autouse=True)
+def same_scheduling():
+    """No test leaves a real-time process: such a one that waits actively keeps the others from their cores."""
+    yield
+    assert _POLICY is None or os.sched_getscheduler(0) == _POLICY, "a library made this process a real-time one"
 
 
 @pytest.fixture

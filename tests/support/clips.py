@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -63,9 +65,26 @@ def moving(i: int) -> av.VideoFrame:
     )
 
 
+@contextlib.contextmanager
+def same_scheduling() -> Iterator[None]:
+    """This thread is scheduled afterwards as before.
+
+    Where root opens SVT-AV1, it makes the thread that does so a real-time one (SCHED_FIFO, 99) for good. Such a thread
+    that waits actively, as OpenMP's do, never lets go of its core to the one that it waits for.
+    """
+    if not hasattr(os, "sched_getscheduler"):
+        yield
+        return
+    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, priority)
+
+
 def write_film(path: Path, codec, pixels, options, distance, times=range(FRAMES)) -> Path:
     """A film of 25 frames a second, or with frames at other ``times`` (counted in 25ths of a second)."""
-    with av.open(str(path), "w") as out:
+    with same_scheduling(), av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=25, width=96, height=64, pix_fmt=pixels, options=options)
         stream.codec_context.gop_size, stream.codec_context.thread_count = distance, 1
         stream.codec_context.time_base = Fraction(1, 25)
